@@ -1,0 +1,2 @@
+//! Project chores: `cargo xtask test`, `cargo xtask vm`, `cargo xtask ci`.
+fn main() {}
