@@ -1,1 +1,18 @@
-//! T10.
+//! tcmu-dif: the userspace half of Linux's `target_core_user`, with T10 protection information.
+//!
+//! The folders are the architecture, and the arrows point down; `docs/architecture.md` has the map, `tests/layering.rs`
+//! keeps it true.
+
+pub mod cli;
+pub mod daemon;
+pub mod image;
+pub mod kernel;
+pub mod lun;
+pub mod peer;
+pub mod pi;
+pub mod ring;
+pub mod scsi;
+pub mod sync;
+pub mod sys;
+pub mod units;
+pub mod volume;

@@ -9,7 +9,8 @@ fn main() {
 
 #[cfg(feature = "bindgen")]
 fn generate() {
-    let out = std::path::PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("bindings.rs");
+    let out =
+        std::path::PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("bindings.rs");
     bindgen::Builder::default()
         .header_contents("wrapper.h", WRAPPER)
         .allowlist_type("tcmu_.*")

@@ -1,0 +1,1 @@
+//! The daemon: answers the kernel, and starts and stops LUNs.

@@ -1,0 +1,1 @@
+//! Images: raw files, block devices and qcow2, and the one way to open them.

@@ -1,0 +1,1 @@
+//! One LUN: its thread, its event loop, the stack it is built from.

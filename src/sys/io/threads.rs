@@ -1,0 +1,170 @@
+//! The pool of threads: the whole backend where io_uring is not permitted, and under io_uring the place for calls that have
+//! no opcode. Results come back through a queue and an eventfd, which the LUN's thread watches like any other descriptor.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    rc::Rc,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::{Request, Wait, Watch};
+
+const THREADS: usize = 4;
+
+struct Job {
+    key: usize,
+    fd: i32,
+    request: Request,
+    iovecs: *const libc::iovec,
+    count: usize,
+}
+
+// SAFETY: the iovecs and the memory behind them are owned by the operation's slot, which the submitting thread keeps
+// untouched until the result is in.
+unsafe impl Send for Job {}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    stop: bool,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    work: Condvar,
+    done: Mutex<Vec<(usize, i32)>>,
+    event: OwnedFd,
+}
+
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Pool {
+    /// Starts the threads; the descriptor is readable when results wait.
+    pub(super) fn new() -> io::Result<(Pool, OwnedFd)> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let watched = event.try_clone()?;
+        let shared =
+            Arc::new(Shared { queue: Mutex::default(), work: Condvar::new(), done: Mutex::default(), event });
+        let threads = (0..THREADS)
+            .map(|_| {
+                let shared = shared.clone();
+                std::thread::Builder::new().name("io".into()).spawn(move || shared.work_until_stopped())
+            })
+            .collect::<io::Result<Vec<_>>>()?;
+        Ok((Pool { shared, threads: Mutex::new(threads) }, watched))
+    }
+
+    pub(super) fn push(&self, key: usize, fd: i32, request: Request, iovecs: &[libc::iovec]) {
+        let job = Job { key, fd, request, iovecs: iovecs.as_ptr(), count: iovecs.len() };
+        self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner).jobs.push_back(job);
+        self.shared.work.notify_one();
+    }
+
+    /// The results since the last call.
+    pub(super) fn take_done(&self) -> Vec<(usize, i32)> {
+        // Emptied before the list is taken, so that a result that comes between is announced anew.
+        let _ = rustix::io::read(&self.shared.event, &mut [0u8; 8]);
+        std::mem::take(&mut *self.shared.done.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Finishes the queue and ends the threads.
+    pub(super) fn stop(&self) {
+        self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner).stop = true;
+        self.shared.work.notify_all();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            // A thread that panicked has nothing more to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn work_until_stopped(&self) {
+        loop {
+            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            let job = loop {
+                if let Some(job) = queue.jobs.pop_front() {
+                    break job;
+                }
+                if queue.stop {
+                    return;
+                }
+                queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(queue);
+            let (key, result) = (job.key, job.run());
+            self.done.lock().unwrap_or_else(PoisonError::into_inner).push((key, result));
+            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+impl Job {
+    fn run(self) -> i32 {
+        let count = self.count as libc::c_int;
+        let result = match self.request {
+            Request::Call(call) => {
+                let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+                return if caught.is_ok() { 0 } else { -libc::EIO };
+            }
+            // SAFETY (this and the calls below): the descriptor is open and the iovecs and their memory are live until
+            // the result is in; see `Job`.
+            Request::Read { at } => unsafe { libc::preadv2(self.fd, self.iovecs, count, at as i64, 0) },
+            Request::Write { at, dsync } => {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above.
+                unsafe { libc::pwritev2(self.fd, self.iovecs, count, at as i64, flags) }
+            }
+            Request::Fdatasync => {
+                // SAFETY: as above.
+                unsafe { libc::fdatasync(self.fd) as isize }
+            }
+            Request::Fallocate { mode, at, len } => {
+                // SAFETY: as above.
+                unsafe { libc::fallocate(self.fd, mode, at as i64, len as i64) as isize }
+            }
+        };
+        if result < 0 {
+            -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+        } else {
+            result as i32
+        }
+    }
+}
+
+/// Waits for one of the watches to become readable.
+pub(super) fn wait(watches: &[Rc<Watch>], wait: Wait) -> io::Result<()> {
+    let timeout = match wait {
+        Wait::No => Some(Duration::ZERO),
+        Wait::Event => None,
+        Wait::AtMost(time) => Some(time),
+    };
+    let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
+    let mut fds: Vec<PollFd<'_>> =
+        watches.iter().map(|w| PollFd::from_borrowed_fd(borrow(w), PollFlags::IN)).collect();
+    match poll(&mut fds, timeout.as_ref()) {
+        Ok(_) => {}
+        Err(rustix::io::Errno::INTR) => return Ok(()),
+        Err(e) => return Err(e.into()),
+    }
+    for (fd, watch) in fds.iter().zip(watches) {
+        if !fd.revents().is_empty() {
+            watch.ready.set(true);
+        }
+    }
+    Ok(())
+}
+
+fn borrow(watch: &Watch) -> BorrowedFd<'_> {
+    watch.fd.as_fd()
+}

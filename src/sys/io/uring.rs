@@ -1,0 +1,152 @@
+//! The io_uring engine: one ring for a thread, one `io_uring_enter` a turn.
+
+use std::{io, rc::Rc};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::{Request, Wait, Watch};
+
+const ENTRIES: u32 = 256;
+/// user_data of watches; operations have their slab keys.
+const WATCH: u64 = 1 << 63;
+
+pub(super) struct Uring {
+    ring: IoUring,
+}
+
+impl Uring {
+    pub(super) fn new() -> io::Result<Uring> {
+        // The best set-up first: a single issuer whose task work runs when it asks for it (6.1), then plain.
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_cqsize(ENTRIES * 8)
+            .build(ENTRIES)
+            .or_else(|_| IoUring::builder().setup_cqsize(ENTRIES * 8).build(ENTRIES))?;
+        if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
+            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+        }
+        Ok(Uring { ring })
+    }
+
+    /// Queues one operation. `iovecs` must stay where it is until the completion.
+    pub(super) fn push(
+        &mut self,
+        key: usize,
+        fd: i32,
+        request: &Request,
+        iovecs: &[libc::iovec],
+    ) -> io::Result<()> {
+        let fd = types::Fd(fd);
+        let flags = |dsync: bool| if dsync { libc::RWF_DSYNC } else { 0 };
+        let entry = match (request, iovecs) {
+            (Request::Read { at }, [one]) => {
+                opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len)).offset(*at).build()
+            }
+            (Request::Read { at }, many) => {
+                opcode::Readv::new(fd, many.as_ptr(), many.len() as u32).offset(*at).build()
+            }
+            (Request::Write { at, dsync }, [one]) => {
+                opcode::Write::new(fd, one.iov_base.cast_const().cast(), clamp(one.iov_len))
+                    .offset(*at)
+                    .rw_flags(flags(*dsync))
+                    .build()
+            }
+            (Request::Write { at, dsync }, many) => opcode::Writev::new(fd, many.as_ptr(), many.len() as u32)
+                .offset(*at)
+                .rw_flags(flags(*dsync))
+                .build(),
+            (Request::Fdatasync, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            (Request::Fallocate { mode, at, len }, _) => {
+                opcode::Fallocate::new(fd, *len).offset(*at).mode(*mode).build()
+            }
+            (Request::Call(_), _) => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        };
+        self.push_entry(&entry.user_data(key as u64))
+    }
+
+    fn push_entry(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: the operation's descriptor, iovecs and memory are owned by its slot in `Inner::ops` until the
+            // completion is reaped; a watch's descriptor by its `Watch`, which lives as long as the ring.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    pub(super) fn turn(
+        &mut self,
+        watches: &[Rc<Watch>],
+        wait: Wait,
+        mut done: impl FnMut(usize, i32),
+    ) -> io::Result<()> {
+        for (i, watch) in watches.iter().enumerate() {
+            if !watch.armed.get() {
+                watch.armed.set(true);
+                let poll = opcode::PollAdd::new(types::Fd(watch.raw), libc::POLLIN as u32).multi(true);
+                self.push_entry(&poll.build().user_data(WATCH | i as u64))?;
+            }
+        }
+        let queued = !self.ring.submission().is_empty();
+        let arrived = !self.ring.completion().is_empty();
+        let result = match wait {
+            _ if arrived && !queued => Ok(0),
+            Wait::Event if !arrived => self.ring.submit_and_wait(1),
+            Wait::AtMost(time) if !arrived => {
+                let ts = types::Timespec::from(time);
+                self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&ts))
+            }
+            _ => {
+                let (taskrun, overflow) = {
+                    let sq = self.ring.submission();
+                    (sq.taskrun(), sq.cq_overflow())
+                };
+                if queued || taskrun || overflow { self.enter_no_wait() } else { Ok(0) }
+            }
+        };
+        match result {
+            Ok(_) => {}
+            // ETIME: the wait is over. EINTR: a signal. EAGAIN, EBUSY: short of memory, or completions to reap first.
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) => {}
+            Err(e) => return Err(e),
+        }
+        for cqe in self.ring.completion() {
+            let data = cqe.user_data();
+            if data & WATCH == 0 {
+                done(data as usize, cqe.result());
+            } else if let Some(watch) = watches.get((data & !WATCH) as usize) {
+                watch.ready.set(true);
+                watch.armed.set(cqueue::more(cqe.flags()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Submits, and runs deferred task work, without waiting.
+    fn enter_no_wait(&mut self) -> io::Result<usize> {
+        const GETEVENTS: u32 = 1;
+        let queued = {
+            let mut sq = self.ring.submission();
+            sq.sync();
+            sq.len()
+        };
+        // SAFETY: no argument is passed; what is submitted was vouched for when it was pushed.
+        unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued as u32, 0, GETEVENTS, None) }
+    }
+}
+
+fn clamp(len: usize) -> u32 {
+    // MAX_RW_COUNT: the kernel would shorten it to this.
+    len.min(0x7fff_f000) as u32
+}

@@ -1,0 +1,430 @@
+//! Memory that I/O works on: page-aligned buffers, shared mappings, and [`Sg`], the scatter list over either.
+//!
+//! A scatter list keeps what it points into alive, so an operation that holds one may be in flight in the kernel while
+//! its future is dropped. All access is by copy or by a closure over one segment at a time; nothing hands out a
+//! reference that lives across an await. The bytes may change under us only by operations that the same LUN thread has
+//! in flight: it does not look at a buffer before the operation on it has finished, and the kernel does not touch a
+//! command's data area between queueing and completion (`target_core_user.c` copies at both ends).
+
+use std::{
+    alloc::{self, Layout},
+    fmt,
+    fs::File,
+    io,
+    ptr::NonNull,
+    rc::Rc,
+};
+
+use smallvec::SmallVec;
+
+/// Alignment of every [`Buffer`]: enough for O_DIRECT on any block device.
+pub const BUFFER_ALIGN: usize = 4096;
+
+struct HeapMem {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Drop for HeapMem {
+    fn drop(&mut self) {
+        // SAFETY: `ptr` came from `alloc_zeroed` with this layout, and nobody else frees it.
+        unsafe { alloc::dealloc(self.ptr.as_ptr(), self.layout) }
+    }
+}
+
+/// Zeroed, page-aligned memory of its own; clones share it.
+#[derive(Clone)]
+pub struct Buffer {
+    mem: Rc<HeapMem>,
+    len: usize,
+}
+
+impl Buffer {
+    /// `len` zero bytes.
+    pub fn zeroed(len: usize) -> Buffer {
+        let layout =
+            Layout::from_size_align(len.max(1), BUFFER_ALIGN).expect("a buffer is smaller than isize::MAX");
+        // SAFETY: the layout's size is not 0.
+        let ptr = unsafe { alloc::alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout) };
+        Buffer { mem: Rc::new(HeapMem { ptr, layout }), len }
+    }
+
+    /// A buffer that holds those bytes.
+    pub fn from_slice(bytes: &[u8]) -> Buffer {
+        let buffer = Buffer::zeroed(bytes.len());
+        buffer.sg().copy_in(0, bytes);
+        buffer
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The whole buffer as a scatter list of one segment.
+    pub fn sg(&self) -> Sg {
+        let mut segs = SmallVec::new();
+        if self.len > 0 {
+            segs.push(Segment { ptr: self.mem.ptr, len: self.len, keep: Keep::Heap(self.mem.clone()) });
+        }
+        Sg { segs, len: self.len }
+    }
+
+    /// A copy of the bytes.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.sg().to_vec()
+    }
+}
+
+/// A shared, writable mapping of a file: a UIO region, or the embedded kernel's memory.
+pub struct Mapping {
+    map: memmap2::MmapRaw,
+}
+
+impl Mapping {
+    /// Maps the first `len` bytes.
+    ///
+    /// # Errors
+    /// What `mmap` says.
+    pub fn new(file: &File, len: usize) -> io::Result<Rc<Mapping>> {
+        Ok(Rc::new(Mapping { map: memmap2::MmapOptions::new().len(len).map_raw(file)? }))
+    }
+
+    /// Bytes that are mapped.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether nothing is mapped.
+    pub fn is_empty(&self) -> bool {
+        self.map.len() == 0
+    }
+
+    /// The first byte. Dereferencing it is up to `sys`.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// A segment of the mapping, if it lies inside.
+    pub fn segment(self: &Rc<Self>, offset: u64, len: u64) -> Option<Segment> {
+        let end = offset.checked_add(len)?;
+        if end > self.map.len() as u64 {
+            return None;
+        }
+        // SAFETY: offset is inside the mapping, so the pointer stays inside its allocation.
+        let ptr = unsafe { self.base().add(offset as usize) };
+        Some(Segment { ptr: NonNull::new(ptr)?, len: len as usize, keep: Keep::Map(self.clone()) })
+    }
+}
+
+#[derive(Clone)]
+enum Keep {
+    #[allow(dead_code)] // Held, never read: it keeps the memory alive.
+    Heap(Rc<HeapMem>),
+    #[allow(dead_code)]
+    Map(Rc<Mapping>),
+}
+
+/// One contiguous run of memory that is kept alive.
+#[derive(Clone)]
+pub struct Segment {
+    ptr: NonNull<u8>,
+    len: usize,
+    keep: Keep,
+}
+
+impl Segment {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn sub(&self, start: usize, len: usize) -> Segment {
+        assert!(start <= self.len && len <= self.len - start, "sub-segment outside its segment");
+        // SAFETY: start <= len, so the pointer stays inside the allocation or one past it.
+        Segment { ptr: unsafe { self.ptr.add(start) }, len, keep: self.keep.clone() }
+    }
+}
+
+/// A scatter list: a sequence of memory segments that reads as one run of bytes. Clones share the memory.
+///
+/// Ranges outside the list are a bug of the caller and panic; lengths from outside are checked before one is made.
+#[derive(Clone, Default)]
+pub struct Sg {
+    segs: SmallVec<[Segment; 2]>,
+    len: usize,
+}
+
+impl Sg {
+    /// No bytes.
+    pub fn new() -> Sg {
+        Sg::default()
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many segments it has.
+    pub fn segments(&self) -> usize {
+        self.segs.len()
+    }
+
+    /// Adds a segment at the end; one that continues the last is joined to it.
+    pub fn push(&mut self, seg: Segment) {
+        if seg.len == 0 {
+            return;
+        }
+        self.len += seg.len;
+        if let Some(last) = self.segs.last_mut() {
+            let same = match (&last.keep, &seg.keep) {
+                (Keep::Heap(a), Keep::Heap(b)) => Rc::ptr_eq(a, b),
+                (Keep::Map(a), Keep::Map(b)) => Rc::ptr_eq(a, b),
+                _ => false,
+            };
+            if same && last.ptr.as_ptr().wrapping_add(last.len) == seg.ptr.as_ptr() {
+                last.len += seg.len;
+                return;
+            }
+        }
+        self.segs.push(seg);
+    }
+
+    /// Adds all of another list at the end.
+    pub fn append(&mut self, other: &Sg) {
+        for seg in &other.segs {
+            self.push(seg.clone());
+        }
+    }
+
+    /// The part from `start`, `len` bytes long, over the same memory.
+    pub fn slice(&self, start: usize, len: usize) -> Sg {
+        assert!(
+            start <= self.len && len <= self.len - start,
+            "slice {start}+{len} of a list of {}",
+            self.len
+        );
+        if start == 0 && len == self.len {
+            return self.clone();
+        }
+        let mut out = Sg::new();
+        let (mut skip, mut want) = (start, len);
+        for seg in &self.segs {
+            if want == 0 {
+                break;
+            }
+            if skip >= seg.len {
+                skip -= seg.len;
+                continue;
+            }
+            let n = want.min(seg.len - skip);
+            out.push(seg.sub(skip, n));
+            skip = 0;
+            want -= n;
+        }
+        out
+    }
+
+    /// Calls `f` with each run of bytes from `start` on, `len` bytes in all.
+    pub fn for_each(&self, start: usize, len: usize, mut f: impl FnMut(&[u8])) {
+        self.walk(start, len, |ptr, n| {
+            // SAFETY: the run lies in live memory (kept by the segment); see the module's word on who changes it.
+            f(unsafe { std::slice::from_raw_parts(ptr, n) })
+        });
+    }
+
+    fn walk(&self, start: usize, len: usize, mut f: impl FnMut(*mut u8, usize)) {
+        assert!(
+            start <= self.len && len <= self.len - start,
+            "range {start}+{len} of a list of {}",
+            self.len
+        );
+        let (mut skip, mut want) = (start, len);
+        for seg in &self.segs {
+            if want == 0 {
+                return;
+            }
+            if skip >= seg.len {
+                skip -= seg.len;
+                continue;
+            }
+            let n = want.min(seg.len - skip);
+            // SAFETY: skip < seg.len.
+            f(unsafe { seg.ptr.as_ptr().add(skip) }, n);
+            skip = 0;
+            want -= n;
+        }
+    }
+
+    /// Copies bytes from the list at `at` to `out`.
+    pub fn copy_out(&self, at: usize, out: &mut [u8]) {
+        let mut done = 0;
+        let dst = out.as_mut_ptr();
+        self.walk(at, out.len(), |ptr, n| {
+            // SAFETY: both runs are live and n bytes long; `out` is exclusive, so they do not overlap unless a caller
+            // made a slice of the list's own memory, which `for_each` alone does, immutably.
+            unsafe { std::ptr::copy(ptr, dst.add(done), n) };
+            done += n;
+        });
+    }
+
+    /// Copies `bytes` into the list at `at`.
+    pub fn copy_in(&self, at: usize, bytes: &[u8]) {
+        let mut done = 0;
+        self.walk(at, bytes.len(), |ptr, n| {
+            // SAFETY: as in `copy_out`.
+            unsafe { std::ptr::copy(bytes.as_ptr().add(done), ptr, n) };
+            done += n;
+        });
+    }
+
+    /// Copies all of `from` into the list at `at`.
+    pub fn copy_from(&self, at: usize, from: &Sg) {
+        let mut done = at;
+        from.for_each(0, from.len, |bytes| {
+            self.copy_in(done, bytes);
+            done += bytes.len();
+        });
+    }
+
+    /// Sets `len` bytes from `at` on.
+    pub fn fill(&self, at: usize, len: usize, byte: u8) {
+        self.walk(at, len, |ptr, n| {
+            // SAFETY: the run is live and n bytes long.
+            unsafe { std::ptr::write_bytes(ptr, byte, n) }
+        });
+    }
+
+    /// A copy of all bytes.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut out = vec![0; self.len];
+        self.copy_out(0, &mut out);
+        out
+    }
+
+    /// Whether every byte is 0.
+    pub fn is_zero(&self) -> bool {
+        let mut zero = true;
+        self.for_each(0, self.len, |bytes| zero = zero && bytes.iter().all(|b| *b == 0));
+        zero
+    }
+
+    /// The index of the first byte that differs from `other`'s, over the length of the shorter.
+    pub fn mismatch(&self, other: &Sg) -> Option<usize> {
+        let len = self.len.min(other.len);
+        let mut chunk = [0u8; 4096];
+        let mut at = 0;
+        while at < len {
+            let n = (len - at).min(chunk.len());
+            other.copy_out(at, &mut chunk[..n]);
+            let (mut pos, mut found) = (0, None);
+            self.for_each(at, n, |bytes| {
+                if found.is_none() {
+                    let theirs = &chunk[pos..pos + bytes.len()];
+                    if bytes != theirs {
+                        found = bytes.iter().zip(theirs).position(|(a, b)| a != b).map(|i| at + pos + i);
+                    }
+                }
+                pos += bytes.len();
+            });
+            if found.is_some() {
+                return found;
+            }
+            at += n;
+        }
+        None
+    }
+
+    /// The iovecs of the list, for a system call. Valid while the list lives.
+    pub(crate) fn iovecs(&self, out: &mut Vec<libc::iovec>) {
+        out.clear();
+        out.extend(self.segs.iter().map(|s| libc::iovec { iov_base: s.ptr.as_ptr().cast(), iov_len: s.len }));
+    }
+}
+
+impl fmt::Debug for Sg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Sg({} bytes in {} segments)", self.len, self.segs.len())
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} bytes)", self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scattered(parts: &[&[u8]]) -> Sg {
+        let mut sg = Sg::new();
+        for p in parts {
+            sg.append(&Buffer::from_slice(p).sg());
+        }
+        sg
+    }
+
+    #[test]
+    fn a_scattered_list_reads_as_one_run_of_bytes() {
+        let sg = scattered(&[b"ab", b"", b"cdef", b"g"]);
+        assert_eq!((sg.len(), sg.segments()), (7, 3));
+        assert_eq!(sg.slice(1, 5).to_vec(), b"bcdef");
+        sg.copy_in(1, b"XYZ");
+        assert_eq!(sg.to_vec(), b"aXYZefg");
+        sg.fill(0, 2, 0);
+        assert!(sg.slice(0, 2).is_zero() && !sg.is_zero());
+    }
+
+    #[test]
+    fn slices_share_memory_and_join_again() {
+        let b = Buffer::zeroed(8192);
+        let mut sg = b.sg().slice(0, 4096);
+        sg.append(&b.sg().slice(4096, 4096));
+        assert_eq!(sg.segments(), 1);
+        sg.copy_in(4095, b"ab");
+        assert_eq!(&b.to_vec()[4095..4097], b"ab");
+    }
+
+    #[test]
+    fn the_first_difference_is_found_across_segment_borders() {
+        let a = scattered(&[&[0; 5000], &[0; 5000]]);
+        let b = scattered(&[&[0; 7000], &[0; 3000]]);
+        assert_eq!(a.mismatch(&b), None);
+        b.copy_in(6999, &[1]);
+        b.copy_in(8000, &[1]);
+        assert_eq!(a.mismatch(&b), Some(6999));
+        assert_eq!(a.slice(7000, 1001).mismatch(&b.slice(7000, 1001)), Some(1000));
+    }
+
+    #[test]
+    fn a_segment_outside_its_mapping_is_refused() {
+        let f = tempfile::tempfile().unwrap();
+        f.set_len(8192).unwrap();
+        let m = Mapping::new(&f, 8192).unwrap();
+        assert!(
+            m.segment(8192, 1).is_none()
+                && m.segment(u64::MAX, 2).is_none()
+                && m.segment(4096, 4097).is_none()
+        );
+        assert_eq!(m.segment(4096, 4096).unwrap().len(), 4096);
+    }
+}

@@ -1,0 +1,333 @@
+//! What a LUN stands on: a range of bytes that can be read, written, flushed, discarded and mapped, and the one error
+//! type that all of it speaks.
+//!
+//! A [`Volume`] belongs to one LUN thread. Its methods take `&self`, its futures are `!Send`, and any number of them may
+//! be in flight: a volume keeps its own state consistent. Callers give ranges that lie inside [`Limits::capacity`] and
+//! are aligned to [`Limits::alignment`]; a volume still checks, and answers [`IoErrorKind::OutOfRange`].
+
+use std::{fmt, io, path::PathBuf};
+
+use crate::{
+    sys::mem::Sg,
+    units::{ByteOffset, Lba},
+};
+
+/// The result of every operation on a volume.
+pub type Result<T> = std::result::Result<T, IoError>;
+
+/// What a volume is and can do. Asked anew by whoever caches it after a resize.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes that can be addressed.
+    pub capacity: u64,
+    /// Offsets and lengths must be multiples of this (bytes, a power of two).
+    pub alignment: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Bytes that the volume frees at once (a qcow2 cluster, a file system block); a hint, 0 if it frees nothing.
+    pub discard_granularity: u32,
+    /// Bytes of the unit in which I/O is cheapest; a hint, 0 if there is none.
+    pub preferred_io: u32,
+}
+
+/// How a write has to be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteFlags {
+    /// Force unit access (SBC-4 4.15): on stable storage, metadata included, before the answer.
+    pub fua: bool,
+}
+
+/// What a range of a volume holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Data of its own.
+    Data,
+    /// Reads as zeros, and space is kept for it.
+    Zero,
+    /// Reads as zeros, and takes no space (SBC-4: deallocated).
+    Hole,
+}
+
+/// One run of a volume's map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte.
+    pub start: ByteOffset,
+    /// Bytes; never 0.
+    pub len: u64,
+    /// What it holds.
+    pub kind: ExtentKind,
+    /// Where the data lies in the file named by `depth`, if it lies there as it is.
+    pub host_offset: Option<u64>,
+    /// 0 for the image itself, 1 for its backing file, and so on.
+    pub depth: u32,
+}
+
+/// A range of bytes that one LUN thread owns.
+///
+/// Promises that every implementation keeps:
+/// - A finished `write` is what later reads give, and it has reached the kernel, metadata included: `kill -9` does not
+///   lose it. After a finished `flush` (or with [`WriteFlags::fua`]) it survives power loss.
+/// - `discard` and `write_zeroes` end with zeros: a later read gives 0 for every byte of the range, whatever lies in a
+///   backing file. `discard` frees what it can, `write_zeroes` with `may_unmap` may.
+/// - An operation that fails leaves every byte of its range old or new.
+#[allow(async_fn_in_trait)] // One thread owns a volume; its futures need not be Send.
+pub trait Volume {
+    /// What it is and can do now.
+    fn limits(&self) -> Limits;
+
+    /// Fills `to` from the bytes at `at`.
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()>;
+
+    /// Writes `from` at `at`.
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()>;
+
+    /// Brings every finished write, and the metadata to find it, to stable storage. A flush that failed once fails
+    /// ever after with [`IoErrorKind::Failed`]: the kernel has dropped the error, and nothing can be promised any more.
+    async fn flush(&self) -> Result<()>;
+
+    /// Frees the range as far as possible; it reads as zeros.
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()>;
+
+    /// Makes the range read as zeros; without `may_unmap`, later writes there need no new space.
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()>;
+
+    /// The runs that make up a range, in order and without gaps. May stop early, at least one run on.
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>>;
+
+    /// Changes the capacity. What is new reads as zeros.
+    async fn resize(&self, capacity: u64) -> Result<()>;
+
+    /// Flushes, marks the volume cleanly closed and gives up its locks. Nothing may be in flight.
+    async fn close(&self) -> Result<()>;
+}
+
+/// What was being done when an [`IoError`] arose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoOp {
+    /// Opening or probing.
+    Open,
+    /// Reading data or metadata.
+    Read,
+    /// Writing data or metadata.
+    Write,
+    /// Flushing.
+    Flush,
+    /// Discarding or writing zeros.
+    Discard,
+    /// Resizing.
+    Resize,
+    /// Mapping extents.
+    Map,
+    /// Closing.
+    Close,
+}
+
+/// Which tag of a tuple did not match (SBC-4 4.21), and what was there. For the one error that nothing may hide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PiMismatch {
+    /// The block.
+    pub lba: Lba,
+    /// The tag that failed.
+    pub tag: PiTag,
+    /// The value that the tag should have had.
+    pub expected: u32,
+    /// The value found.
+    pub found: u32,
+}
+
+/// The parts of a protection information tuple.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PiTag {
+    /// LOGICAL BLOCK GUARD: the CRC.
+    Guard,
+    /// LOGICAL BLOCK APPLICATION TAG.
+    Application,
+    /// LOGICAL BLOCK REFERENCE TAG.
+    Reference,
+}
+
+/// The kinds of failure. `scsi/sense` maps each of them to sense data, without a catch-all arm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoErrorKind {
+    /// The medium failed (EIO and its like).
+    Medium,
+    /// No space left for the data or its metadata.
+    NoSpace,
+    /// The range lies outside the volume or is not aligned.
+    OutOfRange,
+    /// The volume may not be written.
+    ReadOnly,
+    /// The image's metadata contradict themselves; nothing was done.
+    Corrupt,
+    /// A block does not match its protection information.
+    Protection(PiMismatch),
+    /// The volume has failed before (a flush that was lost) and does no more I/O.
+    Failed,
+    /// The volume cannot do this.
+    Unsupported,
+    /// Somebody else has the image.
+    Locked,
+    /// Aborted before it began.
+    Cancelled,
+}
+
+/// A failed operation on a volume: what kind, doing what, where, on which file, and why.
+#[derive(Debug)]
+pub struct IoError {
+    /// What kind of failure.
+    pub kind: IoErrorKind,
+    /// What was being done.
+    pub op: IoOp,
+    /// The first byte of the volume that failed, if the failure has a place.
+    pub at: Option<ByteOffset>,
+    /// The file.
+    pub path: Option<PathBuf>,
+    /// In words, where the kind does not say it all.
+    pub detail: Option<String>,
+    /// The error of the layer beneath.
+    pub source: Option<io::Error>,
+}
+
+impl IoError {
+    /// An error of that kind, with nothing else known yet.
+    pub fn new(kind: IoErrorKind, op: IoOp) -> IoError {
+        IoError { kind, op, at: None, path: None, detail: None, source: None }
+    }
+
+    /// The error for a failed system call: ENOSPC, EDQUOT and EFBIG are lack of space, EROFS and EPERM are read only,
+    /// all else is the medium's.
+    pub fn from_io(op: IoOp, source: io::Error) -> IoError {
+        let kind = match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => IoErrorKind::NoSpace,
+            Some(libc::EROFS | libc::EPERM | libc::EBADF) if op != IoOp::Read => IoErrorKind::ReadOnly,
+            _ => IoErrorKind::Medium,
+        };
+        IoError { source: Some(source), ..IoError::new(kind, op) }
+    }
+
+    /// Metadata that contradict themselves.
+    pub fn corrupt(op: IoOp, detail: impl Into<String>) -> IoError {
+        IoError { detail: Some(detail.into()), ..IoError::new(IoErrorKind::Corrupt, op) }
+    }
+
+    /// The same error, with the place.
+    pub fn at(mut self, at: ByteOffset) -> IoError {
+        self.at.get_or_insert(at);
+        self
+    }
+
+    /// The same error, with the file, if it has none yet.
+    pub fn path(mut self, path: impl Into<PathBuf>) -> IoError {
+        self.path.get_or_insert_with(|| path.into());
+        self
+    }
+
+    /// The same error, with words.
+    pub fn detail(mut self, detail: impl Into<String>) -> IoError {
+        self.detail = Some(detail.into());
+        self
+    }
+
+    /// An error of the same kind and place, for a second caller that waited for the same operation.
+    pub fn duplicate(&self) -> IoError {
+        IoError {
+            kind: self.kind,
+            op: self.op,
+            at: self.at,
+            path: self.path.clone(),
+            detail: self.detail.clone(),
+            source: self.source.as_ref().map(|e| match e.raw_os_error() {
+                Some(n) => io::Error::from_raw_os_error(n),
+                None => io::Error::new(e.kind(), e.to_string()),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for IoOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            IoOp::Open => "open",
+            IoOp::Read => "read",
+            IoOp::Write => "write",
+            IoOp::Flush => "flush",
+            IoOp::Discard => "discard",
+            IoOp::Resize => "resize",
+            IoOp::Map => "map",
+            IoOp::Close => "close",
+        })
+    }
+}
+
+impl fmt::Display for PiTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PiTag::Guard => "guard",
+            PiTag::Application => "application tag",
+            PiTag::Reference => "reference tag",
+        })
+    }
+}
+
+impl fmt::Display for IoErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IoErrorKind::Medium => f.write_str("medium error"),
+            IoErrorKind::NoSpace => f.write_str("no space left"),
+            IoErrorKind::OutOfRange => f.write_str("range outside the volume or not aligned"),
+            IoErrorKind::ReadOnly => f.write_str("the volume is read-only"),
+            IoErrorKind::Corrupt => f.write_str("the image is corrupt"),
+            IoErrorKind::Protection(m) => {
+                write!(f, "{} of block {}: expected {:#x}, found {:#x}", m.tag, m.lba, m.expected, m.found)
+            }
+            IoErrorKind::Failed => f.write_str("the volume has failed"),
+            IoErrorKind::Unsupported => f.write_str("not supported by the volume"),
+            IoErrorKind::Locked => f.write_str("the image is in use"),
+            IoErrorKind::Cancelled => f.write_str("cancelled"),
+        }
+    }
+}
+
+impl fmt::Display for IoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.op)?;
+        if let Some(path) = &self.path {
+            write!(f, " {}", path.display())?;
+        }
+        if let Some(at) = self.at {
+            write!(f, " at byte {at}")?;
+        }
+        write!(f, ": {}", self.kind)?;
+        match &self.detail {
+            Some(detail) => write!(f, ": {detail}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for IoError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|e| e as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_states_its_own_facts_and_never_its_sources() {
+        let e = IoError::from_io(IoOp::Write, io::Error::from_raw_os_error(libc::ENOSPC))
+            .at(ByteOffset(4096))
+            .path("/vm1.qcow2");
+        assert_eq!(e.kind, IoErrorKind::NoSpace);
+        assert_eq!(e.to_string(), "write /vm1.qcow2 at byte 4096: no space left");
+    }
+
+    #[test]
+    fn the_first_place_and_file_are_kept() {
+        let e = IoError::corrupt(IoOp::Read, "x").at(ByteOffset(1)).at(ByteOffset(2)).path("/a").path("/b");
+        assert_eq!(e.to_string(), "read /a at byte 1: the image is corrupt: x");
+    }
+}
