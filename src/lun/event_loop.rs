@@ -113,7 +113,8 @@ impl<S: Service> EventLoop<S> {
                 self.ring.publish()?;
             }
             self.io.turn(Wait::No)?;
-            let more = !stopping && self.can_take() && self.ring.has_entries();
+            // Looked at after the turn, which may have swallowed the doorbells of both.
+            let more = self.inbox.has_messages() || !stopping && self.can_take() && self.ring.has_entries();
             let startable = !self.waiting.is_empty() && self.exec.tasks() < MAX_RUNNING;
             if self.exec.has_ready() || more || startable || self.ring.has_answers() {
                 continue;
