@@ -1,1 +1,3 @@
 //! Images: raw files, block devices and qcow2, and the one way to open them.
+pub mod lock;
+pub mod raw;
