@@ -136,7 +136,7 @@ pub async fn create_raw(io: &Io, path: &Path, size: u64) -> Result<(), CreateErr
 
 /// Refuses sizes that no disk has.
 pub(super) fn check_size(path: &Path, size: u64) -> Result<(), CreateError> {
-    if size == 0 || size % BlockSize::B512.bytes() != 0 || i64::try_from(size).is_err() {
+    if size == 0 || !size.is_multiple_of(BlockSize::B512.bytes()) || i64::try_from(size).is_err() {
         return Err(CreateError::new(path, CreateErrorKind::Size(size)));
     }
     Ok(())

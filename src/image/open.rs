@@ -90,7 +90,7 @@ impl Image {
         if size == 0 {
             return Err(OpenError::new(self.path(), OpenErrorKind::Empty));
         }
-        if size % block_size.bytes() != 0 {
+        if !size.is_multiple_of(block_size.bytes()) {
             let what = OpenErrorKind::SizeNotMultiple { size, block_size: block_size.bytes() };
             return Err(OpenError::new(self.path(), what));
         }

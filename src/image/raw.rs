@@ -296,7 +296,7 @@ impl Volume for Raw {
         if self.read_only {
             return Err(self.error(IoErrorKind::ReadOnly, IoOp::Resize));
         }
-        if capacity == 0 || capacity % u64::from(self.alignment) != 0 {
+        if capacity == 0 || !capacity.is_multiple_of(u64::from(self.alignment)) {
             let why = format!("{capacity} bytes are no size for it");
             return Err(self.error(IoErrorKind::OutOfRange, IoOp::Resize).detail(why));
         }
