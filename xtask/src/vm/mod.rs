@@ -8,6 +8,7 @@ mod cache;
 mod guest;
 mod protocol;
 mod qemu;
+mod suite;
 
 use crate::sh;
 use anyhow::{Context, Result, bail};
@@ -26,6 +27,19 @@ pub use agent::serve;
 pub enum Action {
     /// Build the artefacts that are missing from the cache
     Prepare,
+    /// Run the VM suite, or the tests whose names contain one of the words
+    Test {
+        /// Words
+        names: Vec<String>,
+        /// Rewrite snapshots and expectations instead of comparing with them
+        #[arg(long)]
+        bless: bool,
+        /// Build tcmu-dif with this cargo profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
+    /// List the VM suite's tests and what each promises
+    List,
     /// Boot, run one bash script in the guest as root, print what it says and exit as it does
     Run {
         /// Give the guest no tcmu-dif (and build none)
@@ -68,6 +82,17 @@ pub fn main(action: Action) -> Result<ExitCode> {
             println!("ready: {} under {}", artefacts.kernel.display(), accel.name());
             Ok(ExitCode::SUCCESS)
         }
+        Action::Test { names, bless, profile } => {
+            let tally = test(&names, bless, &profile)?;
+            println!("\n{} passed, {} failed", tally.passed, tally.failed.len());
+            Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Action::List => {
+            for test in suite::all() {
+                println!("{:<34} {}", test.name, test.promise);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
         Action::Run { bare, profile, program, file, timeout, script } => {
             let mut lab = lab((!bare).then_some(&profile))?;
             lab.programs.extend(program);
@@ -75,6 +100,15 @@ pub fn main(action: Action) -> Result<ExitCode> {
         }
         Action::Shell { bare, profile } => shell(&lab((!bare).then_some(&profile))?),
     }
+}
+
+/// Runs the tests that `names` select, on tcmu-dif built with `profile`.
+pub fn test(names: &[String], bless: bool, profile: &str) -> Result<suite::Tally> {
+    let tests = suite::select(names)?;
+    // The reference tests need no tcmu-dif: they can be run before it builds.
+    let own = tests.iter().any(|test| !test.name.starts_with("reference."));
+    let lab = lab(own.then(|| profile.to_owned()).as_ref())?;
+    suite::run(&lab, &tests, bless)
 }
 
 /// Everything that a boot needs; with a profile, tcmu-dif is built and given to the guest.

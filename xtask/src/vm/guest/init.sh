@@ -12,6 +12,8 @@ ln -sf /proc/self/fd /dev/fd
 hostname guest
 ip link set lo up
 echo 60 > /proc/sys/kernel/hung_task_timeout_secs
+# What udev would load for a SCSI disk.
+modprobe -a sd_mod sg
 # Copied, not run from the share: what runs from a share pages from the host.
 for file in /host/bin/*; do
     [ -e "$file" ] && cp "$file" /usr/local/bin/

@@ -1,0 +1,5 @@
+//! Being written.
+
+use super::Test;
+
+pub const TESTS: &[Test] = &[];
