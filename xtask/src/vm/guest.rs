@@ -93,6 +93,8 @@ impl RunDir {
         fs::create_dir_all(&bin).with_context(|| format!("cannot make {}", bin.display()))?;
         let dir = Self(path);
         fs::write(dir.0.join("share/init.sh"), include_str!("guest/init.sh"))?;
+        // By this name it is there even when cargo has built another in its place meanwhile.
+        fs::copy("/proc/self/exe", bin.join("xtask")).context("cannot give this program to the guest")?;
         for program in &lab.programs {
             let name = program.file_name().unwrap_or_default();
             fs::copy(program, bin.join(name))

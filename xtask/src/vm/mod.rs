@@ -21,6 +21,7 @@ use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 pub use agent::serve;
+pub use suite::Scale;
 
 /// What can be done with the VM.
 #[derive(Subcommand)]
@@ -83,7 +84,7 @@ pub fn main(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Test { names, bless, profile } => {
-            let tally = test(&names, bless, &profile)?;
+            let tally = test(&names, Scale::from_env()?, bless, &profile)?;
             println!("\n{} passed, {} failed", tally.passed, tally.failed.len());
             Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
@@ -102,13 +103,18 @@ pub fn main(action: Action) -> Result<ExitCode> {
     }
 }
 
+/// Whether a VM test's name contains `word`.
+pub fn knows(word: &str) -> bool {
+    suite::all().iter().any(|test| test.name.contains(word))
+}
+
 /// Runs the tests that `names` select, on tcmu-dif built with `profile`.
-pub fn test(names: &[String], bless: bool, profile: &str) -> Result<suite::Tally> {
+pub fn test(names: &[String], scale: Scale, bless: bool, profile: &str) -> Result<suite::Tally> {
     let tests = suite::select(names)?;
     // The reference tests need no tcmu-dif: they can be run before it builds.
     let own = tests.iter().any(|test| !test.name.starts_with("reference."));
     let lab = lab(own.then(|| profile.to_owned()).as_ref())?;
-    suite::run(&lab, &tests, bless)
+    suite::run(&lab, &tests, scale, bless)
 }
 
 /// Everything that a boot needs; with a profile, tcmu-dif is built and given to the guest.
@@ -116,10 +122,10 @@ fn lab(profile: Option<&String>) -> Result<Lab> {
     let cache = Cache::open()?;
     let artefacts = artefacts::prepare(&cache)?;
     let accel = Accel::of_this_machine(&cache, &artefacts)?;
-    let mut programs = vec![std::env::current_exe().context("cannot find this program itself")?];
-    if let Some(profile) = profile {
-        programs.push(build(profile)?);
-    }
+    let programs = match profile {
+        Some(profile) => vec![build(profile)?],
+        None => Vec::new(),
+    };
     Ok(Lab { artefacts, accel, programs, logs: sh::target_dir().join("vm-logs") })
 }
 

@@ -43,6 +43,11 @@ impl Scale {
         }
     }
 
+    /// As the environment spells it.
+    pub fn name(self) -> &'static str {
+        self.pick("quick", "default", "full")
+    }
+
     /// One of three values.
     pub fn pick<T>(self, quick: T, default: T, full: T) -> T {
         match self {
@@ -118,8 +123,7 @@ pub struct Tally {
 }
 
 /// Runs `tests`, printing a line for each; stops at no failure.
-pub fn run(lab: &Lab, tests: &[&'static Test], bless: bool) -> Result<Tally> {
-    let scale = Scale::from_env()?;
+pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool) -> Result<Tally> {
     let files = crate::sh::workspace_root().join("xtask");
     let mut tally = Tally::default();
     let mut shared: Option<(&str, Guest)> = None;

@@ -61,9 +61,11 @@ fn fileio(run: &mut Run<'_>) -> Result<()> {
         r#"{LOOPBACK}
         modprobe -a target_core_mod target_core_file tcm_loop
         mkdir -p $T/core/fileio_7/ref
-        echo fd_dev_name=/scratch/ref.raw,fd_dev_size=268435456 > $T/core/fileio_7/ref/control
+        echo fd_dev_name=/scratch/ref.raw,fd_dev_size=268435456,fd_buffered_io=1 > $T/core/fileio_7/ref/control
         echo 1 > $T/core/fileio_7/ref/enable
         echo 1 > $T/core/fileio_7/ref/attrib/emulate_tpu
+        # Without a serial number the kernel reports no VPD pages, and the initiator finds no UNMAP.
+        echo reference > $T/core/fileio_7/ref/wwn/vpd_unit_serial
         export_loopback fileio_7/ref naa.5001405000000001"#
     ))?;
     ensure!(geometry(run.guest, &device)? == (256 << 20, 512));
@@ -136,7 +138,7 @@ fn notices_trouble(run: &mut Run<'_>) -> Result<()> {
 
     // A frozen file system keeps its writer in uninterruptible sleep for as long as one likes.
     guest.sh(
-        "truncate -s 64M /scratch/frozen && mkfs.ext4 -q /scratch/frozen && mkdir -p /mnt && mount -o loop /scratch/frozen /mnt
+        "modprobe loop; truncate -s 64M /scratch/frozen && mkfs.ext4 -q /scratch/frozen && mkdir -p /mnt && mount -o loop /scratch/frozen /mnt
          fsfreeze --freeze /mnt
          (setsid touch /mnt/file > /dev/null 2>&1 < /dev/null &)
          sleep 0.5",
