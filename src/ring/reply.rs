@@ -3,7 +3,10 @@
 //! One that is dropped unanswered is a bug: it panics in debug builds, and in release the command ends with CHECK CONDITION,
 //! ABORTED COMMAND, so that no initiator waits for ever.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+};
 
 use tcmu_sys::TCMU_SENSE_BUFFERSIZE;
 
@@ -49,7 +52,15 @@ pub(super) struct Done {
     pub(super) completion: Completion,
 }
 
-pub(super) type Queue = Rc<RefCell<Vec<Done>>>;
+/// Answers on their way to the ring.
+#[derive(Default)]
+pub(super) struct Answers {
+    pub(super) done: RefCell<Vec<Done>>,
+    /// The device is faulted: its ring is not written any more, and nobody owes it an answer.
+    pub(super) closed: Cell<bool>,
+}
+
+pub(super) type Queue = Rc<Answers>;
 
 /// Has to be given for every command.
 pub struct Reply {
@@ -72,21 +83,18 @@ impl Reply {
         self.put(completion);
     }
 
-    /// Gives up the duty, for a device that is faulted: its ring is not written any more.
-    pub fn forsake(mut self) {
-        self.queue = None;
-    }
-
     fn put(&mut self, completion: Completion) {
-        if let Some(queue) = self.queue.take() {
-            queue.borrow_mut().push(Done { id: self.id, completion });
+        if let Some(queue) = self.queue.take()
+            && !queue.closed.get()
+        {
+            queue.done.borrow_mut().push(Done { id: self.id, completion });
         }
     }
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        if self.queue.is_none() {
+        if self.queue.as_ref().is_none_or(|q| q.closed.get()) {
             return;
         }
         // Fixed sense: ABORTED COMMAND, no additional sense (SPC-5 4.5.3).

@@ -197,14 +197,20 @@ impl Ring {
         }
     }
 
+    /// Faults the device: nothing is read or written any more, and no reply is owed.
+    pub fn close(&mut self) {
+        self.done.closed.set(true);
+        self.done.done.borrow_mut().clear();
+    }
+
     /// Commands read and not yet answered.
     pub fn unanswered(&self) -> usize {
-        self.owed - self.done.borrow().len()
+        self.owed - self.done.done.borrow().len()
     }
 
     /// Whether answers wait to be published.
     pub fn has_answers(&self) -> bool {
-        !self.done.borrow().is_empty() || self.tail != self.published
+        !self.done.done.borrow().is_empty() || self.tail != self.published
     }
 
     /// Puts the answers given since the last call into the ring, moves the tail once and kicks the kernel once. Tells how
@@ -213,13 +219,16 @@ impl Ring {
     /// # Errors
     /// If the kernel does not take the kick.
     pub fn publish(&mut self) -> Result<usize, RingError> {
-        let mut done = std::mem::take(&mut *self.done.borrow_mut());
+        if self.done.closed.get() {
+            return Ok(0);
+        }
+        let mut done = std::mem::take(&mut *self.done.done.borrow_mut());
         let answered = done.len();
         for Done { id, completion } in done.drain(..) {
             self.put(id, &completion);
         }
         // The list keeps its memory for the next batch.
-        let mut slot = self.done.borrow_mut();
+        let mut slot = self.done.done.borrow_mut();
         if slot.is_empty() {
             *slot = done;
         }

@@ -6,6 +6,7 @@
 pub mod exec;
 pub mod io;
 pub mod mem;
+pub mod ofd;
 pub mod signals;
 pub mod socket;
 
