@@ -1,5 +1,6 @@
 //! One LUN: its thread, its event loop, the stack it is built from.
 
+pub mod config;
 mod event_loop;
 mod inbox;
 #[cfg(test)]
