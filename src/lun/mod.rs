@@ -1,1 +1,14 @@
 //! One LUN: its thread, its event loop, the stack it is built from.
+
+mod event_loop;
+mod inbox;
+#[cfg(test)]
+mod loop_tests;
+mod spin;
+
+/// placeholder
+#[derive(Debug)]
+pub struct Stats;
+/// placeholder
+#[derive(Debug)]
+pub struct LunError;
