@@ -12,6 +12,7 @@ pub mod peer;
 pub mod pi;
 pub mod ring;
 pub mod scsi;
+pub mod storage;
 pub mod sync;
 pub mod sys;
 pub mod units;

@@ -6,6 +6,9 @@
 pub mod exec;
 pub mod io;
 pub mod mem;
+pub mod ofd;
+pub mod signals;
+pub mod socket;
 
 use std::{cell::RefCell, rc::Rc};
 
