@@ -7,6 +7,7 @@ pub mod create;
 pub mod error;
 pub mod lock;
 pub mod open;
+pub mod qcow2;
 pub mod raw;
 
 use std::{
@@ -76,6 +77,8 @@ pub struct Stamp {
 pub enum Driver {
     /// A raw file or block device.
     Raw(raw::Raw),
+    /// A qcow2 image, over its backing files.
+    Qcow2(Box<qcow2::Qcow2>),
 }
 
 /// An open image: the driver, the files under it and the locks on them.
@@ -96,6 +99,7 @@ impl Image {
     pub fn format(&self) -> Format {
         match self.driver {
             Driver::Raw(_) => Format::Raw,
+            Driver::Qcow2(_) => Format::Qcow2,
         }
     }
 
@@ -130,6 +134,7 @@ macro_rules! driver {
     ($self:ident, $v:ident => $call:expr) => {
         match &$self.driver {
             Driver::Raw($v) => $call,
+            Driver::Qcow2($v) => $call,
         }
     };
 }

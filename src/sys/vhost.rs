@@ -206,8 +206,12 @@ impl VhostScsi {
     /// # Errors
     /// EEXIST if somebody else is connected, ENODEV if there is no such target with a nexus.
     pub fn set_endpoint(&mut self, wwpn: &str) -> io::Result<()> {
-        let mut target =
-            Box::new(ScsiTarget { abi_version: VHOST_SCSI_ABI_VERSION, wwpn: [0; 224], tpgt: 0, reserved: 0 });
+        let mut target = Box::new(ScsiTarget {
+            abi_version: VHOST_SCSI_ABI_VERSION,
+            wwpn: [0; 224],
+            tpgt: 0,
+            reserved: 0,
+        });
         let name = wwpn.as_bytes();
         if name.len() >= target.wwpn.len() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
