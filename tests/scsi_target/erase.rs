@@ -156,6 +156,7 @@ fn a_sanitize_waits_for_the_writes_before_it() {
     b.volume().yields.set(6);
     let write = b.spawn(&cdb(0x2a, 0, 9, 64), &Buffer::from_slice(&b.pattern(2, 64)).sg());
     b.exec.run_ready();
+    b.volume().yields.set(0);
     let erase = b.spawn(&sanitize(BLOCK_ERASE, 0, 0), &Sg::new());
     b.settle();
     assert_eq!((write.take().unwrap().sense, erase.take().unwrap().sense), (GOOD, GOOD));

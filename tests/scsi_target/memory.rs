@@ -45,6 +45,8 @@ pub struct Memory {
     faults: RefCell<Vec<Fault>>,
     /// How often each operation lets the other tasks run.
     pub yields: Cell<usize>,
+    /// If not 0: seeds how often instead, up to `yields`.
+    pub jitter: Cell<u64>,
 }
 
 impl Memory {
@@ -62,6 +64,7 @@ impl Memory {
             seen: RefCell::default(),
             faults: RefCell::default(),
             yields: Cell::new(0),
+            jitter: Cell::new(0),
         }
     }
 
@@ -83,9 +86,7 @@ impl Memory {
         let alignment = u64::from(self.limits.borrow().alignment);
         assert!(at % alignment == 0 && len % alignment == 0, "not aligned: {seen:?}");
         assert!(at + len <= self.limits.borrow().capacity, "outside: {seen:?}");
-        for _ in 0..self.yields.get() {
-            yield_now().await;
-        }
+        self.give_way().await;
         for fault in self.faults.borrow().iter() {
             if fault.op == op && (len == 0 || (at..at + len).contains(&fault.byte)) {
                 let error = IoError::new(fault.kind, op);
@@ -93,6 +94,18 @@ impl Memory {
             }
         }
         Ok(())
+    }
+
+    async fn give_way(&self) {
+        let mut n = self.yields.get();
+        if self.jitter.get() != 0 {
+            let seed = self.jitter.get().wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            self.jitter.set(seed);
+            n = (seed >> 33) as usize % (n + 1);
+        }
+        for _ in 0..n {
+            yield_now().await;
+        }
     }
 
     fn granules(&self, at: u64, len: u64, mapped: bool) {
@@ -126,9 +139,7 @@ impl Volume for Memory {
         // In two halves, so that whoever looks in between sees a torn write.
         let half = from.len() / 2;
         from.copy_out(0, &mut self.bytes.borrow_mut()[at.0 as usize..][..half]);
-        if self.yields.get() > 0 {
-            yield_now().await;
-        }
+        self.give_way().await;
         from.copy_out(half, &mut self.bytes.borrow_mut()[at.0 as usize + half..][..from.len() - half]);
         self.granules(at.0, len, true);
         Ok(())
