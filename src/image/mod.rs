@@ -7,6 +7,7 @@ pub mod create;
 pub mod error;
 pub mod lock;
 pub mod open;
+pub mod qcow2;
 pub mod raw;
 
 use std::{
