@@ -31,6 +31,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     image::open::OpenError,
+    pi::{self, PiOpenError},
     ring::{Device, Ring, RingError},
     sys::{
         exec::Executor,
@@ -44,7 +45,6 @@ use event_loop::{EventLoop, run_to_end};
 use inbox::{Inbox, Message, Outbox};
 use service::Lun;
 use stack::Stack;
-pub use stack::default_sidecar;
 
 /// How long a message may wait for its answer. A resize writes metadata; nothing that is asked takes longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -76,6 +76,9 @@ pub enum LunError {
     /// The image.
     #[error(transparent)]
     Image(#[from] OpenError),
+    /// The sidecar.
+    #[error(transparent)]
+    Protection(#[from] PiOpenError),
     /// The image lost its end since the LUN was created.
     #[error("{} has {capacity} bytes, and the LUN was created with {expected}", image.display())]
     Shrunk {
@@ -116,6 +119,7 @@ impl LunError {
     pub fn next_step(&self) -> Option<String> {
         match self {
             LunError::Image(e) => e.next_step(),
+            LunError::Protection(e) => e.next_step(),
             LunError::Shrunk { .. } => Some(
                 "bring the whole image back, or delete the LUN and create it with the image as it is".into(),
             ),
@@ -177,6 +181,8 @@ pub struct Stats {
     /// What commands have come to.
     #[serde(flatten)]
     pub counted: PublicStats,
+    /// Protection, where there is any.
+    pub pi: Option<pi::Counters>,
 }
 
 /// A running LUN, seen from outside its thread.

@@ -54,6 +54,7 @@ impl Lun {
             capacity_bytes: self.stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
+            pi: self.stack.pi_counters(),
         }
     }
 

@@ -1,8 +1,6 @@
 //! What a LUN stands on: an image, or an image with protection over it. One enum, so that the data path is one `match` and
 //! no virtual call.
 
-use std::path::PathBuf;
-
 use tracing::info;
 
 use super::{LunError, LunParams};
@@ -11,15 +9,18 @@ use crate::{
         Image,
         open::{OpenOptions, open},
     },
+    pi::{Counters, Protected, Protection, protected::sidecar_path, store::Stamp},
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
-    volume::{Extent, Limits, Result, Volume, WriteFlags},
+    volume::{Extent, IoError, IoOp, Limits, Result, Volume, WriteFlags},
 };
 
 /// The layers of a LUN below SCSI.
 pub(super) enum Stack {
     /// The image alone.
     Plain(Image),
+    /// The image, with a tuple for every block in its sidecar.
+    Protected(Box<Protected<Image>>),
 }
 
 impl Stack {
@@ -41,31 +42,41 @@ impl Stack {
             // A resize that was cut short after the image had grown. Initiators are told what there is.
             info!(capacity, kernel = params.capacity, "the image is larger than the kernel knows");
         }
-        if config.pi.is_some() {
-            return Err(LunError::Gone("protection is not wired in yet".into()));
-        }
-        Ok(Stack::Plain(image))
+        let Some(kind) = config.pi else { return Ok(Stack::Plain(image)) };
+        let stamp = image.stamp().map_err(|e| IoError::from_io(IoOp::Open, e).path(&config.image))?;
+        let protection = Protection {
+            image: config.image.clone(),
+            sidecar: sidecar_path(&config.image, config.sidecar.as_deref()),
+            kind,
+            block_size: params.block_size,
+            read_only: config.read_only,
+            found: Stamp { size: stamp.size, mtime: stamp.mtime },
+        };
+        Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?)))
     }
 
     /// The image at the bottom.
     pub(super) fn image(&self) -> &Image {
         match self {
             Stack::Plain(image) => image,
+            Stack::Protected(protected) => protected.volume(),
         }
     }
-}
 
-/// The sidecar's place where none is given: beside the image.
-pub fn default_sidecar(image: &std::path::Path) -> PathBuf {
-    let mut name = image.as_os_str().to_owned();
-    name.push(".pi");
-    name.into()
+    /// What the protection has counted, if there is any.
+    pub(super) fn pi_counters(&self) -> Option<Counters> {
+        match self {
+            Stack::Plain(_) => None,
+            Stack::Protected(protected) => Some(protected.counters()),
+        }
+    }
 }
 
 macro_rules! layers {
     ($self:ident, $v:ident => $call:expr) => {
         match $self {
             Stack::Plain($v) => $call,
+            Stack::Protected($v) => $call,
         }
     };
 }
