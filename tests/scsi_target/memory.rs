@@ -277,6 +277,13 @@ impl Bench {
         out
     }
 
+    /// Lets every task go so many steps.
+    pub fn turns(&self, n: usize) {
+        for _ in 0..n {
+            self.exec.run_ready();
+        }
+    }
+
     pub fn settle(&self) {
         while self.exec.run_ready() {}
     }

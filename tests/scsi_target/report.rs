@@ -184,3 +184,25 @@ fn log_pages_and_defect_lists_have_their_shape() {
     assert_eq!(b.get(&[0x37, 0, 0x1d, 0, 0, 0, 0, 0, 64, 0], 64).data, [0, 0x1d, 0, 0]);
     assert_eq!(b.get(&[0xb7, 0x0c, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0], 64).data, [0, 0x0c, 0, 0, 0, 0, 0, 0]);
 }
+
+#[test]
+fn block_limits_fit_each_other_for_every_preferred_size() {
+    for preferred in [0, 1, 512, 4096, 65536, 3 << 16, 2 << 20, 1 << 30, u32::MAX] {
+        for size in [BlockSize::B512, BlockSize::B4096] {
+            let b = Bench::with(size, |_| {}, |l| l.preferred_io = preferred);
+            let d = b.get(&[0x12, 1, 0xb0, 0, 64, 0], 64).data;
+            let word = |at: usize| u32::from_be_bytes(d[at..at + 4].try_into().unwrap());
+            let (granule, max, best) = (u32::from(u16::from_be_bytes([d[6], d[7]])), word(8), word(12));
+            assert!(granule > 0 && granule * size.bytes() as u32 % 4096 == 0, "{preferred}: {granule}");
+            assert!(best % granule == 0 && best <= max, "{preferred}: {granule} {best} {max}");
+        }
+    }
+}
+
+#[test]
+fn the_future_of_a_command_is_small() {
+    // Every command in flight has one on the heap; a buffer that slips into it would cost each of them.
+    let b = Bench::new(BlockSize::B512);
+    let size = std::mem::size_of_val(&b.target.execute(tcmu_dif::scsi::Command::default()));
+    assert!(size < 2048, "{size} bytes");
+}

@@ -409,14 +409,16 @@ fn padded<const N: usize>(text: &str) -> [u8; N] {
 }
 
 fn geometry(block_size: BlockSize, limits: &Limits) -> Geometry {
-    let blocks_of = |bytes: u32| (u64::from(bytes) >> block_size.shift()) as u32;
-    let physical = (4096 >> block_size.shift()) as u32;
+    let blocks_of = |bytes: u32| bytes >> block_size.shift();
+    let physical = 4096 >> block_size.shift();
+    // A granule larger than a few MiB says nothing about the cost of an I/O, and would not divide the longest transfer.
+    let most = (4 << 20) >> block_size.shift();
     Geometry {
         block_size,
         blocks: block_size.blocks_in(limits.capacity).0,
         thin: limits.discard_granularity > 0,
         unmap_granularity: blocks_of(limits.discard_granularity).max(1),
-        transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, 0x8000) as u16,
+        transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, most) as u16,
         read_only: limits.read_only,
     }
 }
