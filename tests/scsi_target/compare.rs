@@ -157,11 +157,11 @@ fn a_write_never_lands_inside_a_compare_and_write() {
         let write = cdb([0x2a, 0x0a, 0x8a][round % 3], 0, 8, 4);
         let (of_caw, of_write) = if round % 2 == 0 {
             let of_caw = b.spawn(&caw(8, 4, 0), &compare);
-            (0..round % 5).for_each(|_| drop(b.exec.run_ready()));
+            b.turns(round % 5);
             (of_caw, b.spawn(&write, &plain))
         } else {
             let of_write = b.spawn(&write, &plain);
-            (0..round % 5).for_each(|_| drop(b.exec.run_ready()));
+            b.turns(round % 5);
             (b.spawn(&caw(8, 4, 0), &compare), of_write)
         };
         b.settle();

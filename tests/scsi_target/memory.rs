@@ -84,7 +84,7 @@ impl Memory {
     async fn enter(&self, seen: Seen, op: IoOp, at: u64, len: u64) -> Result<()> {
         self.seen.borrow_mut().push(seen);
         let alignment = u64::from(self.limits.borrow().alignment);
-        assert!(at % alignment == 0 && len % alignment == 0, "not aligned: {seen:?}");
+        assert!(at.is_multiple_of(alignment) && len.is_multiple_of(alignment), "not aligned: {seen:?}");
         assert!(at + len <= self.limits.borrow().capacity, "outside: {seen:?}");
         self.give_way().await;
         for fault in self.faults.borrow().iter() {
@@ -277,6 +277,13 @@ impl Bench {
         out
     }
 
+    /// Lets every task go so many steps.
+    pub fn turns(&self, n: usize) {
+        for _ in 0..n {
+            self.exec.run_ready();
+        }
+    }
+
     pub fn settle(&self) {
         while self.exec.run_ready() {}
     }
@@ -343,6 +350,11 @@ pub fn cdb(opcode: u8, flags: u8, lba: u64, blocks: u64) -> Vec<u8> {
         }
     }
     c
+}
+
+/// A big-endian number of up to 8 bytes.
+pub fn be(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |n, b| n << 8 | u64::from(*b))
 }
 
 /// How much a test does: TCMU_DIF_SCALE = quick, default, full.

@@ -38,12 +38,12 @@ fn status(b: &Bench, lba: u64, room: usize) -> Vec<(u64, u32, u8)> {
     c.extend([0, 0]);
     let a = b.get(&c, room);
     assert_eq!(a.sense, GOOD);
-    assert_eq!(u32::from_be_bytes(a.data[..4].try_into().unwrap()) as usize, a.data.len() - 4);
+    assert_eq!(be(&a.data[..4]) as usize, a.data.len() - 4);
     a.data[8..]
         .chunks(16)
         .map(|d| {
-            let blocks = u32::from_be_bytes(d[8..12].try_into().unwrap());
-            (u64::from_be_bytes(d[..8].try_into().unwrap()), blocks, d[12])
+            let blocks = be(&d[8..12]) as u32;
+            (be(&d[..8]), blocks, d[12])
         })
         .collect()
 }

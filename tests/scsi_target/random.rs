@@ -83,7 +83,8 @@ proptest! {
             let a = answer.take().ok_or_else(|| TestCaseError::fail(format!("no answer to {cdb:x?}")))?;
             prop_assert!(a.data.len() <= len);
             prop_assert_eq!(a.status == 2, a.response.sense.is_some());
-            prop_assert!(a.status == 0 || a.data.is_empty());
+            prop_assert!(a.response.gives_data || a.data.is_empty());
+            prop_assert!(a.status == 0 || !a.response.gives_data);
             let sense = a.response.sense_bytes();
             prop_assert!(sense.len() <= 96 && (a.status != 2 || [0x70, 0xf0, 0x72].contains(&sense[0])));
         }

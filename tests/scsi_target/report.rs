@@ -184,3 +184,37 @@ fn log_pages_and_defect_lists_have_their_shape() {
     assert_eq!(b.get(&[0x37, 0, 0x1d, 0, 0, 0, 0, 0, 64, 0], 64).data, [0, 0x1d, 0, 0]);
     assert_eq!(b.get(&[0xb7, 0x0c, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0], 64).data, [0, 0x0c, 0, 0, 0, 0, 0, 0]);
 }
+
+#[test]
+fn a_read_that_gives_nothing_is_still_a_read() {
+    // Whoever carries the answer has to know that the buffer behind it holds nothing for the initiator.
+    let b = Bench::new(BlockSize::B512);
+    for c in [cdb(0x28, 0, 0, 0), vec![0x12, 0, 0, 0, 0, 0], vec![0x1a, 0, 0x3f, 0, 0, 0]] {
+        let a = b.get(&c, 512);
+        assert_eq!((a.sense, a.response.data_in, a.response.gives_data), (GOOD, 0, true), "{c:x?}");
+    }
+    assert!(!b.send(&cdb(0x2a, 0, 0, 1), &[0; 512]).response.gives_data);
+    assert!(!b.get(&cdb(0x28, 0, 1024, 1), 512).response.gives_data);
+}
+
+#[test]
+fn block_limits_fit_each_other_for_every_preferred_size() {
+    for preferred in [0, 1, 512, 4096, 65536, 3 << 16, 2 << 20, 1 << 30, u32::MAX] {
+        for size in [BlockSize::B512, BlockSize::B4096] {
+            let b = Bench::with(size, |_| {}, |l| l.preferred_io = preferred);
+            let d = b.get(&[0x12, 1, 0xb0, 0, 64, 0], 64).data;
+            let word = |at: usize| be(&d[at..at + 4]);
+            let (granule, max, best) = (be(&d[6..8]), word(8), word(12));
+            assert!(granule > 0 && (granule * size.bytes()).is_multiple_of(4096), "{preferred}: {granule}");
+            assert!(best.is_multiple_of(granule) && best <= max, "{preferred}: {granule} {best} {max}");
+        }
+    }
+}
+
+#[test]
+fn the_future_of_a_command_is_small() {
+    // Every command in flight has one on the heap; a buffer that slips into it would cost each of them.
+    let b = Bench::new(BlockSize::B512);
+    let size = std::mem::size_of_val(&b.target.execute(tcmu_dif::scsi::Command::default()));
+    assert!(size < 2048, "{size} bytes");
+}

@@ -147,7 +147,7 @@ fn data_out_that_is_too_short_is_refused_before_any_io_and_data_in_gets_what_fit
 fn the_limit_that_page_b0_names_is_the_one_that_holds() {
     let b = Bench::with(BlockSize::B512, |_| {}, |l| l.capacity = 64 << 20);
     let page = b.get(&[0x12, 1, 0xb0, 0, 64, 0], 64).data;
-    let max = u64::from(u32::from_be_bytes(page[8..12].try_into().unwrap()));
+    let max = be(&page[8..12]);
     assert_eq!(max, 32768);
     let room = Buffer::zeroed((max as usize + 1) * 512).sg();
     for opcode in [0x88, 0xa8] {
@@ -233,7 +233,7 @@ fn a_failed_block_is_named_in_both_sense_formats_and_its_neighbours_read() {
     for opcode in READS {
         let a = b.get(&cdb(opcode, 0, 70, 16), 8192);
         assert_eq!((a.status, a.sense, a.information), (2, (0xb, 0x10, 1), Some(77)));
-        assert_eq!(a.data, []);
+        assert!(a.data.is_empty());
         assert_eq!(a.response.sense_bytes()[..14], [0xf0, 0, 0xb, 0, 0, 0, 77, 10, 0, 0, 0, 0, 0x10, 1]);
         assert_eq!(b.get(&cdb(opcode, 0, 70, 7), 8192).sense, GOOD);
         assert_eq!(b.get(&cdb(opcode, 0, 78, 7), 8192).sense, GOOD);
