@@ -11,6 +11,8 @@ pub mod guard;
 pub mod protected;
 mod recompute;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod tuple;
 
 pub use error::{PiOpenError, PiOpenErrorKind};

@@ -486,3 +486,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
 pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
     named.map_or_else(|| super::store::default_path(image), Path::to_owned)
 }
+
+#[cfg(test)]
+mod cuts;
+#[cfg(test)]
+mod tests;

@@ -168,7 +168,9 @@ impl Header {
         let bytes = self.capacity.to_bytes(self.block_size);
         let map_end = self.map_offset.checked_add(self.map_len);
         (12..=48).contains(&self.region_shift)
-            && bytes.is_some_and(|n| n < LIMIT && n.div_ceil(1 << self.region_shift) <= self.map_len * 8)
+            && bytes.is_some_and(|n| {
+                n < LIMIT && n.div_ceil(1 << self.region_shift) <= self.map_len.saturating_mul(8)
+            })
             && self.map_offset.is_multiple_of(4096)
             && self.map_offset > COPIES[1]
             && self.map_len.is_multiple_of(4096)
