@@ -26,7 +26,9 @@ const PATH: &str = "/simulated.qcow2";
 
 /// A kind of image to work on.
 struct Kind {
-    name: &'static str,
+    name: String,
+    /// Bytes of the disk.
+    size: u64,
     image: Vec<u8>,
     /// A backing file as qcow2 bytes.
     under: Option<Vec<u8>>,
@@ -55,35 +57,43 @@ fn by_qemu(options: &str, size: u64, snapshot: bool) -> Vec<u8> {
 
 const SIZE: u64 = (300 << 10) + 512;
 
-fn kinds() -> Vec<Kind> {
-    let ours = |cluster_size, refcount_bits, version, backed: bool| {
+fn kinds() -> Vec<Rc<Kind>> {
+    let ours = |size, cluster_size, refcount_bits, version, backed: bool| {
         let options = CreateOptions {
             cluster_size,
             refcount_bits,
             version,
             backing_file: backed.then(|| "under".to_owned()),
             backing_format: backed.then(|| "qcow2".to_owned()),
-            ..CreateOptions::new(SIZE)
+            ..CreateOptions::new(size)
         };
         sim::run(made(options))
     };
     let under = by_qemu("cluster_size=4k", SIZE - (50 << 10), false);
-    vec![
-        Kind { name: "64k", image: ours(65536, 16, 3, false), under: None },
-        Kind { name: "4k", image: ours(4096, 16, 3, false), under: None },
-        Kind { name: "512, 64-bit refcounts", image: ours(512, 64, 3, false), under: None },
-        Kind { name: "1k, 1-bit refcounts", image: ours(1024, 1, 3, false), under: None },
-        Kind { name: "version 2, 4k", image: ours(4096, 16, 2, false), under: None },
-        Kind { name: "4k, backed", image: ours(4096, 16, 3, true), under: Some(under.clone()) },
-        Kind { name: "version 2, 1k, backed", image: ours(1024, 16, 2, true), under: Some(under) },
-        Kind { name: "4k, snapshot", image: by_qemu("cluster_size=4k", SIZE, true), under: None },
-        Kind {
-            name: "512, snapshot",
-            image: by_qemu("cluster_size=512,refcount_bits=8", SIZE, true),
-            under: None,
-        },
-        Kind { name: "16k, compressed", image: by_qemu("cluster_size=16k", SIZE, false), under: None },
+    // Free clusters that hold what somebody left there.
+    let mut littered = ours(SIZE, 4096, 16, 3, false);
+    littered.extend([0xee; 150 << 10]);
+    let snapshot = by_qemu("cluster_size=4k", SIZE, true);
+    let snapshot_512 = by_qemu("cluster_size=512,refcount_bits=8", SIZE, true);
+    let compressed = by_qemu("cluster_size=16k", SIZE, false);
+    // Grows beyond what one cluster of refcount table counts (2 MiB).
+    let large = 2200 << 10;
+    [
+        ("64k", SIZE, ours(SIZE, 65536, 16, 3, false), None),
+        ("4k", SIZE, ours(SIZE, 4096, 16, 3, false), None),
+        ("4k, littered", SIZE, littered, None),
+        ("512, 64-bit refcounts", SIZE, ours(SIZE, 512, 64, 3, false), None),
+        ("512, 64-bit refcounts, large", large, ours(large, 512, 64, 3, false), None),
+        ("1k, 1-bit refcounts", SIZE, ours(SIZE, 1024, 1, 3, false), None),
+        ("version 2, 4k", SIZE, ours(SIZE, 4096, 16, 2, false), None),
+        ("4k, backed", SIZE, ours(SIZE, 4096, 16, 3, true), Some(under.clone())),
+        ("version 2, 1k, backed", SIZE, ours(SIZE, 1024, 16, 2, true), Some(under)),
+        ("4k, snapshot", SIZE, snapshot, None),
+        ("512, snapshot", SIZE, snapshot_512, None),
+        ("16k, compressed", SIZE, compressed, None),
     ]
+    .map(|(name, size, image, under)| Rc::new(Kind { name: name.to_owned(), size, image, under }))
+    .into()
 }
 
 async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
@@ -112,25 +122,25 @@ struct Count {
     by_qemu: Cell<u64>,
 }
 
-async fn session(kind: Rc<(String, Vec<u8>, Option<Vec<u8>>)>, seed: u64, count: Rc<Count>) {
-    let (name, bytes, under) = &*kind;
+async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
+    let Kind { name, size, image: bytes, under } = &*kind;
     let disk = SimDisk::new(bytes, seed, 6);
     let image = open(&disk, under.as_deref()).await.unwrap();
     let model = Model::new(read_disk(&image).await.unwrap());
     let work = Work {
         volume: &image,
         model: &model,
-        blocks: SIZE / BLOCK,
-        longest: 60,
+        blocks: size / BLOCK,
+        longest: size / BLOCK / 10,
         rng: RefCell::new(Rng::new(seed)),
-        left: Cell::new(120),
+        left: Cell::new(300),
         may_fail: false,
     };
     let mut rng = Rng::new(seed + 77);
     let busy = Cell::new(true);
     let cutter = async {
         while busy.get() {
-            for _ in 0..rng.below(25) {
+            for _ in 0..rng.below(80) {
                 yield_now().await;
             }
             for how in [Cut::Process, Cut::Oldest, Cut::Any, Cut::Any, Cut::Prefix] {
@@ -168,7 +178,6 @@ async fn session(kind: Rc<(String, Vec<u8>, Option<Vec<u8>>)>, seed: u64, count:
 fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
     let count = Rc::new(Count { cuts: Cell::new(0), by_qemu: Cell::new(0) });
     for kind in kinds() {
-        let kind = Rc::new((kind.name.to_owned(), kind.image, kind.under));
         for seed in 0..3 * scale() {
             sim::run(session(kind.clone(), seed, count.clone()));
         }
@@ -177,8 +186,8 @@ fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
     assert!(count.cuts.get() > 1000 && count.by_qemu.get() > 0);
 }
 
-async fn session_with_failure(kind: Rc<(String, Vec<u8>, Option<Vec<u8>>)>, step: u64) -> bool {
-    let (name, bytes, under) = &*kind;
+async fn session_with_failure(kind: Rc<Kind>, step: u64) -> bool {
+    let Kind { name, size, image: bytes, under } = &*kind;
     let disk = SimDisk::new(bytes, step, 3);
     let image = open(&disk, under.as_deref()).await.unwrap();
     let model = Model::new(read_disk(&image).await.unwrap());
@@ -186,8 +195,8 @@ async fn session_with_failure(kind: Rc<(String, Vec<u8>, Option<Vec<u8>>)>, step
     let work = Work {
         volume: &image,
         model: &model,
-        blocks: SIZE / BLOCK,
-        longest: 60,
+        blocks: size / BLOCK,
+        longest: size / BLOCK / 10,
         rng: RefCell::new(Rng::new(step % 5)),
         left: Cell::new(40),
         may_fail: true,
@@ -209,13 +218,12 @@ async fn session_with_failure(kind: Rc<(String, Vec<u8>, Option<Vec<u8>>)>, step
 #[test]
 fn every_step_may_fail_and_the_image_stays_sound() {
     for kind in kinds() {
-        let kind = Rc::new((kind.name.to_owned(), kind.image, kind.under));
         // Further and further on, until the work is over before the failure comes.
         let mut step = 0;
         while sim::run(session_with_failure(kind.clone(), step)) {
             step += 1 + 4 / scale();
         }
-        assert!(step > 20, "{}: only {step} steps", kind.0);
+        assert!(step > 20, "{}: only {step} steps", kind.name);
     }
 }
 

@@ -85,7 +85,9 @@ impl SimDisk {
     async fn take_turns(&self) {
         self.steps.set(self.steps.get() + 1);
         if self.slow > 0 {
-            let turns = self.rng.borrow_mut().below(self.slow);
+            // Now and then one is overtaken by many others.
+            let most = if self.rng.borrow_mut().one_in(12) { self.slow * 40 } else { self.slow };
+            let turns = self.rng.borrow_mut().below(most);
             for _ in 0..turns {
                 yield_now().await;
             }
