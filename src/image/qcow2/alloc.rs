@@ -15,8 +15,9 @@ use crate::volume::{IoError, IoErrorKind, IoOp, Result};
 
 /// The first run reserved has so many bytes; each that follows twice as many.
 const FIRST_BYTES: u64 = 1 << 20;
-/// Until they have so many.
+/// Until they have so many, or this part of the disk.
 const MOST_BYTES: u64 = 64 << 20;
+const MOST_OF_DISK: u64 = 16;
 /// Pieces of free space that one reservation collects.
 const MOST_RUNS: usize = 64;
 /// Clusters' runs that may wait to be freed before somebody is made to sync.
@@ -146,7 +147,8 @@ impl<S: Storage> Qcow2<S> {
             return Ok(());
         }
         self.free_waiting(op).await?;
-        let step = (self.pool.borrow().step * 2).clamp(FIRST_BYTES, MOST_BYTES);
+        let most = (self.size.get() / MOST_OF_DISK).min(MOST_BYTES);
+        let step = (self.pool.borrow().step * 2).max(FIRST_BYTES).min(most);
         let want = (step >> self.geometry.cluster_bits).clamp(4, 16384);
         let runs = match self.reserve_runs(op, want).await {
             Err(e) if e.kind == IoErrorKind::NoSpace => self.reserve_little(op, e).await?,

@@ -45,7 +45,7 @@ use layout::Geometry;
 
 pub use create::{CreateError, CreateOptions, Preallocation, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
-pub use read::{Backing, ReadBacking};
+pub use read::{Backing, Boxed, ReadBacking};
 pub use snapshot::Snapshot;
 pub use storage::{FileStorage, Storage};
 
