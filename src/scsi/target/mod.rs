@@ -266,7 +266,12 @@ impl<V: Volume> Target<V> {
         let cdb = Cdb::new(&command.cdb, op.cdb_len())
             .ok_or(Sense::invalid_field(command.cdb.len().min(usize::from(u16::MAX)) as u16, 7))?;
         self.admit(op, cdb)?;
-        self.dispatch(op.kind, cdb, command).await
+        let data_in = self.dispatch(op.kind, cdb, command).await?;
+        if !op.kind.takes_data_out() && data_in < command.data.len() {
+            // The buffer lies in memory that earlier commands have used, and a transport may hand all of it on.
+            command.data.fill(data_in, command.data.len() - data_in, 0);
+        }
+        Ok(data_in)
     }
 
     /// The checks that the table asks for.

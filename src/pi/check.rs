@@ -1,0 +1,238 @@
+//! Making and checking tuples for the blocks in a scatter list. Blocks may span segments, cut anywhere.
+//!
+//! Called by the decorator ([`super::protected`]) on every read and write, and by the tools. Tuples are here in the form
+//! that travels: eight bytes a block, big-endian ([`super::tuple`]).
+
+use super::{
+    guard::Guard,
+    tuple::{PiType, TUPLE_LEN, Tuple, tuples},
+};
+use crate::{
+    sys::mem::Sg,
+    units::{BlockSize, Lba},
+    volume::{PiMismatch, PiTag},
+};
+
+/// What is needed to make or check tuples of a LUN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checker {
+    /// The kernel that computes guards.
+    pub guard: Guard,
+    /// The LUN's type of protection.
+    pub kind: PiType,
+    /// The LUN's block size.
+    pub block_size: BlockSize,
+}
+
+/// How a check without a mismatch went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Checked {
+    /// Blocks that match their tuple.
+    pub verified: u64,
+    /// Blocks whose tuple is the escape.
+    pub unprotected: u64,
+}
+
+impl Checker {
+    /// Calls `each` with the index and the guard of every whole block in `data`, in order.
+    pub fn guards(&self, data: &Sg, mut each: impl FnMut(usize, u16)) {
+        let size = self.block_size.bytes() as usize;
+        // The CRC and length of a block that the border of a segment has cut.
+        let (mut crc, mut have, mut index) = (0u16, 0usize, 0usize);
+        data.for_each(0, data.len(), |mut bytes| {
+            if have > 0 {
+                let n = bytes.len().min(size - have);
+                crc = self.guard.update(crc, &bytes[..n]);
+                have += n;
+                bytes = &bytes[n..];
+                if have < size {
+                    return;
+                }
+                each(index, crc);
+                index += 1;
+                have = 0;
+            }
+            let whole = bytes.len() / size;
+            self.guard.blocks(&bytes[..whole * size], size, |i, crc| each(index + i, crc));
+            index += whole;
+            let rest = &bytes[whole * size..];
+            if !rest.is_empty() {
+                crc = self.guard.update(0, rest);
+                have = rest.len();
+            }
+        });
+    }
+
+    /// The tuples of the blocks in `data`, the first of which is `first`.
+    pub fn generate(&self, data: &Sg, first: Lba) -> Vec<u8> {
+        let mut out = Vec::with_capacity(data.len() / self.block_size.bytes() as usize * TUPLE_LEN);
+        self.guards(data, |i, guard| {
+            let lba = Lba(first.0.wrapping_add(i as u64));
+            out.extend_from_slice(&Tuple::new(self.kind, guard, lba).to_bytes());
+        });
+        out
+    }
+
+    /// Checks the blocks in `data`, the first of which is `first`, against as many tuples.
+    ///
+    /// # Errors
+    /// The mismatch of the lowest LBA.
+    pub fn verify(&self, data: &Sg, first: Lba, tuples: &[u8]) -> Result<Checked, PiMismatch> {
+        let mut checked = Checked::default();
+        let mut wrong = None;
+        self.check(data, first, tuples, |_, _, result| match result {
+            Ok(true) => checked.verified += 1,
+            Ok(false) => checked.unprotected += 1,
+            Err(mismatch) => wrong = wrong.or(Some(mismatch)),
+        });
+        match wrong {
+            None => Ok(checked),
+            Some(mismatch) => Err(mismatch),
+        }
+    }
+
+    /// Checks every block; calls `each` with the index, the guard of the data, and whether the block matches (`false`: its
+    /// tuple is the escape) or what does not.
+    pub fn check(
+        &self,
+        data: &Sg,
+        first: Lba,
+        stored: &[u8],
+        mut each: impl FnMut(usize, u16, Result<bool, PiMismatch>),
+    ) {
+        debug_assert_eq!(stored.len() / TUPLE_LEN, data.len() / self.block_size.bytes() as usize);
+        let mut stored = tuples(stored);
+        self.guards(data, |i, guard| {
+            let lba = Lba(first.0.wrapping_add(i as u64));
+            let tuple = stored.next().unwrap_or(Tuple::ESCAPE);
+            each(i, guard, self.check_one(lba, guard, tuple));
+        });
+    }
+
+    /// Checks one block by its guard: guard first, then application tag, then reference tag, as SBC-4 4.21.4 has it.
+    fn check_one(&self, lba: Lba, guard: u16, found: Tuple) -> Result<bool, PiMismatch> {
+        if found.is_escape(self.kind) {
+            return Ok(false);
+        }
+        let want = Tuple::new(self.kind, guard, lba);
+        let wrong = |tag, expected: u32, found: u32| Err(PiMismatch { lba, tag, expected, found });
+        if found.guard != want.guard {
+            // Expected is what the tuple says, found is what the data give: the block is the suspect.
+            return wrong(PiTag::Guard, u32::from(found.guard), u32::from(want.guard));
+        }
+        if found.app != want.app {
+            return wrong(PiTag::Application, u32::from(want.app), u32::from(found.app));
+        }
+        // The reference tag of type 3 is ours too (zero), and a damaged one says that the tuple is damaged.
+        if found.reference != want.reference {
+            return wrong(PiTag::Reference, want.reference, found.reference);
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{storage::sim::Rng, sys::mem::Buffer};
+
+    fn checker(guard: Guard, kind: PiType, block_size: BlockSize) -> Checker {
+        Checker { guard, kind, block_size }
+    }
+
+    /// The same bytes in segments cut at random places.
+    fn scatter(bytes: &[u8], rng: &mut Rng) -> Sg {
+        let mut sg = Sg::new();
+        let mut at = 0;
+        while at < bytes.len() {
+            let longest = if rng.one_in(2) { 100 } else { 6000 };
+            let n = (1 + rng.below(longest) as usize).min(bytes.len() - at);
+            // An odd offset into a buffer of its own, so that neither address nor length is aligned.
+            let buffer = Buffer::zeroed(n + 1);
+            let part = buffer.sg().slice(1, n);
+            part.copy_in(0, &bytes[at..at + n]);
+            sg.append(&part);
+            at += n;
+        }
+        sg
+    }
+
+    #[test]
+    fn tuples_do_not_depend_on_where_the_segments_are_cut() {
+        let oracle = crc::Crc::<u16>::new(&crc::CRC_16_T10_DIF);
+        let mut rng = Rng::new(1);
+        for round in 0..60 {
+            for guard in Guard::all() {
+                let size = if round % 2 == 0 { BlockSize::B512 } else { BlockSize::B4096 };
+                let blocks = 1 + rng.below(9) as usize;
+                let bytes = rng.bytes(size.bytes() as usize * blocks);
+                let first = Lba(rng.next() >> 1);
+                let c = checker(guard, PiType::Type1, size);
+                let data = scatter(&bytes, &mut rng);
+                let got = c.generate(&data, first);
+                let want: Vec<u8> = bytes
+                    .chunks(size.bytes() as usize)
+                    .enumerate()
+                    .flat_map(|(i, b)| {
+                        let reference = (first.0 + i as u64) as u32;
+                        Tuple { guard: oracle.checksum(b), app: 0, reference }.to_bytes()
+                    })
+                    .collect();
+                assert_eq!(got, want);
+                let n = bytes.len() as u64 / size.bytes();
+                assert_eq!(c.verify(&data, first, &got), Ok(Checked { verified: n, unprotected: 0 }));
+            }
+        }
+    }
+
+    #[test]
+    fn any_flipped_bit_is_found_at_its_block_and_an_escape_is_not_checked() {
+        let mut rng = Rng::new(2);
+        for kind in [PiType::Type1, PiType::Type3] {
+            let c = checker(Guard::best(), kind, BlockSize::B512);
+            let bytes = rng.bytes(8 * 512);
+            let good = c.generate(&Buffer::from_slice(&bytes).sg(), Lba(100));
+            for _ in 0..500 {
+                let (mut bytes, mut stored) = (bytes.clone(), good.clone());
+                let block = rng.below(8) as usize;
+                let in_data = rng.one_in(2);
+                let bit = if in_data {
+                    let bit = rng.below(4096) as usize;
+                    bytes[block * 512 + bit / 8] ^= 1 << (bit % 8);
+                    bit
+                } else {
+                    let bit = rng.below(64) as usize;
+                    stored[block * 8 + bit / 8] ^= 1 << (bit % 8);
+                    bit
+                };
+                let data = scatter(&bytes, &mut rng);
+                let wrong = c.verify(&data, Lba(100), &stored).unwrap_err();
+                assert_eq!(wrong.lba, Lba(100 + block as u64));
+                let tag = match (in_data, bit / 8) {
+                    (true, _) | (_, 0 | 1) => PiTag::Guard,
+                    (_, 2 | 3) => PiTag::Application,
+                    _ => PiTag::Reference,
+                };
+                assert_eq!(wrong.tag, tag);
+                assert_ne!(wrong.expected, wrong.found);
+                stored[block * 8..][..8].fill(0xff);
+                let ok = Ok(Checked { verified: 7, unprotected: 1 });
+                assert_eq!(c.verify(&data, Lba(100), &stored), ok);
+            }
+        }
+    }
+
+    #[test]
+    fn the_lowest_block_is_the_one_reported() {
+        let c = checker(Guard::best(), PiType::Type1, BlockSize::B512);
+        let data = Buffer::zeroed(4 * 512);
+        let tuples = c.generate(&data.sg(), Lba(0));
+        data.sg().copy_in(1024, &[1]);
+        data.sg().copy_in(1536, &[1]);
+        assert_eq!(c.verify(&data.sg(), Lba(0), &tuples).unwrap_err().lba, Lba(2));
+        // The same blocks somewhere else: a misdirected read.
+        let moved = c.verify(&Buffer::zeroed(4 * 512).sg(), Lba(8), &tuples).unwrap_err();
+        let want = PiMismatch { lba: Lba(8), tag: PiTag::Reference, expected: 8, found: 0 };
+        assert_eq!(moved, want);
+    }
+}
