@@ -113,6 +113,27 @@ pub enum VhostError {
     Io(#[source] io::Error),
 }
 
+impl VhostError {
+    /// What to do next, if there is something.
+    pub fn next_step(&self) -> Option<String> {
+        match self {
+            VhostError::Setup { source, .. } => match source.raw_os_error() {
+                Some(libc::ENOENT | libc::ENODEV) => Some("modprobe vhost_scsi".to_owned()),
+                Some(libc::EACCES | libc::EPERM) => Some("run it as root".to_owned()),
+                _ => None,
+            },
+            VhostError::Endpoint { wwpn, source } => match source.raw_os_error() {
+                Some(libc::EEXIST | libc::EBUSY) => {
+                    Some("disconnect the guest that uses the target".to_owned())
+                }
+                _ => Some(format!("export a LUN there: tcmu-dif create … --export vhost:{wwpn}")),
+            },
+            VhostError::Timeout { .. } => Some("see whether the daemon runs: tcmu-dif list".to_owned()),
+            VhostError::Command(_) | VhostError::Ring(_) | VhostError::Io(_) => None,
+        }
+    }
+}
+
 /// A connection to one vhost-scsi target.
 pub struct VhostInitiator {
     /// Holds the connection; closed before the memory goes.
@@ -157,9 +178,7 @@ impl VhostInitiator {
                 .set_vring(i as u32, *ring, kick.as_fd(), call.as_fd(), err.as_fd())
                 .map_err(setup("setting up its queues"))?;
         }
-        device
-            .set_endpoint(wwpn)
-            .map_err(|source| VhostError::Endpoint { wwpn: wwpn.to_owned(), source })?;
+        device.set_endpoint(wwpn).map_err(|source| VhostError::Endpoint { wwpn: wwpn.to_owned(), source })?;
         let queue = Queue::new(memory, &layout, GUEST_BASE);
         Ok(VhostInitiator { _device: device, queue, kick, call, err, target: 1, done: VecDeque::new() })
     }
@@ -200,8 +219,7 @@ impl VhostInitiator {
                 return Err(timeout_error);
             }
             let left = Timespec::try_from(left).map_err(|_| timeout_error)?;
-            let mut fds =
-                [PollFd::new(&self.call, PollFlags::IN), PollFd::new(&self.err, PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.call, PollFlags::IN), PollFd::new(&self.err, PollFlags::IN)];
             match poll(&mut fds, Some(&left)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(VhostError::Io(e.into())),
@@ -221,7 +239,12 @@ impl VhostInitiator {
     ///
     /// # Errors
     /// Those of `submit` and `complete`.
-    pub fn execute(&mut self, cdb: &[u8], transfer: Transfer<'_>, timeout: Duration) -> Result<Completion, VhostError> {
+    pub fn execute(
+        &mut self,
+        cdb: &[u8],
+        transfer: Transfer<'_>,
+        timeout: Duration,
+    ) -> Result<Completion, VhostError> {
         for _ in 0..8 {
             let tag = self.submit(cdb, transfer)?;
             let done = self.complete(timeout)?;

@@ -214,7 +214,7 @@ fn le32(bytes: &[u8], at: usize) -> u32 {
 /// Cuts `len` bytes into at most 14 pieces. Every other command begins with a piece of some sectors only, so that later ones
 /// straddle pages.
 fn pieces(tag: u64, len: usize, mut piece: impl FnMut(usize, usize)) {
-    let first = if tag % 2 == 0 { 512 * (1 + tag as usize / 2 % 7) } else { PIECE };
+    let first = if tag.is_multiple_of(2) { 512 * (1 + tag as usize / 2 % 7) } else { PIECE };
     let (mut at, mut n) = (0, first);
     while at < len {
         n = n.min(len - at);
@@ -233,6 +233,9 @@ mod tests {
 
     const BASE: u64 = 0x5000_0000;
 
+    /// Pieces: offset, length, device-writable.
+    type Chain = Vec<(u64, usize, bool)>;
+
     /// The device's half: reads chains as virtio 1.2, 2.7.5 has them, and answers.
     struct Device {
         memory: Memory,
@@ -248,8 +251,8 @@ mod tests {
             out
         }
 
-        /// The next chain: head, and (offset, length, device-writable).
-        fn next(&mut self) -> Option<(u16, Vec<(u64, usize, bool)>)> {
+        /// The next chain and its head.
+        fn next_chain(&mut self) -> Option<(u16, Chain)> {
             let index = (self.memory.load_acquire(self.ring.avail) >> 16) as u16;
             if index == self.seen {
                 return None;
@@ -298,7 +301,7 @@ mod tests {
         cdb[0] = 0x8a;
         for round in 0..3000u64 {
             let tag = queue.push(1, &cdb, Transfer::Out(&bytes)).unwrap();
-            let (head, chain) = device.next().unwrap();
+            let (head, chain) = device.next_chain().unwrap();
             let request = device.bytes(chain[0].0, chain[0].1);
             assert_eq!(request.len(), REQUEST);
             assert_eq!(
@@ -321,9 +324,10 @@ mod tests {
     #[test]
     fn out_of_order_answers_find_their_commands_and_short_reads_are_cut() {
         let (mut queue, mut device) = pair();
-        let tags: Vec<u64> = (0..SLOTS).map(|_| queue.push(1, &[0x28], Transfer::In(8192)).unwrap()).collect();
+        let tags: Vec<u64> =
+            (0..SLOTS).map(|_| queue.push(1, &[0x28], Transfer::In(8192)).unwrap()).collect();
         assert!(matches!(queue.push(1, &[0], Transfer::None), Err(VhostError::Command(_))));
-        let mut chains: Vec<_> = std::iter::from_fn(|| device.next()).collect();
+        let mut chains: Vec<_> = std::iter::from_fn(|| device.next_chain()).collect();
         chains.reverse();
         for (head, chain) in &chains {
             let mut response = [0u8; RESPONSE];
@@ -337,7 +341,10 @@ mod tests {
         }
         let mut done = VecDeque::new();
         queue.take_used(&mut done).unwrap();
-        assert_eq!(done.iter().map(|d| d.tag).collect::<Vec<_>>(), tags.into_iter().rev().collect::<Vec<_>>());
+        assert_eq!(
+            done.iter().map(|d| d.tag).collect::<Vec<_>>(),
+            tags.into_iter().rev().collect::<Vec<_>>()
+        );
         for (d, (head, _)) in done.iter().zip(&chains) {
             assert_eq!((d.status, d.sense_codes(), d.data.len()), (2, Some((5, 0x21, 0)), 4096));
             assert!(d.data[..512].iter().all(|b| *b == *head as u8));
