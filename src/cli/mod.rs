@@ -1,1 +1,109 @@
 //! The command line: arguments, tables, JSON, progress bars.
+//!
+//! [`main`] parses, runs one command and prints how it failed. Each command has a file; what they share about LUNs is in
+//! [`luns`].
+
+mod args;
+mod check_host;
+mod create;
+mod delete;
+mod error;
+mod image;
+mod luns;
+mod output;
+mod pi;
+mod resize;
+mod show;
+mod size;
+
+use std::{io::IsTerminal, process::ExitCode, sync::Arc};
+
+use args::{Cli, Command, IoWay};
+pub use error::{CliError, chain};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    daemon::{
+        real::RealHost,
+        rundir::RunDir,
+        serve::{self, DaemonError},
+    },
+    kernel::{netlink::NetlinkError, usage},
+    sys::io::Backend,
+};
+
+/// How a command ends that hasn't failed.
+type Done = Result<ExitCode, CliError>;
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match args::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version go to stdout and are no failure; clap knows.
+            let code = u8::try_from(e.exit_code()).unwrap_or(2);
+            e.print().ok();
+            return ExitCode::from(code);
+        }
+    };
+    let done = logging(&cli).and_then(|()| run(&cli));
+    done.unwrap_or_else(|e| {
+        eprintln!("{e}");
+        e.exit_code()
+    })
+}
+
+fn logging(cli: &Cli) -> Result<(), CliError> {
+    let usual = if matches!(cli.command, Command::Daemon(_)) { "info" } else { "warn" };
+    let words = cli.log.as_deref().unwrap_or(usual);
+    let filter = EnvFilter::try_new(words).map_err(|e| CliError::usage("--log", words, e.to_string()))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    Ok(())
+}
+
+fn run(cli: &Cli) -> Done {
+    match &cli.command {
+        Command::Daemon(args) => daemon(cli, args),
+        Command::Create(args) => create::run(cli, args),
+        Command::Delete(args) => delete::run(cli, args),
+        Command::List(args) => show::list(cli, args.json),
+        Command::Show(args) => show::show(cli, args),
+        Command::Resize(args) => resize::run(cli, args),
+        Command::Image(args) => image::run(args),
+        Command::Pi(args) => pi::run(args),
+        Command::CheckHost(args) => check_host::run(cli, args),
+    }
+}
+
+fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
+    require_root("daemon")?;
+    let backend = match args.io {
+        IoWay::Auto => None,
+        IoWay::Uring => Some(Backend::Uring),
+        IoWay::Threads => Some(Backend::Threads),
+    };
+    let host = Arc::new(RealHost { configfs: cli.configfs.clone(), backend });
+    serve::run(host, RunDir::at(&cli.run_dir), &cli.configfs).map_err(|e| {
+        let next = match &e {
+            DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
+            DaemonError::Module(_) | DaemonError::Netlink(NetlinkError::NoFamily) => {
+                "see what this host lacks: tcmu-dif check-host".to_owned()
+            }
+            _ => "look at the kernel's messages: dmesg".to_owned(),
+        };
+        CliError::from("daemon", "", &e).next(next)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses anybody but root.
+fn require_root(command: &str) -> Result<(), CliError> {
+    usage::require_root().map_err(|e| {
+        CliError::new(command, "", e.to_string()).next(format!("run it as root: sudo tcmu-dif {command} …"))
+    })
+}
