@@ -1,1 +1,180 @@
 //! Images: raw files, block devices and qcow2, and the one way to open them.
+//!
+//! [`open::open`] probes the format, takes QEMU's locks, walks the chain of backing files and gives an [`Image`], which is a
+//! [`Volume`]. A LUN is built over it; the PI room and the command line ask it for its path and its stamp.
+
+pub mod create;
+pub mod error;
+pub mod lock;
+pub mod open;
+pub mod qcow2;
+pub mod raw;
+
+use std::{
+    cell::RefCell,
+    fmt,
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    rc::Rc,
+    str::FromStr,
+};
+
+use crate::{
+    sys::mem::Sg,
+    units::ByteOffset,
+    volume::{Extent, Limits, Result, Volume, WriteFlags},
+};
+use lock::ImageLock;
+
+/// The formats of images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        })
+    }
+}
+
+impl FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(s: &str) -> std::result::Result<Format, UnknownFormat> {
+        match s {
+            // QEMU writes the protocol's name for a raw backing file that is a file or a device.
+            "raw" | "file" | "host_device" => Ok(Format::Raw),
+            "qcow2" => Ok(Format::Qcow2),
+            _ => Err(UnknownFormat(s.to_owned())),
+        }
+    }
+}
+
+/// A name that is no format of ours.
+#[derive(Debug, thiserror::Error)]
+#[error("'{0}' is not an image format (raw, qcow2)")]
+pub struct UnknownFormat(pub String);
+
+/// What of a file changes when somebody writes to it and stays when `cp -p` or `rsync -a` copies it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// Bytes.
+    pub size: u64,
+    /// Time of the last modification: seconds since 1970, and nanoseconds.
+    pub mtime: (i64, u32),
+}
+
+/// The driver of an open image.
+pub enum Driver {
+    /// A raw file or block device.
+    Raw(raw::Raw),
+    /// A qcow2 image, over its backing files.
+    Qcow2(Box<qcow2::Qcow2>),
+}
+
+/// An open image: the driver, the files under it and the locks on them.
+pub struct Image {
+    driver: Driver,
+    path: PathBuf,
+    file: Rc<File>,
+    /// On every file of the chain. Given up by `close`, or when the image is dropped.
+    locks: RefCell<Vec<ImageLock>>,
+}
+
+impl Image {
+    fn new(driver: Driver, path: PathBuf, file: Rc<File>) -> Image {
+        Image { driver, path, file, locks: RefCell::default() }
+    }
+
+    /// The format it was opened as.
+    pub fn format(&self) -> Format {
+        match self.driver {
+            Driver::Raw(_) => Format::Raw,
+            Driver::Qcow2(_) => Format::Qcow2,
+        }
+    }
+
+    /// The file or block device, as it was named.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The driver, for what only one format has.
+    pub fn driver(&self) -> &Driver {
+        &self.driver
+    }
+
+    /// Size and modification time of the image's own file (not of its backing files), now.
+    ///
+    /// # Errors
+    /// Those of `fstat`.
+    pub fn stamp(&self) -> io::Result<Stamp> {
+        let meta = self.file.metadata()?;
+        Ok(Stamp { size: raw::size_of(&self.file)?, mtime: (meta.mtime(), meta.mtime_nsec() as u32) })
+    }
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Image({}, {})", self.path.display(), self.format())
+    }
+}
+
+/// Calls the driver, whichever it is.
+macro_rules! driver {
+    ($self:ident, $v:ident => $call:expr) => {
+        match &$self.driver {
+            Driver::Raw($v) => $call,
+            Driver::Qcow2($v) => $call,
+        }
+    };
+}
+
+impl Volume for Image {
+    fn limits(&self) -> Limits {
+        driver!(self, v => v.limits())
+    }
+
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        driver!(self, v => v.read(at, to).await)
+    }
+
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        driver!(self, v => v.write(at, from, flags).await)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        driver!(self, v => v.flush().await)
+    }
+
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
+        driver!(self, v => v.discard(at, len).await)
+    }
+
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
+        driver!(self, v => v.write_zeroes(at, len, may_unmap).await)
+    }
+
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
+        driver!(self, v => v.map_extents(at, len).await)
+    }
+
+    async fn resize(&self, capacity: u64) -> Result<()> {
+        driver!(self, v => v.resize(capacity).await)
+    }
+
+    async fn close(&self) -> Result<()> {
+        let closed = driver!(self, v => v.close().await);
+        self.locks.borrow_mut().clear();
+        closed
+    }
+}

@@ -1,1 +1,16 @@
 //! SCSI: parses command descriptor blocks, executes them on a volume, and answers with status and sense. Knows no ring and no file.
+//!
+//! A LUN makes one [`Target`], hands it every [`Command`] that the initiators send, and gives each [`Response`] back. What
+//! is supported stands once, in [`opcodes`]: the parser, the dispatcher and REPORT SUPPORTED OPERATION CODES all read it.
+//! Clauses named here are those of SBC-4 (INCITS 506), SPC-4 (INCITS 513) and SAM-5 (INCITS 515).
+
+mod cdb;
+mod log;
+mod mode;
+pub mod opcodes;
+pub mod sense;
+mod target;
+mod vpd;
+
+pub use sense::{Sense, SenseKey, Status};
+pub use target::{Command, Response, SavedPages, Target, TargetConfig, naa_from_serial};

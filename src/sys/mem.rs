@@ -13,6 +13,7 @@ use std::{
     io,
     ptr::NonNull,
     rc::Rc,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use smallvec::SmallVec;
@@ -111,10 +112,61 @@ impl Mapping {
         self.map.as_mut_ptr()
     }
 
+    /// Copies bytes out of the mapping, once: what the other side changes later is not seen. False if outside.
+    #[must_use]
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> bool {
+        if !self.holds(offset, out.len() as u64) {
+            return false;
+        }
+        // SAFETY: the range is inside the mapping, and `out` is exclusive memory of this process.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base().add(offset as usize), out.as_mut_ptr(), out.len())
+        };
+        true
+    }
+
+    /// Copies bytes into the mapping. False if outside.
+    #[must_use]
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> bool {
+        if !self.holds(offset, bytes.len() as u64) {
+            return false;
+        }
+        // SAFETY: the range is inside the mapping, and `bytes` is memory of this process.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base().add(offset as usize), bytes.len())
+        };
+        true
+    }
+
+    /// Loads a word of the mapping with acquire order: what its writer wrote before it is seen.
+    ///
+    /// # Panics
+    /// If the word is outside or not aligned: offsets of words are constants of the ABI.
+    pub fn load_acquire(&self, offset: u64) -> u32 {
+        self.atomic(offset).load(Ordering::Acquire)
+    }
+
+    /// Stores a word of the mapping with release order: whoever sees it sees what was written before.
+    ///
+    /// # Panics
+    /// As [`Mapping::load_acquire`].
+    pub fn store_release(&self, offset: u64, value: u32) {
+        self.atomic(offset).store(value, Ordering::Release)
+    }
+
+    fn atomic(&self, offset: u64) -> &AtomicU32 {
+        assert!(offset.is_multiple_of(4) && self.holds(offset, 4), "a word outside the mapping");
+        // SAFETY: inside the mapping and aligned (mappings start at a page); both sides use whole-word access.
+        unsafe { AtomicU32::from_ptr(self.base().add(offset as usize).cast()) }
+    }
+
+    fn holds(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.map.len() as u64)
+    }
+
     /// A segment of the mapping, if it lies inside.
     pub fn segment(self: &Rc<Self>, offset: u64, len: u64) -> Option<Segment> {
-        let end = offset.checked_add(len)?;
-        if end > self.map.len() as u64 {
+        if !self.holds(offset, len) {
             return None;
         }
         // SAFETY: offset is inside the mapping, so the pointer stays inside its allocation.

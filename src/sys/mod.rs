@@ -6,6 +6,10 @@
 pub mod exec;
 pub mod io;
 pub mod mem;
+pub mod ofd;
+pub mod signals;
+pub mod socket;
+pub mod vhost;
 
 use std::{cell::RefCell, rc::Rc};
 

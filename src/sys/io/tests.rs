@@ -1,3 +1,5 @@
+//! What both backends promise: the same tests run on io_uring and on the pool of threads.
+
 use super::*;
 use crate::sys::{exec::join_all, mem::Buffer, run_on};
 

@@ -117,9 +117,10 @@ impl Job {
                 let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
                 return if caught.is_ok() { 0 } else { -libc::EIO };
             }
-            // SAFETY (this and the calls below): the descriptor is open and the iovecs and their memory are live until
-            // the result is in; see `Job`.
-            Request::Read { at } => unsafe { libc::preadv2(self.fd, self.iovecs, count, at as i64, 0) },
+            Request::Read { at } => {
+                // SAFETY: the descriptor is open, and the iovecs and their memory are live until the result is in; see `Job`.
+                unsafe { libc::preadv2(self.fd, self.iovecs, count, at as i64, 0) }
+            }
             Request::Write { at, dsync } => {
                 let flags = if dsync { libc::RWF_DSYNC } else { 0 };
                 // SAFETY: as above.

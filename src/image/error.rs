@@ -1,0 +1,249 @@
+//! Why an image was not opened, said so that an administrator knows what to do next.
+
+use std::{error::Error, fmt, io, path::PathBuf};
+
+use super::{
+    Format,
+    lock::{Holder, LockError},
+    qcow2::HeaderError,
+};
+use crate::volume::{IoError, IoErrorKind};
+
+/// The longest chain of backing files that is followed, the image itself included.
+pub const MAX_CHAIN: usize = 64;
+
+/// An image that was not opened: which file, why, and the error beneath. Nothing is left behind: files are closed and
+/// locks given back.
+#[derive(Debug)]
+pub struct OpenError {
+    /// The file.
+    pub path: PathBuf,
+    /// The image that names it as its backing file.
+    pub backing_of: Option<PathBuf>,
+    /// Why.
+    pub what: OpenErrorKind,
+    /// The error of the layer beneath.
+    pub source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+/// The reasons.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OpenErrorKind {
+    /// There is no such file.
+    NotFound,
+    /// It is neither a regular file nor a block device, but this.
+    NotAnImage(&'static str),
+    /// We may not read it, or not write it.
+    Permission {
+        /// It was to be written.
+        write: bool,
+    },
+    /// The file system, or the device, is read-only.
+    ReadOnly,
+    /// Somebody else has it.
+    InUse(Vec<Holder>),
+    /// It cannot be locked.
+    NoLocks,
+    /// It has no bytes.
+    Empty,
+    /// Its size (bytes) is not a multiple of the block size.
+    SizeNotMultiple {
+        /// The size.
+        size: u64,
+        /// The block size.
+        block_size: u64,
+    },
+    /// It was named qcow2 and has no qcow2 header.
+    NotQcow2,
+    /// Its metadata contradict themselves.
+    Corrupt,
+    /// It has features that we do not know.
+    Unsupported,
+    /// It names its backing file by a protocol.
+    BackingProtocol(String),
+    /// It says that its backing file has a format that we do not know.
+    BackingFormat(String),
+    /// Its chain of backing files comes back to it.
+    BackingLoop,
+    /// Its chain of backing files is longer than [`MAX_CHAIN`].
+    ChainTooLong,
+    /// Reading it failed.
+    Io,
+}
+
+impl OpenError {
+    pub(super) fn new(path: impl Into<PathBuf>, what: OpenErrorKind) -> OpenError {
+        OpenError { path: path.into(), backing_of: None, what, source: None }
+    }
+
+    pub(super) fn source(mut self, source: impl Error + Send + Sync + 'static) -> OpenError {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// A failed system call on the file.
+    pub(super) fn io(path: impl Into<PathBuf>, source: io::Error, write: bool) -> OpenError {
+        let what = match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => OpenErrorKind::NotFound,
+            Some(libc::EACCES | libc::EPERM) => OpenErrorKind::Permission { write },
+            Some(libc::EROFS) => OpenErrorKind::ReadOnly,
+            Some(libc::EBUSY | libc::ETXTBSY) => OpenErrorKind::InUse(Vec::new()),
+            _ => OpenErrorKind::Io,
+        };
+        OpenError::new(path, what).source(source)
+    }
+
+    pub(super) fn lock(path: impl Into<PathBuf>, e: LockError) -> OpenError {
+        match e {
+            LockError::Conflict { ref holders, .. } => {
+                let what = OpenErrorKind::InUse(holders.clone());
+                OpenError::new(path, what).source(e)
+            }
+            LockError::Io(e) => OpenError::new(path, OpenErrorKind::NoLocks).source(e),
+        }
+    }
+
+    /// A driver's error while it opened the file.
+    pub(super) fn driver(path: impl Into<PathBuf>, e: IoError) -> OpenError {
+        let what = match e.kind {
+            IoErrorKind::Corrupt => OpenErrorKind::Corrupt,
+            IoErrorKind::Unsupported => OpenErrorKind::Unsupported,
+            IoErrorKind::ReadOnly => OpenErrorKind::ReadOnly,
+            IoErrorKind::Locked => OpenErrorKind::InUse(Vec::new()),
+            IoErrorKind::Medium
+            | IoErrorKind::NoSpace
+            | IoErrorKind::OutOfRange
+            | IoErrorKind::Protection(_)
+            | IoErrorKind::Failed
+            | IoErrorKind::Cancelled => OpenErrorKind::Io,
+        };
+        OpenError::new(path, what).source(e)
+    }
+
+    /// A header that begins as it should and that the driver does not take.
+    pub(super) fn header(path: impl Into<PathBuf>, e: HeaderError) -> OpenError {
+        let what = match e {
+            HeaderError::NotQcow2 | HeaderError::Truncated | HeaderError::Field { .. } => {
+                OpenErrorKind::Corrupt
+            }
+            HeaderError::Version(_) | HeaderError::Feature(_) => OpenErrorKind::Unsupported,
+        };
+        OpenError::new(path, what).source(e)
+    }
+
+    /// The same error, about a backing file of that image.
+    pub(super) fn backing_of(mut self, image: Option<PathBuf>) -> OpenError {
+        self.backing_of = image;
+        self
+    }
+
+    /// What the administrator does next, in the words of a command where there is one.
+    pub fn next_step(&self) -> Option<String> {
+        let path = self.path.display();
+        let step = match &self.what {
+            OpenErrorKind::NotFound => match &self.backing_of {
+                Some(image) => format!(
+                    "put the backing file back, or point the image at its new place: qemu-img rebase -u -b NEW -F FORMAT {}",
+                    image.display()
+                ),
+                None => {
+                    format!("check the path, or create the image: tcmu-dif image create -f qcow2 {path} SIZE")
+                }
+            },
+            OpenErrorKind::NotAnImage(_) => "name a regular file or a block device".to_owned(),
+            OpenErrorKind::Permission { write: true } => {
+                format!(
+                    "give the daemon's user the right to read and write {path}, or open it with --read-only"
+                )
+            }
+            OpenErrorKind::Permission { write: false } => {
+                format!("give the daemon's user the right to read {path}")
+            }
+            OpenErrorKind::ReadOnly => "open it with --read-only".to_owned(),
+            OpenErrorKind::InUse(holders) => match holders.first() {
+                Some(holder) => format!("stop {holder}, which holds it"),
+                None => format!("stop whoever uses it: fuser -v {path}"),
+            },
+            OpenErrorKind::NoLocks => {
+                "keep the image on a file system with open file description locks".to_owned()
+            }
+            OpenErrorKind::Empty => format!("give it a size: truncate -s SIZE {path}"),
+            OpenErrorKind::SizeNotMultiple { size, block_size } => {
+                let up = size.div_ceil(*block_size).saturating_mul(*block_size);
+                format!("make it a multiple: qemu-img resize {path} {up}")
+            }
+            OpenErrorKind::NotQcow2 => "leave the format out, or name it raw".to_owned(),
+            OpenErrorKind::Corrupt => format!("look at the damage: qemu-img check {path}"),
+            OpenErrorKind::Unsupported => format!(
+                "convert it: qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off {path} NEW"
+            ),
+            OpenErrorKind::BackingProtocol(_) => {
+                format!("give it a local backing file: qemu-img rebase -b FILE -F FORMAT {path}")
+            }
+            OpenErrorKind::BackingFormat(_) => {
+                format!("name the format raw or qcow2: qemu-img rebase -u -b FILE -F FORMAT {path}")
+            }
+            OpenErrorKind::BackingLoop => {
+                format!("break the loop: qemu-img rebase -u -b FILE -F FORMAT {path}")
+            }
+            OpenErrorKind::ChainTooLong => {
+                "shorten the chain: qemu-img commit, or qemu-img convert".to_owned()
+            }
+            OpenErrorKind::Io => return None,
+        };
+        Some(step)
+    }
+}
+
+impl fmt::Display for OpenErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OpenErrorKind::NotFound => f.write_str("no such file"),
+            OpenErrorKind::NotAnImage(what) => write!(f, "is {what}"),
+            OpenErrorKind::Permission { write: true } => f.write_str("may not be read and written"),
+            OpenErrorKind::Permission { write: false } => f.write_str("may not be read"),
+            OpenErrorKind::ReadOnly => f.write_str("cannot be written"),
+            OpenErrorKind::InUse(holders) if holders.is_empty() => f.write_str("is in use"),
+            OpenErrorKind::InUse(holders) => {
+                f.write_str("is in use by ")?;
+                for (i, holder) in holders.iter().enumerate() {
+                    write!(f, "{}{holder}", if i == 0 { "" } else { ", " })?;
+                }
+                Ok(())
+            }
+            OpenErrorKind::NoLocks => f.write_str("cannot be locked"),
+            OpenErrorKind::Empty => f.write_str("is empty"),
+            OpenErrorKind::SizeNotMultiple { size, block_size } => {
+                write!(f, "its size, {size} bytes, is not a multiple of {block_size}")
+            }
+            OpenErrorKind::NotQcow2 => write!(f, "is no {} image", Format::Qcow2),
+            OpenErrorKind::Corrupt => f.write_str("is damaged"),
+            OpenErrorKind::Unsupported => f.write_str("has features that are not supported"),
+            OpenErrorKind::BackingProtocol(name) => {
+                write!(f, "its backing file '{name}' is not a file of this host")
+            }
+            OpenErrorKind::BackingFormat(name) => {
+                write!(f, "its backing file has the unknown format '{name}'")
+            }
+            OpenErrorKind::BackingLoop => f.write_str("its chain of backing files is a loop"),
+            OpenErrorKind::ChainTooLong => write!(f, "its chain has more than {MAX_CHAIN} images"),
+            OpenErrorKind::Io => f.write_str("cannot be read"),
+        }
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        if let Some(image) = &self.backing_of {
+            write!(f, " (backing file of {})", image.display())?;
+        }
+        write!(f, ": {}", self.what)
+    }
+}
+
+impl Error for OpenError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_ref().map(|e| &**e as _)
+    }
+}

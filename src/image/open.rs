@@ -1,0 +1,244 @@
+//! The one way to open an image: look at the file, lock it, find out its format, do the same for its backing files, and
+//! build the drivers from the bottom up.
+//!
+//! An image that is given up half-way leaves nothing behind: files are closed and locks given back as the layers are
+//! dropped. The lock is taken before the first byte is read, so nothing that is read here can change any more.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    rc::Rc,
+};
+
+use rustix::fs::OFlags;
+
+pub use super::error::{MAX_CHAIN, OpenError, OpenErrorKind};
+use super::{
+    Driver, Format, Image,
+    lock::{ImageLock, LockMode},
+    qcow2::{Backing, MAX_CLUSTER, Qcow2, probe_header},
+    raw::{QCOW2_MAGIC, Raw},
+};
+use crate::{
+    sys::{io::Io, mem::Buffer},
+    units::BlockSize,
+    volume::Volume,
+};
+
+/// How an image is opened.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Writes are refused, and other readers are tolerated.
+    pub read_only: bool,
+    /// The format; by the first bytes if it is not given. An image that is probed raw refuses to be turned into qcow2 by a write.
+    pub format: Option<Format>,
+    /// Take QEMU's locks. Only a look at an image that somebody else has goes without.
+    pub lock: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions { read_only: false, format: None, lock: true }
+    }
+}
+
+/// One file of a chain.
+struct Layer {
+    path: PathBuf,
+    file: Rc<File>,
+    /// Device and inode, or the device's own number.
+    id: (u64, u64),
+    format: Format,
+    probed: bool,
+    lock: Option<ImageLock>,
+}
+
+/// Opens an image and its backing files.
+///
+/// # Errors
+/// Every way in which the path, the file, its header, its locks or its chain can be wrong: see [`OpenErrorKind`].
+pub async fn open(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    let image = open_any_size(io, path, options).await?;
+    image.check_block_size(BlockSize::B512)?;
+    Ok(image)
+}
+
+/// [`open`] for an image that need not be a disk, but may lie under one.
+pub(super) async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    let layers = open_chain(io, path, options).await?;
+    let mut locks = Vec::new();
+    let mut image: Option<Image> = None;
+    let depth = layers.len();
+    let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
+    for (i, mut layer) in layers.into_iter().enumerate().rev() {
+        locks.extend(layer.lock.take());
+        let read_only = options.read_only || i > 0;
+        let file = layer.file.clone();
+        let driver = match layer.format {
+            Format::Raw => Raw::new(io, file, &layer.path, read_only, layer.probed).map(Driver::Raw),
+            Format::Qcow2 => {
+                let backing = image.take().map(|image| Rc::new(image) as Backing);
+                let opened = Qcow2::open(io, file, &layer.path, read_only, backing).await;
+                opened.map(|driver| Driver::Qcow2(Box::new(driver)))
+            }
+        };
+        let above = i.checked_sub(1).map(|i| names[i].clone());
+        let driver = driver.map_err(|e| OpenError::driver(&layer.path, e).backing_of(above))?;
+        image = Some(Image::new(driver, layer.path, layer.file));
+    }
+    let Some(image) = image else { return Err(OpenError::new(path, OpenErrorKind::Io)) };
+    image.locks.replace(locks);
+    tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
+    Ok(image)
+}
+
+impl Image {
+    /// Refuses an image that cannot be a disk with blocks of that size.
+    ///
+    /// # Errors
+    /// [`OpenErrorKind::Empty`] and [`OpenErrorKind::SizeNotMultiple`].
+    pub fn check_block_size(&self, block_size: BlockSize) -> Result<(), OpenError> {
+        let size = self.limits().capacity;
+        if size == 0 {
+            return Err(OpenError::new(self.path(), OpenErrorKind::Empty));
+        }
+        if !size.is_multiple_of(block_size.bytes()) {
+            let what = OpenErrorKind::SizeNotMultiple { size, block_size: block_size.bytes() };
+            return Err(OpenError::new(self.path(), what));
+        }
+        Ok(())
+    }
+}
+
+/// The image and its backing files, from the top down.
+async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<Layer>, OpenError> {
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut next = Some((path.to_owned(), options.format));
+    while let Some((path, format)) = next.take() {
+        let backing_of = layers.last().map(|l| l.path.clone());
+        let read_only = options.read_only || backing_of.is_some();
+        let of = |e: OpenError| e.backing_of(backing_of.clone());
+        if layers.len() == MAX_CHAIN {
+            return Err(OpenError::new(&layers[0].path, OpenErrorKind::ChainTooLong));
+        }
+        let (file, id) = open_file(io, &path, read_only).await.map_err(of)?;
+        if layers.iter().any(|l| l.id == id) {
+            return Err(OpenError::new(&layers[0].path, OpenErrorKind::BackingLoop));
+        }
+        let mode = if read_only { LockMode::Reader } else { LockMode::Writer };
+        let lock = match options.lock {
+            true => Some(ImageLock::acquire(&file, mode).map_err(|e| of(OpenError::lock(&path, e)))?),
+            false => None,
+        };
+        let head = read_head(io, &file).await.map_err(|e| of(OpenError::io(&path, e, false)))?;
+        let is_qcow2 = head.starts_with(&QCOW2_MAGIC);
+        let probed = format.is_none();
+        let format = match (format, is_qcow2) {
+            (Some(Format::Qcow2), false) => return Err(of(OpenError::new(&path, OpenErrorKind::NotQcow2))),
+            (Some(format), _) => format,
+            (None, true) => Format::Qcow2,
+            (None, false) => Format::Raw,
+        };
+        if format == Format::Qcow2 {
+            let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
+            let (name, format) = (header.backing_file.as_deref(), header.backing_format.as_deref());
+            next = backing(&path, name, format).map_err(|what| of(OpenError::new(&path, what)))?;
+        }
+        layers.push(Layer { path, file, id, format, probed, lock });
+    }
+    Ok(layers)
+}
+
+/// The backing file that a header names, and its format. A relative name is relative to the image's directory, as the image
+/// was named: symbolic links are not resolved first, which is how QEMU does it.
+pub(super) fn backing(
+    image: &Path,
+    name: Option<&str>,
+    format: Option<&str>,
+) -> Result<Option<(PathBuf, Option<Format>)>, OpenErrorKind> {
+    let Some(name) = name.filter(|n| !n.is_empty()) else { return Ok(None) };
+    let file = match name.split_once(':') {
+        Some(("file", file)) => file,
+        // A colon before any slash ends the name of a protocol (`nbd://`, `json:{`).
+        Some((protocol, _)) if !protocol.contains('/') => {
+            return Err(OpenErrorKind::BackingProtocol(name.to_owned()));
+        }
+        _ => name,
+    };
+    let format = match format {
+        Some(format) => match format.parse() {
+            Ok(format) => Some(format),
+            Err(_) => return Err(OpenErrorKind::BackingFormat(format.to_owned())),
+        },
+        None => None,
+    };
+    let directory = image.parent().unwrap_or(Path::new(""));
+    Ok(Some((directory.join(file), format)))
+}
+
+/// The first bytes: of a qcow2 image the whole first cluster, where the header, its extensions and the name of the backing
+/// file are.
+async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
+    let mut want = 64 << 10;
+    loop {
+        let head = Buffer::zeroed(want);
+        let n = io.read(file, 0, &head.sg()).await?;
+        let mut bytes = head.to_vec();
+        bytes.truncate(n);
+        // cluster_bits, at byte 20.
+        let large = bytes.starts_with(&QCOW2_MAGIC)
+            && bytes.get(20..24).is_some_and(|b| b > [0, 0, 0, 16].as_slice());
+        if !large || want == MAX_CLUSTER {
+            return Ok(bytes);
+        }
+        want = MAX_CLUSTER;
+    }
+}
+
+/// Opens a regular file or block device, and nothing else: opening a FIFO would wait, opening a tape would rewind it.
+async fn open_file(io: &Io, path: &Path, read_only: bool) -> Result<(Rc<File>, (u64, u64)), OpenError> {
+    let wanted = path.to_owned();
+    let call = move || {
+        let failed = |e| OpenError::io(&wanted, e, !read_only);
+        let seen = fs::metadata(&wanted).map_err(failed)?;
+        identity(&seen).map_err(|what| OpenError::new(&wanted, what))?;
+        let mut flags = OFlags::NONBLOCK;
+        if seen.file_type().is_block_device() && !read_only {
+            // Without O_CREAT: refuse a device that is mounted or otherwise claimed (open(2)).
+            flags |= OFlags::EXCL;
+        }
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(flags.bits() as i32)
+            .open(&wanted)
+            .map_err(failed)?;
+        // The path may name something else by now; and O_NONBLOCK means EAGAIN to io_uring.
+        let meta = file.metadata().map_err(failed)?;
+        let id = identity(&meta).map_err(|what| OpenError::new(&wanted, what))?;
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
+        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
+        Ok((file, id))
+    };
+    let opened = io.blocking(call).await.map_err(|e| OpenError::io(path, e, !read_only))?;
+    opened.map(|(file, id)| (Rc::new(file), id))
+}
+
+/// What tells this file or device from any other, if it is one that can be an image.
+fn identity(meta: &fs::Metadata) -> Result<(u64, u64), OpenErrorKind> {
+    let kind = meta.file_type();
+    if kind.is_file() {
+        return Ok((meta.dev(), meta.ino()));
+    }
+    if kind.is_block_device() {
+        return Ok((u64::MAX, meta.rdev()));
+    }
+    Err(OpenErrorKind::NotAnImage(match () {
+        () if kind.is_dir() => "a directory",
+        () if kind.is_fifo() => "a FIFO",
+        () if kind.is_char_device() => "a character device",
+        () if kind.is_socket() => "a socket",
+        () => "neither a file nor a block device",
+    }))
+}

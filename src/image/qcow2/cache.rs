@@ -1,0 +1,201 @@
+//! Metadata in memory: slices of L2 tables and of refcount blocks, bounded in number, evicted by second chance.
+//!
+//! Every change is written through before it is made here, so a slice is never dirty and may go at any time, except while
+//! somebody holds it: a holder may write to the file and then here, and nobody loads an older version in between.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, HashSet, VecDeque},
+    hash::{BuildHasherDefault, Hasher},
+    io,
+    rc::Rc,
+};
+
+use super::{layout::be64, storage::Storage};
+use crate::{sync::Notify, sys::mem::Buffer};
+
+/// Hashes offsets and cluster numbers: one multiplication, since an attacker gains nothing from collisions but time of a lookup.
+#[derive(Default)]
+pub struct OffsetHasher(u64);
+
+impl Hasher for OffsetHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(self.0 ^ u64::from(*b));
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        let n = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = n ^ n >> 32;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// A set of cluster numbers.
+pub type OffsetSet = HashSet<u64, BuildHasherDefault<OffsetHasher>>;
+
+/// A piece of a metadata table.
+pub struct Slice {
+    /// Where it lies in the file.
+    pub at: u64,
+    bytes: RefCell<Box<[u8]>>,
+    used: Cell<bool>,
+}
+
+impl Slice {
+    /// The entry at an index of a table of 64-bit words.
+    pub fn entry(&self, index: usize) -> u64 {
+        be64(&self.bytes.borrow(), index * 8)
+    }
+
+    /// Sets entries from an index on.
+    pub fn set_entries(&self, index: usize, entries: &[u64]) {
+        let mut bytes = self.bytes.borrow_mut();
+        for (word, entry) in bytes[index * 8..].chunks_exact_mut(8).zip(entries) {
+            word.copy_from_slice(&entry.to_be_bytes());
+        }
+    }
+
+    /// Looks at the bytes.
+    pub fn with<T>(&self, f: impl FnOnce(&[u8]) -> T) -> T {
+        f(&self.bytes.borrow())
+    }
+
+    /// Changes the bytes.
+    pub fn change<T>(&self, f: impl FnOnce(&mut [u8]) -> T) -> T {
+        f(&mut self.bytes.borrow_mut())
+    }
+}
+
+/// A bounded number of slices.
+pub struct Cache {
+    inner: RefCell<Inner>,
+    loaded: Notify,
+    slice: u64,
+    most: usize,
+}
+
+#[derive(Default)]
+struct Inner {
+    slices: HashMap<u64, Rc<Slice>, BuildHasherDefault<OffsetHasher>>,
+    loading: OffsetSet,
+    order: VecDeque<u64>,
+}
+
+struct Loading<'a> {
+    cache: &'a Cache,
+    at: u64,
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.cache.inner.borrow_mut().loading.remove(&self.at);
+        self.cache.loaded.notify_all();
+    }
+}
+
+impl Cache {
+    /// No slices yet, and never more than fit in `bytes`, but for those that are held.
+    pub fn new(slice: u64, bytes: u64) -> Cache {
+        let most = (bytes / slice).max(16) as usize;
+        Cache { inner: RefCell::default(), loaded: Notify::new(), slice, most }
+    }
+
+    /// The slice at an offset of the file, if it is there.
+    pub fn get(&self, at: u64) -> Option<Rc<Slice>> {
+        let inner = self.inner.borrow();
+        let slice = inner.slices.get(&at)?;
+        slice.used.set(true);
+        Some(slice.clone())
+    }
+
+    /// The slice at an offset of the file, read if need be.
+    pub async fn load(&self, storage: &impl Storage, at: u64) -> io::Result<Rc<Slice>> {
+        loop {
+            if let Some(slice) = self.get(at) {
+                return Ok(slice);
+            }
+            if self.inner.borrow_mut().loading.insert(at) {
+                break;
+            }
+            self.loaded.wait().await;
+        }
+        let _loading = Loading { cache: self, at };
+        let buffer = Buffer::zeroed(self.slice as usize);
+        storage.read(at, &buffer.sg()).await?;
+        let bytes = RefCell::new(buffer.to_vec().into_boxed_slice());
+        let slice = Rc::new(Slice { at, bytes, used: Cell::new(true) });
+        let mut inner = self.inner.borrow_mut();
+        inner.make_room(self.most);
+        inner.slices.insert(at, slice.clone());
+        inner.order.push_back(at);
+        Ok(slice)
+    }
+
+    /// Drops what is known of a range of the file: a cluster that becomes something else.
+    pub fn forget(&self, at: u64, len: u64) {
+        let mut inner = self.inner.borrow_mut();
+        let mut any = false;
+        let mut pos = at;
+        while pos < at + len {
+            any |= inner.slices.remove(&pos).is_some();
+            pos += self.slice;
+        }
+        if any {
+            inner.order.retain(|o| !(at..at + len).contains(o));
+        }
+    }
+
+    /// Slices held.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.inner.borrow().slices.len()
+    }
+}
+
+impl Inner {
+    fn make_room(&mut self, most: usize) {
+        let mut tries = 2 * self.order.len();
+        while self.slices.len() >= most && tries > 0 {
+            tries -= 1;
+            let Some(at) = self.order.pop_front() else { return };
+            match self.slices.get(&at) {
+                Some(slice) if slice.used.replace(false) || Rc::strong_count(slice) > 1 => {
+                    self.order.push_back(at);
+                }
+                _ => {
+                    self.slices.remove(&at);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::qcow2::FileStorage;
+
+    #[test]
+    fn slices_are_bounded_and_held_ones_stay() {
+        crate::sys::run(async |io| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096 * 100).unwrap();
+            let storage = FileStorage::new(&io, Rc::new(file)).unwrap();
+            let cache = Cache::new(4096, 20 * 4096);
+            let held = cache.load(&storage, 0).await.unwrap();
+            held.set_entries(3, &[7]);
+            for i in 1..100 {
+                cache.load(&storage, i * 4096).await.unwrap();
+            }
+            assert!(cache.len() <= 20);
+            assert_eq!(cache.get(0).unwrap().entry(3), 7);
+            cache.forget(0, 4096);
+            assert!(cache.get(0).is_none());
+        });
+    }
+}

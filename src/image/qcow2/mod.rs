@@ -1,0 +1,313 @@
+//! qcow2 images: our own driver (docs/adr/0001-own-qcow2-driver.md says why).
+//!
+//! What it guarantees, beyond the promises of [`Volume`]:
+//! - **Order.** On stable storage no table ever refers to a cluster that is free or used twice; a crash can only leak. Clusters
+//!   are reserved in runs whose refcounts (and whose content, zeros) are durable before the first of them is linked; a cluster
+//!   that is unlinked stays reserved until the unlinking is durable and nobody who may have looked it up is still at work.
+//! - **No stale bytes.** A cluster is linked when it is known to hold zeros, where the guest saw zeros before; otherwise its
+//!   data are synced first.
+//! - **Process death.** Every change of metadata is written through before it is visible, so what was acknowledged is in the kernel.
+//! - **Hostile images.** Nothing read from the file is used before it is checked; a write that would hit metadata is refused
+//!   and the image marked corrupt.
+//!
+//! Futures of changing operations have to be run to their end: one that is dropped half way fails the image, because nobody
+//! can say any more which of its writes are still to come. What a crash leaves of a reserved run is leaked
+//! (`qemu-img check -r leaks` returns it); a clean [`Volume::close`] returns it.
+
+mod alloc;
+mod barrier;
+mod cache;
+mod compressed;
+mod create;
+mod discard;
+mod header;
+mod layout;
+mod map;
+mod open;
+mod read;
+mod refcount;
+mod resize;
+mod snapshot;
+mod storage;
+mod tables;
+mod write;
+
+use std::{
+    cell::{Cell, RefCell},
+    fs::File,
+    path::{Path, PathBuf},
+    rc::Rc,
+};
+
+use barrier::{Barrier, Epochs, Lost};
+use cache::{Cache, OffsetSet};
+use layout::Geometry;
+
+pub use create::{CreateError, CreateOptions, Preallocation, create, create_on};
+pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
+pub use read::{Backing, Boxed, ReadBacking};
+pub use snapshot::Snapshot;
+pub use storage::{FileStorage, Storage};
+
+use crate::{
+    sync::{AsyncMutex, RangeLock},
+    sys::{io::Io, mem::Sg},
+    units::ByteOffset,
+    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
+};
+
+/// Bytes of L2 slices held in memory.
+const L2_CACHE: u64 = 32 << 20;
+/// Bytes of refcount slices held in memory.
+const REFCOUNT_CACHE: u64 = 4 << 20;
+
+/// An open qcow2 image.
+pub struct Qcow2<S: Storage = FileStorage> {
+    storage: S,
+    path: PathBuf,
+    geometry: Geometry,
+    header: HeaderInfo,
+    snapshots: Vec<Snapshot>,
+    read_only: bool,
+    backing: Option<Backing>,
+    /// Bytes of the guest's disk.
+    size: Cell<u64>,
+    /// Bytes in the file.
+    file_len: Cell<u64>,
+    l1: RefCell<Vec<u64>>,
+    l1_at: Cell<u64>,
+    l2: Cache,
+    refcount_table: RefCell<Vec<u64>>,
+    refcount_table_at: Cell<u64>,
+    refcounts: Cache,
+    /// Clusters of L2 tables and refcount blocks.
+    tables: RefCell<OffsetSet>,
+    /// Header, L1 tables, refcount table, snapshot table: clusters (first, one past the last), in order.
+    fixed: RefCell<Vec<(u64, u64)>>,
+    barrier: Barrier,
+    epochs: Epochs,
+    /// Guest clusters whose mapping is being changed.
+    guests: RangeLock,
+    /// Held while an L2 table is made or copied, or the L1 table grows.
+    linking: AsyncMutex,
+    /// Held while refcounts change.
+    space: AsyncMutex,
+    pool: RefCell<alloc::Pool>,
+    freed: RefCell<Vec<alloc::Freed>>,
+    /// No free cluster lies below this one, but for those in the pool.
+    first_free: Cell<u64>,
+    last_inflated: RefCell<Option<(u64, crate::sys::mem::Buffer)>>,
+    /// Autoclear bits have been cleared.
+    begun: Cell<bool>,
+    corrupt: RefCell<Option<String>>,
+    closed: Cell<bool>,
+}
+
+impl Qcow2<FileStorage> {
+    /// Opens the image in `file`. The opener has probed the header, locked the file and opened the backing file that the header names.
+    ///
+    /// # Errors
+    /// `Unsupported` for a feature that this driver does not do; `Corrupt` for metadata that contradict themselves, and, for
+    /// writing, for an image that is marked dirty or corrupt. The words name the next step.
+    pub async fn open(
+        io: &Io,
+        file: Rc<File>,
+        path: &Path,
+        read_only: bool,
+        backing: Option<Backing>,
+    ) -> Result<Qcow2> {
+        let storage = FileStorage::new(io, file).map_err(|e| IoError::from_io(IoOp::Open, e).path(path))?;
+        Qcow2::open_on(storage, path, read_only, backing).await
+    }
+}
+
+/// An operation that changes the image; dropped before [`Changing::finish`], it fails the image.
+struct Changing<'a>(&'a Barrier);
+
+impl Changing<'_> {
+    fn finish(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.fail();
+    }
+}
+
+impl<S: Storage> Qcow2<S> {
+    /// What the header said at the opening.
+    pub fn header(&self) -> &HeaderInfo {
+        &self.header
+    }
+
+    /// Internal snapshots.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.geometry.cluster()
+    }
+
+    fn io_error(&self, op: IoOp, e: std::io::Error) -> IoError {
+        IoError::from_io(op, e).path(&self.path)
+    }
+
+    fn error(&self, kind: IoErrorKind, op: IoOp, detail: impl Into<String>) -> IoError {
+        IoError::new(kind, op).path(&self.path).detail(detail)
+    }
+
+    /// Everything written before is durable after.
+    async fn sync(&self, op: IoOp) -> Result<()> {
+        match self.barrier.sync(&self.storage).await {
+            Ok(()) => Ok(()),
+            Err(Lost::Now(e)) => {
+                let source = Some(e);
+                Err(IoError { source, ..self.error(IoErrorKind::Failed, op, "a flush was lost") })
+            }
+            Err(Lost::Before) => Err(self.failed(op)),
+        }
+    }
+
+    fn failed(&self, op: IoOp) -> IoError {
+        self.error(IoErrorKind::Failed, op, "an earlier flush or change was lost; reopen the image")
+    }
+
+    fn check_alive(&self, op: IoOp) -> Result<()> {
+        if self.barrier.has_failed() {
+            return Err(self.failed(op));
+        }
+        if self.closed.get() {
+            return Err(self.error(IoErrorKind::Failed, op, "the image is closed"));
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, op: IoOp, at: ByteOffset, len: u64) -> Result<()> {
+        match at.0.checked_add(len) {
+            Some(end) if end <= self.size.get() => Ok(()),
+            _ => Err(IoError::new(IoErrorKind::OutOfRange, op).path(&self.path).at(at)),
+        }
+    }
+
+    fn check_writable(&self, op: IoOp) -> Result<()> {
+        self.check_alive(op)?;
+        if self.read_only {
+            return Err(IoError::new(IoErrorKind::ReadOnly, op).path(&self.path));
+        }
+        match &*self.corrupt.borrow() {
+            Some(why) => Err(IoError::corrupt(op, why.clone()).path(&self.path)),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs a changing operation to its end: checks before, fails the image if the future is dropped half way.
+    async fn changing<T>(&self, op: IoOp, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.check_writable(op)?;
+        let changing = Changing(&self.barrier);
+        let result = match self.begun.get() {
+            true => work.await,
+            false => match self.begin(op).await {
+                Ok(()) => work.await,
+                Err(e) => Err(e),
+            },
+        };
+        changing.finish();
+        result
+    }
+
+    /// Metadata that make no sense: the image is marked corrupt if it may be written, as QEMU does, and never written again.
+    async fn damaged(&self, op: IoOp, detail: impl Into<String>) -> IoError {
+        let detail = format!("{}; run `qemu-img check {}`", detail.into(), self.path.display());
+        if !self.read_only && self.corrupt.borrow().is_none() {
+            *self.corrupt.borrow_mut() = Some("metadata were found damaged before".to_owned());
+            self.mark_corrupt().await;
+        }
+        IoError::corrupt(op, detail).path(&self.path)
+    }
+}
+
+impl<S: Storage> Volume for Qcow2<S> {
+    fn limits(&self) -> Limits {
+        Limits {
+            capacity: self.size.get(),
+            alignment: 1,
+            read_only: self.read_only,
+            discard_granularity: self.geometry.cluster() as u32,
+            preferred_io: self.geometry.cluster() as u32,
+        }
+    }
+
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        self.check_alive(IoOp::Read)?;
+        self.check_range(IoOp::Read, at, to.len() as u64)?;
+        self.read_range(at.0, to).await.map_err(|e| e.at(at))
+    }
+
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        self.check_range(IoOp::Write, at, from.len() as u64)?;
+        let work = async {
+            self.write_range(IoOp::Write, at.0, from).await?;
+            if flags.fua { self.sync(IoOp::Write).await } else { Ok(()) }
+        };
+        self.changing(IoOp::Write, work).await.map_err(|e| e.at(at))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.check_alive(IoOp::Flush)?;
+        if self.read_only {
+            return Ok(());
+        }
+        self.sync(IoOp::Flush).await?;
+        if self.freed.borrow().is_empty() || self.corrupt.borrow().is_some() {
+            return Ok(());
+        }
+        // The flush itself is done. What cannot be freed now is a leak at worst, and shows where it matters.
+        let changing = Changing(&self.barrier);
+        let _ = self.settle(IoOp::Flush).await;
+        changing.finish();
+        Ok(())
+    }
+
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
+        self.check_range(IoOp::Discard, at, len)?;
+        let work = self.zero_range(at.0, len, true);
+        self.changing(IoOp::Discard, work).await.map_err(|e| e.at(at))
+    }
+
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
+        self.check_range(IoOp::Discard, at, len)?;
+        let work = self.zero_range(at.0, len, may_unmap);
+        self.changing(IoOp::Discard, work).await.map_err(|e| e.at(at))
+    }
+
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
+        self.check_alive(IoOp::Map)?;
+        self.check_range(IoOp::Map, at, len)?;
+        self.extents(at.0, len).await.map_err(|e| e.at(at))
+    }
+
+    async fn resize(&self, capacity: u64) -> Result<()> {
+        self.changing(IoOp::Resize, self.resize_to(capacity)).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        if self.closed.get() {
+            return Ok(());
+        }
+        if self.barrier.has_failed() {
+            return Err(self.failed(IoOp::Close));
+        }
+        if !self.read_only && self.begun.get() {
+            let changing = Changing(&self.barrier);
+            let result = self.finish().await;
+            changing.finish();
+            result?;
+        }
+        self.closed.set(true);
+        Ok(())
+    }
+}

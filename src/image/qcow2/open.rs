@@ -1,0 +1,226 @@
+//! Opening an image: every table is found and checked before the first request, so that the data path can rely on it; and
+//! the two marks in the header that the driver itself changes.
+
+use std::{
+    cell::{Cell, RefCell},
+    path::Path,
+};
+
+use super::{
+    Backing, HeaderError, L2_CACHE, Qcow2, REFCOUNT_CACHE, Storage,
+    alloc::Pool,
+    barrier::{Barrier, Epochs},
+    cache::{Cache, OffsetSet},
+    header::{CORRUPT, HeaderInfo, MAX_CLUSTER, field, probe_header},
+    layout::{Geometry, be32, be64},
+    snapshot,
+};
+use crate::{
+    sync::{AsyncMutex, RangeLock},
+    sys::mem::Buffer,
+    volume::{IoError, IoErrorKind, IoOp, Result},
+};
+
+impl<S: Storage> Qcow2<S> {
+    /// Opens the image on any storage; see [`Qcow2::open`].
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`].
+    pub async fn open_on(storage: S, path: &Path, read_only: bool, backing: Option<Backing>) -> Result<Self> {
+        let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
+        let corrupt = |detail: String| IoError::corrupt(IoOp::Open, detail).path(path);
+        let file_len = storage.len().map_err(failed)?;
+        let header = read_header(&storage, file_len, path).await?;
+        if !read_only {
+            let next = format!("run `qemu-img check -r all {}`", path.display());
+            if header.corrupt {
+                return Err(corrupt(format!("it is marked corrupt and may only be read; {next}")));
+            }
+            if header.dirty {
+                return Err(corrupt(format!("it is marked dirty, its refcounts may be wrong; {next}")));
+            }
+        }
+        let g = header.geometry();
+        let l1_bytes = u64::from(header.l1_entries) * 8;
+        let l1 = read_table(&storage, file_len, header.l1_offset, l1_bytes)
+            .await
+            .map_err(failed)?
+            .ok_or_else(|| corrupt("the file ends within its L1 table".into()))?;
+        let table_bytes = u64::from(header.refcount_table_clusters) << g.cluster_bits;
+        let table_len = file_len.next_multiple_of(g.cluster());
+        let refcount_table = read_table(&storage, table_len, header.refcount_table_offset, table_bytes)
+            .await
+            .map_err(failed)?
+            .ok_or_else(|| corrupt("the file ends within its refcount table".into()))?;
+        let snapshots = snapshot::read_table(&storage, &header, file_len)
+            .await
+            .map_err(failed)?
+            .map_err(|why| corrupt(format!("snapshot table: {why}")))?;
+
+        let mut fixed = vec![(0, 1)];
+        let clusters = |at: u64, bytes: u64| (g.index(at), g.index(at) + g.clusters_for(bytes));
+        fixed.push(clusters(header.l1_offset, l1_bytes));
+        fixed.push(clusters(header.refcount_table_offset, table_bytes));
+        if header.snapshot_count > 0 {
+            fixed.push(clusters(header.snapshot_offset, snapshots.table_bytes));
+        }
+        fixed.extend(snapshots.all.iter().map(|s| clusters(s.l1_offset, u64::from(s.l1_entries) * 8)));
+        fixed.retain(|(start, end)| start < end);
+        fixed.sort_unstable();
+        let (tables, damage) = find_tables(&g, &fixed, &l1, &refcount_table, file_len);
+        if let (Some(what), false) = (damage, read_only) {
+            return Err(corrupt(format!("{what}; run `qemu-img check -r all {}`", path.display())));
+        }
+
+        Ok(Qcow2 {
+            storage,
+            path: path.to_owned(),
+            geometry: g,
+            snapshots: snapshots.all,
+            read_only,
+            backing,
+            size: Cell::new(header.virtual_size),
+            file_len: Cell::new(file_len),
+            l1: RefCell::new(l1),
+            l1_at: Cell::new(header.l1_offset),
+            l2: Cache::new(g.slice(), L2_CACHE),
+            refcount_table: RefCell::new(refcount_table),
+            refcount_table_at: Cell::new(header.refcount_table_offset),
+            refcounts: Cache::new(g.slice(), REFCOUNT_CACHE),
+            tables: RefCell::new(tables),
+            fixed: RefCell::new(fixed),
+            barrier: Barrier::default(),
+            epochs: Epochs::default(),
+            guests: RangeLock::new(),
+            linking: AsyncMutex::new(),
+            space: AsyncMutex::new(),
+            pool: RefCell::new(Pool::default()),
+            freed: RefCell::default(),
+            first_free: Cell::new(0),
+            last_inflated: RefCell::default(),
+            begun: Cell::new(false),
+            corrupt: RefCell::default(),
+            closed: Cell::new(false),
+            header,
+        })
+    }
+
+    /// Before the first change: autoclear bits go, durably, since we keep none of the features that they stand for.
+    pub(super) async fn begin(&self, op: IoOp) -> Result<()> {
+        let _one_at_a_time = self.space.lock().await;
+        if self.begun.get() {
+            return Ok(());
+        }
+        if self.header.autoclear != 0 {
+            let zeros = Buffer::zeroed(8).sg();
+            self.storage.write(field::AUTOCLEAR, &zeros).await.map_err(|e| self.io_error(op, e))?;
+            self.sync(op).await?;
+        }
+        self.begun.set(true);
+        Ok(())
+    }
+
+    /// Sets the corrupt bit. Version 2 has none; there the image is only refused for the rest of this session.
+    pub(super) async fn mark_corrupt(&self) {
+        if self.geometry.version < 3 {
+            return;
+        }
+        let bits = (self.header.incompatible | CORRUPT).to_be_bytes();
+        // The image is not written any more either way; a mark that could not be made changes nothing of that.
+        if self.storage.write(field::INCOMPATIBLE, &Buffer::from_slice(&bits).sg()).await.is_ok() {
+            let _ = self.barrier.sync(&self.storage).await;
+        }
+    }
+}
+
+async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &Path) -> Result<HeaderInfo> {
+    let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
+    let refused = |e: HeaderError| {
+        let kind = match e {
+            HeaderError::Feature(_) | HeaderError::Version(_) => IoErrorKind::Unsupported,
+            _ => IoErrorKind::Corrupt,
+        };
+        let next = e.next_step().map_or_else(String::new, |next| format!("; {next}"));
+        IoError::new(kind, IoOp::Open).path(path).detail(format!("{e}{next}"))
+    };
+    let first = Buffer::zeroed(file_len.min(4096) as usize);
+    storage.read(0, &first.sg()).await.map_err(failed)?;
+    let first = first.to_vec();
+    let cluster = match be32(&first, 20) {
+        bits @ 9..=21 => 1u64 << bits,
+        _ => return Err(probe_header(&first).err().unwrap_or(HeaderError::Truncated)).map_err(refused),
+    };
+    if cluster <= first.len() as u64 || file_len <= first.len() as u64 {
+        return probe_header(&first).map_err(refused);
+    }
+    let whole = Buffer::zeroed(file_len.min(cluster).min(MAX_CLUSTER as u64) as usize);
+    storage.read(0, &whole.sg()).await.map_err(failed)?;
+    probe_header(&whole.to_vec()).map_err(refused)
+}
+
+/// A table of 64-bit words; `None` if the file ends before it does.
+async fn read_table<S: Storage>(
+    storage: &S,
+    file_len: u64,
+    at: u64,
+    bytes: u64,
+) -> std::io::Result<Option<Vec<u64>>> {
+    if bytes == 0 {
+        return Ok(Some(Vec::new()));
+    }
+    if at.checked_add(bytes).is_none_or(|end| end > file_len) {
+        return Ok(None);
+    }
+    let buffer = Buffer::zeroed(bytes as usize);
+    storage.read(at, &buffer.sg()).await?;
+    let mut words = Vec::with_capacity(bytes as usize / 8);
+    let mut chunk = [0u8; 4096];
+    let mut pos = 0;
+    while pos < buffer.len() {
+        let n = chunk.len().min(buffer.len() - pos);
+        buffer.sg().copy_out(pos, &mut chunk[..n]);
+        words.extend((0..n / 8).map(|i| be64(&chunk, i * 8)));
+        pos += n;
+    }
+    Ok(Some(words))
+}
+
+/// The clusters of all L2 tables and refcount blocks, and the first thing that is wrong with them. An entry that makes no
+/// sense in itself is left to whoever follows it.
+fn find_tables(
+    g: &Geometry,
+    fixed: &[(u64, u64)],
+    l1: &[u64],
+    refcount_table: &[u64],
+    file_len: u64,
+) -> (OffsetSet, Option<String>) {
+    let mut damage = fixed
+        .windows(2)
+        .find(|w| w[1].0 < w[0].1)
+        .map(|w| format!("two tables lie in the cluster at {:#x}", w[1].0 << g.cluster_bits));
+    let mut tables = OffsetSet::default();
+    let entries =
+        l1.iter().map(|e| ("L2 table", *e)).chain(refcount_table.iter().map(|e| ("refcount block", *e)));
+    for (what, entry) in entries {
+        if entry == 0 {
+            continue;
+        }
+        let Ok(Some(at)) = g.table(entry) else {
+            damage.get_or_insert_with(|| format!("the entry {entry:#x} is not that of a {what}"));
+            continue;
+        };
+        if at >= file_len {
+            damage.get_or_insert_with(|| format!("the {what} at {at:#x} lies beyond the end of the file"));
+        } else if in_ranges(fixed, g.index(at)) || !tables.insert(g.index(at)) {
+            damage.get_or_insert_with(|| format!("the {what} at {at:#x} lies where another table does"));
+        }
+    }
+    (tables, damage)
+}
+
+/// Whether a cluster lies in one of the ranges, which are in order.
+pub(super) fn in_ranges(ranges: &[(u64, u64)], cluster: u64) -> bool {
+    let after = ranges.partition_point(|(start, _)| *start <= cluster);
+    // Ranges of a damaged image may overlap, so a longer one may stand before the last; those images are not written.
+    after > 0 && cluster < ranges[after - 1].1
+}

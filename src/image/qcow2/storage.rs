@@ -1,0 +1,154 @@
+//! What a qcow2 image is stored on. The driver does all its I/O through [`Storage`], so that tests can put a disk beneath it
+//! that fails a chosen step, or forgets what was not synced.
+
+use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom},
+    os::unix::fs::FileTypeExt,
+    rc::Rc,
+};
+
+use crate::sys::{
+    io::{Fallocate, Io},
+    mem::{Buffer, Sg},
+};
+
+/// A file as the driver needs it. Operations may be in flight side by side; those that overlap are ordered by the driver.
+#[allow(async_fn_in_trait)] // One thread owns a volume; its futures need not be Send.
+pub trait Storage {
+    /// Fills `to`; what lies beyond the end reads as zeros.
+    async fn read(&self, at: u64, to: &Sg) -> io::Result<()>;
+    /// Writes all of `from`; the file grows as needed.
+    async fn write(&self, at: u64, from: &Sg) -> io::Result<()>;
+    /// Everything that has been written before the call is on stable storage after it, the length included.
+    async fn sync(&self) -> io::Result<()>;
+    /// Frees the range, which reads as zeros; the length stays.
+    async fn punch(&self, at: u64, len: u64) -> io::Result<()>;
+    /// Makes the range zeros and keeps space for it; the length stays.
+    async fn zero(&self, at: u64, len: u64) -> io::Result<()>;
+    /// Bytes in the file.
+    fn len(&self) -> io::Result<u64>;
+    /// Sets the length; what is new reads as zeros.
+    async fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Whether the length is given by the device and cannot be set.
+    fn is_fixed(&self) -> bool;
+}
+
+/// A regular file or a block device, through a thread's I/O.
+pub struct FileStorage {
+    io: Io,
+    file: Rc<File>,
+    device: bool,
+}
+
+/// Zeros are written in pieces of this size where the file system cannot make them.
+const ZEROS: usize = 1 << 20;
+
+impl FileStorage {
+    /// The storage in that file.
+    ///
+    /// # Errors
+    /// What `fstat` says.
+    pub fn new(io: &Io, file: Rc<File>) -> io::Result<FileStorage> {
+        let device = file.metadata()?.file_type().is_block_device();
+        Ok(FileStorage { io: io.clone(), file, device })
+    }
+
+    async fn write_zeros(&self, at: u64, len: u64) -> io::Result<()> {
+        let zeros = Buffer::zeroed(ZEROS.min(usize::try_from(len).unwrap_or(ZEROS))).sg();
+        let mut done = 0;
+        while done < len {
+            let n = (zeros.len() as u64).min(len - done);
+            self.io.write(&self.file, at + done, &zeros.slice(0, n as usize), false).await?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    async fn fallocate_or_write(&self, what: Fallocate, at: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        match self.io.fallocate(&self.file, what, at, len).await {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {
+                let end = self.len()?.min(at.saturating_add(len));
+                if end > at { self.write_zeros(at, end - at).await } else { Ok(()) }
+            }
+            result => result,
+        }
+    }
+}
+
+impl Storage for FileStorage {
+    async fn read(&self, at: u64, to: &Sg) -> io::Result<()> {
+        self.io.read_or_zero(&self.file, at, to).await
+    }
+
+    async fn write(&self, at: u64, from: &Sg) -> io::Result<()> {
+        self.io.write(&self.file, at, from, false).await
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        self.io.fdatasync(&self.file).await
+    }
+
+    async fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        self.fallocate_or_write(Fallocate::PunchHole, at, len).await
+    }
+
+    async fn zero(&self, at: u64, len: u64) -> io::Result<()> {
+        self.fallocate_or_write(Fallocate::ZeroRange, at, len).await
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.device {
+            return (&*self.file).seek(SeekFrom::End(0));
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    async fn set_len(&self, len: u64) -> io::Result<()> {
+        if !self.device {
+            return self.file.set_len(len);
+        }
+        if len > self.len()? { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.device
+    }
+}
+
+impl<S: Storage> Storage for Rc<S> {
+    async fn read(&self, at: u64, to: &Sg) -> io::Result<()> {
+        (**self).read(at, to).await
+    }
+
+    async fn write(&self, at: u64, from: &Sg) -> io::Result<()> {
+        (**self).write(at, from).await
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        (**self).sync().await
+    }
+
+    async fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        (**self).punch(at, len).await
+    }
+
+    async fn zero(&self, at: u64, len: u64) -> io::Result<()> {
+        (**self).zero(at, len).await
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        (**self).len()
+    }
+
+    async fn set_len(&self, len: u64) -> io::Result<()> {
+        (**self).set_len(len).await
+    }
+
+    fn is_fixed(&self) -> bool {
+        (**self).is_fixed()
+    }
+}

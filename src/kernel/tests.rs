@@ -1,0 +1,136 @@
+//! Building and taking down on the fake tree: every step fails once, and nothing is left behind.
+
+use std::path::Path;
+
+use super::{
+    backstore::{self, Spec},
+    fabric::{self, Fabric},
+    fake::Fake,
+    names::{Name, Wwn},
+    tree::Tree,
+    undo::Undo,
+    usage::{self, User},
+};
+use crate::units::BlockSize;
+
+fn spec(name: &str) -> Spec {
+    Spec {
+        name: Name::new(name).unwrap(),
+        dev_config: "dif//images/vm1.qcow2;pi=type1".into(),
+        capacity: 1 << 30,
+        block_size: BlockSize::B4096,
+        serial: "serial-1".into(),
+        write_cache: true,
+    }
+}
+
+fn build(tree: &Fake, name: &str) -> Result<(), backstore::ConfigfsError> {
+    let mut undo = Undo::new(tree);
+    let path = backstore::create(tree, &spec(name), &mut undo)?;
+    for fabric in [Fabric::Loopback, Fabric::Vhost] {
+        fabric::create(tree, &path, fabric, &Wwn::derived(&[fabric.word(), name]), &mut undo)?;
+    }
+    undo.keep();
+    Ok(())
+}
+
+#[test]
+fn what_was_created_is_read_back() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    let found = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
+    assert_eq!(found.path, Path::new("target/core/user_0/vm1"));
+    assert_eq!(found.config_after("dif"), Some("/images/vm1.qcow2;pi=type1"));
+    assert_eq!((found.capacity, found.block_size, found.serial.as_str()), (1 << 30, 4096, "serial-1"));
+    assert!(found.enabled && found.write_cache && !found.wants_answers);
+    assert_eq!(found.device_id(&tree).unwrap(), 7);
+    assert_eq!(tree.read(&found.path.join("attrib/hw_max_sectors")).unwrap(), "2048");
+    assert_eq!(tree.read(&found.path.join("attrib/cmd_time_out")).unwrap(), "90");
+    let exports = fabric::of(&tree, &found).unwrap();
+    assert_eq!(exports.iter().map(|e| e.fabric.as_str()).collect::<Vec<_>>(), ["loopback", "vhost"]);
+    assert_eq!(fabric::scsi_address(&tree, &exports[0]).unwrap(), "2:0:1:0");
+}
+
+#[test]
+fn every_step_that_fails_leaves_the_tree_as_it_was() {
+    let tree = Fake::new();
+    build(&tree, "before").unwrap();
+    let before = tree.snapshot();
+    let mut failed = 0;
+    for step in 0.. {
+        tree.changes_left.set(Some(step));
+        let done = build(&tree, "vm1");
+        tree.changes_left.set(None);
+        if done.is_ok() {
+            break;
+        }
+        failed += 1;
+        assert_eq!(tree.snapshot(), before, "step {step}");
+    }
+    assert!(failed > 15, "{failed}");
+}
+
+#[test]
+fn what_is_removed_leaves_nothing_and_touches_nothing_else() {
+    let tree = Fake::new();
+    build(&tree, "other").unwrap();
+    let before = tree.snapshot();
+    build(&tree, "vm1").unwrap();
+    let store = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
+    for export in fabric::of(&tree, &store).unwrap() {
+        fabric::remove(&tree, &export).unwrap();
+    }
+    store.remove(&tree).unwrap();
+    assert_eq!(tree.snapshot(), before);
+}
+
+#[test]
+fn each_backstore_has_a_directory_of_its_own_in_core() {
+    let tree = Fake::new();
+    tree.make_dir(Path::new("target/core/user_1")).unwrap();
+    for name in ["a", "b", "c"] {
+        build(&tree, name).unwrap();
+    }
+    let hbas: Vec<_> = backstore::all(&tree).unwrap().iter().map(|b| b.hba).collect();
+    assert_eq!(hbas, [0, 2, 3]);
+}
+
+#[test]
+fn another_subtypes_device_of_the_same_name_is_not_ours() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    tree.write(Path::new("target/core/user_0/vm1/attrib/dev_config"), "qcow//images/a").unwrap();
+    assert_eq!(backstore::find(&tree, "dif", "vm1").unwrap(), None);
+    tree.write(Path::new("target/core/user_0/vm1/attrib/dev_config"), "difference/x").unwrap();
+    assert_eq!(backstore::find(&tree, "dif", "vm1").unwrap(), None);
+}
+
+#[test]
+fn a_connected_guest_is_seen_and_the_question_changes_nothing() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    let store = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
+    let export = fabric::of(&tree, &store).unwrap().remove(1);
+    let before = tree.snapshot();
+    assert_eq!(usage::of_vhost(&tree, &export), None);
+    tree.busy.borrow_mut().push(export.tpg_path());
+    assert_eq!(usage::of_vhost(&tree, &export), Some(User::Guest { wwn: export.target.clone() }));
+    assert_eq!(tree.snapshot(), before);
+}
+
+#[test]
+fn an_export_by_another_fabric_is_seen_and_not_ours_to_touch() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    let lun = Path::new("target/iscsi/iqn.2026-11.a:b/tpgt_1/lun/lun_3");
+    for depth in 2..=6 {
+        let dir: std::path::PathBuf = lun.components().take(depth).collect();
+        if !tree.is_dir(&dir) {
+            tree.make_dir(&dir).unwrap();
+        }
+    }
+    tree.link(Path::new("target/core/user_0/vm1"), &lun.join("x")).unwrap();
+    let store = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
+    let foreign: Vec<_> = fabric::of(&tree, &store).unwrap().iter().filter_map(usage::of_foreign).collect();
+    assert_eq!(foreign, [User::Foreign { fabric: "iscsi".into(), target: "iqn.2026-11.a:b".into() }]);
+}

@@ -1,0 +1,136 @@
+//! The few operations that configfs is driven with, as a trait: the kernel's tree, or one that tests break at will.
+//!
+//! Paths are relative to the root of configfs (`target/core/user_0/vm1`).
+
+use std::{
+    fs, io,
+    os::unix::fs::{MetadataExt, symlink},
+    path::{Path, PathBuf},
+};
+
+/// A configfs: directories are objects, files are attributes, links are relations.
+pub trait Tree {
+    /// mkdir.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn make_dir(&self, path: &Path) -> io::Result<()>;
+    /// rmdir.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
+    /// Writes an attribute, in one write.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn write(&self, path: &Path, value: &str) -> io::Result<()>;
+    /// Reads an attribute, without the newline at its end.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn read(&self, path: &Path) -> io::Result<String>;
+    /// Links `link` to the object `target`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn link(&self, target: &Path, link: &Path) -> io::Result<()>;
+    /// Removes a link.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn unlink(&self, link: &Path) -> io::Result<()>;
+    /// The names of the directories in a directory, sorted; empty if it isn't there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn dirs(&self, path: &Path) -> io::Result<Vec<String>>;
+    /// The links in a directory, sorted, with what they point to; empty if it isn't there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn links(&self, path: &Path) -> io::Result<Vec<(String, PathBuf)>>;
+    /// Whether there is such a directory, and the kernel isn't about to remove it.
+    fn is_dir(&self, path: &Path) -> bool;
+}
+
+/// The kernel's own.
+#[derive(Debug, Clone)]
+pub struct Real {
+    root: PathBuf,
+}
+
+impl Real {
+    /// The tree that is mounted there.
+    pub fn at(root: impl Into<PathBuf>) -> Real {
+        Real { root: root.into() }
+    }
+
+    fn entries(&self, path: &Path) -> io::Result<Vec<fs::DirEntry>> {
+        match fs::read_dir(self.root.join(path)) {
+            Ok(entries) => entries.collect(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl Tree for Real {
+    fn make_dir(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir(self.root.join(path))
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir(self.root.join(path))
+    }
+
+    fn write(&self, path: &Path, value: &str) -> io::Result<()> {
+        use io::Write;
+        // Neither created nor truncated: an attribute is there, or it is not.
+        let mut file = fs::OpenOptions::new().write(true).open(self.root.join(path))?;
+        let written = file.write(value.as_bytes())?;
+        if written == value.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    fn read(&self, path: &Path) -> io::Result<String> {
+        let bytes = fs::read(self.root.join(path))?;
+        Ok(String::from_utf8_lossy(&bytes).trim_end_matches('\n').to_owned())
+    }
+
+    fn link(&self, target: &Path, link: &Path) -> io::Result<()> {
+        symlink(self.root.join(target), self.root.join(link))
+    }
+
+    fn unlink(&self, link: &Path) -> io::Result<()> {
+        fs::remove_file(self.root.join(link))
+    }
+
+    fn dirs(&self, path: &Path) -> io::Result<Vec<String>> {
+        let mut out = Vec::new();
+        for entry in self.entries(path)? {
+            if entry.file_type()?.is_dir() {
+                out.extend(entry.file_name().into_string().ok());
+            }
+        }
+        out.sort();
+        Ok(out)
+    }
+
+    fn links(&self, path: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+        let mut out = Vec::new();
+        for entry in self.entries(path)? {
+            if entry.file_type()?.is_symlink() {
+                let target = fs::read_link(entry.path())?;
+                out.extend(entry.file_name().into_string().ok().map(|name| (name, target)));
+            }
+        }
+        out.sort();
+        Ok(out)
+    }
+
+    fn is_dir(&self, path: &Path) -> bool {
+        // A directory that is being removed keeps its name until the removal is through, but no links. And only its own
+        // inode is looked at: anything under it would wait for the removal.
+        fs::metadata(self.root.join(path)).is_ok_and(|m| m.is_dir() && m.nlink() > 0)
+    }
+}

@@ -1,0 +1,270 @@
+//! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
+//!
+//! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;pi=type1`, `;ro`,
+//! `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
+//! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
+//! `create`, read by the daemon; a person may write it by hand.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+};
+
+use thiserror::Error;
+
+use crate::pi::PiType;
+
+/// Our subtype: the first part of `dev_config`.
+pub const SUBTYPE: &str = "dif";
+
+/// Characters that fit in the kernel's `dev_config` (TCMU_CONFIG_LEN is 256, and one is the terminating zero; what is
+/// longer would be cut off silently).
+pub const MAX_DEV_CONFIG: usize = 255;
+
+/// One LUN's settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// The image, an absolute path.
+    pub image: PathBuf,
+    /// Protection information at rest.
+    pub pi: Option<PiType>,
+    /// The LUN refuses writes.
+    pub read_only: bool,
+    /// The sidecar's path, where it isn't beside the image.
+    pub sidecar: Option<PathBuf>,
+    /// The serial number, unless the kernel's `wwn/vpd_unit_serial` has one.
+    pub serial: Option<String>,
+}
+
+/// Why a `dev_config` is refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// There is no path, or it is relative.
+    #[error("the image's path {0:?} is not absolute")]
+    NotAbsolute(PathBuf),
+    /// A setting that isn't known.
+    #[error("unknown setting {0:?}")]
+    Unknown(String),
+    /// A setting that is known, with a value that isn't.
+    #[error("{value:?} is no value for {key}")]
+    Value {
+        /// The setting.
+        key: &'static str,
+        /// What it was set to.
+        value: String,
+    },
+    /// A setting that stands there twice.
+    #[error("{0} is set twice")]
+    Twice(&'static str),
+    /// A percent sign without two hexadecimal digits after it, or text that is none.
+    #[error("{0:?} is not percent-encoded text")]
+    Encoding(String),
+    /// Too long for the kernel.
+    #[error("the device's configuration has {0} characters, and the kernel takes {MAX_DEV_CONFIG}: {1}")]
+    TooLong(usize, String),
+}
+
+impl DeviceConfig {
+    /// The settings of an image that is writable and unprotected.
+    pub fn new(image: impl Into<PathBuf>) -> DeviceConfig {
+        DeviceConfig { image: image.into(), pi: None, read_only: false, sidecar: None, serial: None }
+    }
+
+    /// Parses what stands after `dif/`.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that names the part that is wrong.
+    pub fn parse(text: &str) -> Result<DeviceConfig, ConfigError> {
+        let mut parts = text.split(';');
+        let image = path(parts.next().unwrap_or_default())?;
+        let mut out = DeviceConfig::new(image);
+        for part in parts {
+            let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
+            match (key, value) {
+                ("pi", Some(v)) => {
+                    let kind = pi_type(v).ok_or(ConfigError::Value { key: "pi", value: v.to_owned() })?;
+                    once("pi", &mut out.pi, kind)?;
+                }
+                ("ro", None) if out.read_only => return Err(ConfigError::Twice("ro")),
+                ("ro", None) => out.read_only = true,
+                ("sidecar", Some(v)) => once("sidecar", &mut out.sidecar, path(v)?)?,
+                ("serial", Some(v)) => {
+                    let serial = String::from_utf8(decode(v)?)
+                        .map_err(|_| ConfigError::Value { key: "serial", value: v.to_owned() })?;
+                    if serial.is_empty() {
+                        return Err(ConfigError::Value { key: "serial", value: serial });
+                    }
+                    once("serial", &mut out.serial, serial)?;
+                }
+                _ => return Err(ConfigError::Unknown(part.to_owned())),
+            }
+        }
+        Ok(out)
+    }
+
+    /// The kernel's `dev_config`, subtype included.
+    ///
+    /// # Errors
+    /// Paths that aren't absolute, and what is longer than the kernel keeps.
+    pub fn dev_config(&self) -> Result<String, ConfigError> {
+        for path in std::iter::once(&self.image).chain(&self.sidecar) {
+            if !path.is_absolute() {
+                return Err(ConfigError::NotAbsolute(path.clone()));
+            }
+        }
+        let text = format!("{SUBTYPE}/{self}");
+        if text.len() > MAX_DEV_CONFIG {
+            return Err(ConfigError::TooLong(text.len(), text));
+        }
+        Ok(text)
+    }
+}
+
+impl fmt::Display for DeviceConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&encode(self.image.as_os_str().as_bytes()))?;
+        if let Some(pi) = self.pi {
+            write!(f, ";pi={}", pi_word(pi))?;
+        }
+        if self.read_only {
+            f.write_str(";ro")?;
+        }
+        if let Some(sidecar) = &self.sidecar {
+            write!(f, ";sidecar={}", encode(sidecar.as_os_str().as_bytes()))?;
+        }
+        if let Some(serial) = &self.serial {
+            write!(f, ";serial={}", encode(serial.as_bytes()))?;
+        }
+        Ok(())
+    }
+}
+
+/// The word for a type, on the command line and in `dev_config`.
+pub fn pi_word(pi: PiType) -> &'static str {
+    match pi {
+        PiType::Type1 => "type1",
+        PiType::Type3 => "type3",
+    }
+}
+
+fn pi_type(word: &str) -> Option<PiType> {
+    [PiType::Type1, PiType::Type3].into_iter().find(|p| pi_word(*p) == word)
+}
+
+fn once<T>(key: &'static str, slot: &mut Option<T>, value: T) -> Result<(), ConfigError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(ConfigError::Twice(key)),
+    }
+}
+
+fn path(text: &str) -> Result<PathBuf, ConfigError> {
+    let path = PathBuf::from(OsString::from_vec(decode(text)?));
+    if Path::is_absolute(&path) { Ok(path) } else { Err(ConfigError::NotAbsolute(path)) }
+}
+
+/// Percent-encodes what may not stand in a value.
+fn encode(bytes: &[u8]) -> String {
+    let mut out = String::new();
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if matches!(c, ';' | '%' | ',') || c.is_ascii_control() {
+                out.push_str(&format!("%{:02x}", c as u32));
+            } else {
+                out.push(c);
+            }
+        }
+        for b in chunk.invalid() {
+            out.push_str(&format!("%{b:02x}"));
+        }
+    }
+    out
+}
+
+fn decode(text: &str) -> Result<Vec<u8>, ConfigError> {
+    let bad = || ConfigError::Encoding(text.to_owned());
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(b) = bytes.next() {
+        if b != b'%' {
+            out.push(b);
+            continue;
+        }
+        let mut digit = || bytes.next().and_then(|d| char::from(d).to_digit(16)).ok_or_else(bad);
+        out.push((digit()? * 16 + digit()?) as u8);
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_path() -> impl Strategy<Value = PathBuf> {
+        proptest::collection::vec(1u8..=255, 0..40).prop_map(|mut v| {
+            v.insert(0, b'/');
+            PathBuf::from(OsString::from_vec(v))
+        })
+    }
+
+    prop_compose! {
+        fn any_config()(
+            image in any_path(),
+            pi in prop::option::of(prop::sample::select(vec![PiType::Type1, PiType::Type3])),
+            read_only: bool,
+            sidecar in prop::option::of(any_path()),
+            serial in prop::option::of("\\PC{1,20}|[;%,=\n]{1,5}"),
+        ) -> DeviceConfig {
+            DeviceConfig { image, pi, read_only, sidecar, serial }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_parsed_back(config in any_config()) {
+            prop_assert_eq!(DeviceConfig::parse(&config.to_string()), Ok(config));
+        }
+
+        #[test]
+        fn what_is_printed_survives_the_kernels_separators(config in any_config()) {
+            prop_assert!(!config.to_string().contains([',', '\n', '\0']));
+        }
+
+        #[test]
+        fn any_text_is_parsed_or_refused_without_a_panic(text in "\\PC{0,60}|/[a-z;=%0-9]{0,60}") {
+            let _ = DeviceConfig::parse(&text);
+        }
+    }
+
+    #[test]
+    fn every_wrong_part_is_named() {
+        use ConfigError::*;
+        for (text, error) in [
+            ("", NotAbsolute("".into())),
+            ("vm1.raw", NotAbsolute("vm1.raw".into())),
+            ("/a;pi=type2", Value { key: "pi", value: "type2".into() }),
+            ("/a;pi", Unknown("pi".into())),
+            ("/a;ro;ro", Twice("ro")),
+            ("/a;pi=type1;pi=type1", Twice("pi")),
+            ("/a;sidecar=b", NotAbsolute("b".into())),
+            ("/a;serial=", Value { key: "serial", value: String::new() }),
+            ("/a;colour=red", Unknown("colour=red".into())),
+            ("/a;", Unknown(String::new())),
+            ("/a%4", Encoding("/a%4".into())),
+            ("/a%zz", Encoding("/a%zz".into())),
+        ] {
+            assert_eq!(DeviceConfig::parse(text), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_that_the_kernel_would_cut_off_is_refused() {
+        let fits = DeviceConfig::new(format!("/{}", "a".repeat(MAX_DEV_CONFIG - "dif//".len())));
+        assert_eq!(fits.dev_config().unwrap().len(), MAX_DEV_CONFIG);
+        let longer = DeviceConfig { read_only: true, ..fits };
+        assert!(matches!(longer.dev_config(), Err(ConfigError::TooLong(258, _))));
+    }
+}

@@ -1,0 +1,254 @@
+//! The loop of a LUN's thread: entries in, tasks on, completions out. The one place where the thread sleeps is `Io::turn`.
+//!
+//! A turn takes what the ring holds, runs every task that can go on, publishes the answers with one kick, and submits the
+//! I/O that the tasks asked for with one system call. When all is dry it spins for as long as that has been worth it, and
+//! sleeps. What a command means is the service's business: the loop knows no SCSI.
+
+use std::{
+    collections::VecDeque,
+    io,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use tracing::{debug, warn};
+
+use super::{
+    inbox::{Inbox, Message},
+    spin::Spinner,
+};
+use crate::{
+    ring::{Command, Completion, Entry, Reply, Ring, RingError, reply::TASK_ABORTED},
+    sys::{
+        exec::Executor,
+        io::{Io, Wait},
+    },
+};
+
+/// Commands that run at once; more wait their turn, and task management can still take them back.
+const MAX_RUNNING: usize = 256 + BACKGROUND;
+
+/// Tasks that are there without a command: [`Service::background`].
+const BACKGROUND: usize = 1;
+
+/// Why a loop ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LoopError {
+    #[error("the device is faulted")]
+    Ring(#[from] RingError),
+    #[error("the I/O backend failed")]
+    Io(#[from] io::Error),
+}
+
+/// What serves the commands and messages of a loop.
+pub(super) trait Service: 'static {
+    /// Executes one command to its end.
+    fn execute(self: Rc<Self>, command: Command) -> impl Future<Output = Completion> + 'static;
+    /// What runs beside the commands for as long as the loop does.
+    fn background(self: Rc<Self>) -> impl Future<Output = ()> + 'static;
+    /// Handles a message other than [`Message::Stop`].
+    fn message(self: Rc<Self>, message: Message, load: Load) -> impl Future<Output = ()> + 'static;
+}
+
+/// What the loop knows about its load.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Load {
+    pub(super) commands: u64,
+    pub(super) aborted: u64,
+    pub(super) batches: u64,
+    pub(super) sleeps: u64,
+    pub(super) in_flight: usize,
+}
+
+pub(super) struct EventLoop<S> {
+    ring: Ring,
+    io: Io,
+    exec: Executor,
+    service: Rc<S>,
+    inbox: Inbox,
+    waiting: VecDeque<(Command, Reply)>,
+    load: Load,
+    spinner: Spinner,
+}
+
+impl<S: Service> EventLoop<S> {
+    pub(super) fn new(ring: Ring, io: Io, exec: Executor, service: Rc<S>, inbox: Inbox) -> EventLoop<S> {
+        EventLoop {
+            ring,
+            io,
+            exec,
+            service,
+            inbox,
+            waiting: VecDeque::new(),
+            load: Load::default(),
+            spinner: Spinner::new(),
+        }
+    }
+
+    /// Runs until it is told to stop (with everything answered) or the ring is broken (and left alone).
+    pub(super) fn run(mut self) -> Result<(), LoopError> {
+        let result = self.serve();
+        if result.is_err() {
+            self.ring.close();
+            self.waiting.clear();
+        }
+        // What is under way reaches the image, answered or not.
+        while self.exec.tasks() > BACKGROUND && self.io.turn(Wait::AtMost(Duration::from_millis(100))).is_ok()
+        {
+            self.exec.run_ready();
+        }
+        self.ring.publish()?;
+        self.exec.clear();
+        result
+    }
+
+    fn serve(&mut self) -> Result<(), LoopError> {
+        let ring_bell = self.io.watch(self.ring.doorbell()?)?;
+        let inbox_bell = self.io.watch(self.inbox.doorbell()?)?;
+        let mut stopping = false;
+        self.exec.spawn(self.service.clone().background());
+        loop {
+            if self.inbox.has_messages() {
+                stopping |= self.messages();
+            }
+            if !stopping {
+                self.take()?;
+            }
+            self.start_waiting();
+            self.exec.run_ready();
+            if self.ring.has_answers() {
+                self.load.batches += 1;
+                self.ring.publish()?;
+            }
+            self.io.turn(Wait::No)?;
+            // Looked at after the turn, which may have swallowed the doorbells of both.
+            let more = self.inbox.has_messages() || !stopping && self.can_take() && self.ring.has_entries();
+            let startable = !self.waiting.is_empty() && self.exec.tasks() < MAX_RUNNING;
+            if self.exec.has_ready() || more || startable || self.ring.has_answers() {
+                continue;
+            }
+            if stopping && self.exec.tasks() <= BACKGROUND && self.waiting.is_empty() {
+                return Ok(());
+            }
+            if !self.dry(stopping)? {
+                continue;
+            }
+            if ring_bell.take_ready() {
+                self.ring.acknowledge();
+            }
+            if inbox_bell.take_ready() {
+                self.inbox.acknowledge();
+            }
+        }
+    }
+
+    /// Nothing to run: spins, then sleeps. False if spinning found work.
+    fn dry(&mut self, stopping: bool) -> io::Result<bool> {
+        if !stopping && self.io.in_flight() == 0 {
+            let (ring, inbox) = (&self.ring, &self.inbox);
+            if self.spinner.spin(|| ring.has_entries() || inbox.has_messages()) {
+                return Ok(false);
+            }
+        }
+        self.load.sleeps += 1;
+        self.io.turn(Wait::Event)?;
+        Ok(true)
+    }
+
+    fn can_take(&self) -> bool {
+        // Everything that is in the ring is taken, so that a task management request behind it is seen.
+        self.waiting.len() < 65536
+    }
+
+    fn take(&mut self) -> Result<(), RingError> {
+        let mut first = true;
+        while self.can_take() {
+            let Some((entry, reply)) = self.ring.take_entry()? else { break };
+            if std::mem::take(&mut first) {
+                self.spinner.worked();
+            }
+            match (entry, reply) {
+                (Entry::Command(command), Some(reply)) => {
+                    self.load.commands += 1;
+                    self.waiting.push_back((command, reply));
+                }
+                (Entry::Tmr(tmr), _) => self.abort(&tmr.ids, tmr.kind),
+                (Entry::Unknown { id, op }, Some(reply)) => {
+                    warn!(id, op, "an entry of the ring has an operation that is not known");
+                    reply.answer(Completion::unknown_op());
+                }
+                (_, None) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn start_waiting(&mut self) {
+        while self.exec.tasks() < MAX_RUNNING {
+            let Some((command, reply)) = self.waiting.pop_front() else { return };
+            let done = self.service.clone().execute(command);
+            self.exec.spawn(async move { reply.answer(done.await) });
+        }
+    }
+
+    /// Ends those of the commands that have not started. The others run to their end: half of them may be done.
+    fn abort(&mut self, ids: &[u16], kind: u8) {
+        let before = self.waiting.len();
+        for (command, reply) in std::mem::take(&mut self.waiting) {
+            if ids.contains(&command.id) {
+                reply.answer(Completion::status(TASK_ABORTED));
+            } else {
+                self.waiting.push_back((command, reply));
+            }
+        }
+        let aborted = before - self.waiting.len();
+        self.load.aborted += aborted as u64;
+        debug!(kind, commands = ids.len(), aborted, "task management request");
+    }
+
+    /// Hands messages on. True if one says to stop.
+    fn messages(&mut self) -> bool {
+        let mut stop = false;
+        for message in self.inbox.take() {
+            match message {
+                Message::Stop => stop = true,
+                other => {
+                    let load = Load { in_flight: self.ring.unanswered(), ..self.load };
+                    self.exec.spawn(self.service.clone().message(other, load));
+                }
+            }
+        }
+        stop
+    }
+}
+
+/// Runs one future to its end outside the loop: opening before it, closing after it.
+pub(super) fn run_to_end<T: 'static>(
+    io: &Io,
+    exec: &Executor,
+    limit: Option<Duration>,
+    task: impl Future<Output = T> + 'static,
+) -> io::Result<T> {
+    let out = Rc::new(std::cell::RefCell::new(None));
+    let slot = out.clone();
+    exec.spawn(async move {
+        let value = task.await;
+        *slot.borrow_mut() = Some(value);
+    });
+    let until = limit.map(|l| Instant::now() + l);
+    loop {
+        exec.run_ready();
+        if let Some(value) = out.borrow_mut().take() {
+            return Ok(value);
+        }
+        if until.is_some_and(|u| Instant::now() >= u) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let wait = match (exec.has_ready(), until) {
+            (true, _) => Wait::No,
+            (false, Some(u)) => Wait::AtMost(u.saturating_duration_since(Instant::now())),
+            (false, None) => Wait::Event,
+        };
+        io.turn(wait)?;
+    }
+}

@@ -1,0 +1,79 @@
+//! Messages from outside to a LUN's thread: a queue, a flag that costs the thread one load to look at, and an eventfd that
+//! wakes it.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::SyncSender,
+    },
+};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{LunError, Stats};
+
+/// What a LUN's thread can be asked. Each message carries the way back.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// Change the capacity to that many bytes.
+    Resize(u64, SyncSender<Result<(), LunError>>),
+    /// Turn the write cache on or off.
+    WriteCache(bool, SyncSender<Result<(), LunError>>),
+    /// Tell the counters.
+    Stats(SyncSender<Stats>),
+    /// Take no more commands, finish those under way, close the image and end.
+    Stop,
+}
+
+#[derive(Debug)]
+struct Shared {
+    messages: Mutex<VecDeque<Message>>,
+    waiting: AtomicBool,
+    event: OwnedFd,
+}
+
+/// The sending end; clones send to the same thread.
+#[derive(Clone, Debug)]
+pub(super) struct Outbox(Arc<Shared>);
+
+/// The LUN's end.
+pub(super) struct Inbox(Arc<Shared>);
+
+pub(super) fn channel() -> io::Result<(Outbox, Inbox)> {
+    let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let shared = Arc::new(Shared { messages: Mutex::default(), waiting: AtomicBool::new(false), event });
+    Ok((Outbox(shared.clone()), Inbox(shared)))
+}
+
+impl Outbox {
+    pub(super) fn send(&self, message: Message) {
+        self.0.messages.lock().unwrap_or_else(PoisonError::into_inner).push_back(message);
+        self.0.waiting.store(true, Ordering::Release);
+        // EAGAIN would mean 2^64 wake-ups that nobody has read: it is awake.
+        let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
+    }
+}
+
+impl Inbox {
+    pub(super) fn doorbell(&self) -> io::Result<OwnedFd> {
+        self.0.event.try_clone()
+    }
+
+    /// Empties the doorbell, so that it can ring again.
+    pub(super) fn acknowledge(&self) {
+        let _ = rustix::io::read(&self.0.event, &mut [0u8; 8]);
+    }
+
+    pub(super) fn has_messages(&self) -> bool {
+        self.0.waiting.load(Ordering::Acquire)
+    }
+
+    pub(super) fn take(&self) -> VecDeque<Message> {
+        self.0.waiting.store(false, Ordering::Release);
+        std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

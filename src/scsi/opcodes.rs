@@ -1,0 +1,379 @@
+//! The table of supported commands. The parser takes lengths and reserved bits from it, the dispatcher what to run and
+//! when, and REPORT SUPPORTED OPERATION CODES is its listing: so the three cannot disagree.
+//!
+//! REPORT LUNS, PERSISTENT RESERVE IN and OUT, RESERVE and RELEASE never arrive through the ring (the kernel answers them); of
+//! these REPORT LUNS alone is here, for initiators that reach the target some other way.
+
+/// What a row runs. The dispatcher matches it without a catch-all arm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs)] // The names are the commands'.
+pub enum Kind {
+    TestUnitReady,
+    RequestSense,
+    FormatUnit,
+    Inquiry,
+    ModeSelect,
+    ModeSense,
+    StartStopUnit,
+    PreventAllow,
+    ReadCapacity10,
+    ReadCapacity16,
+    Read,
+    Write,
+    WriteAndVerify,
+    Verify,
+    PreFetch,
+    SynchronizeCache,
+    ReadDefectData,
+    WriteSame,
+    Unmap,
+    SanitizeOverwrite,
+    SanitizeBlockErase,
+    SanitizeExitFailureMode,
+    LogSense,
+    CompareAndWrite,
+    OrWrite,
+    GetLbaStatus,
+    ReportLuns,
+    ReportTargetPortGroups,
+    ReportSupportedOpcodes,
+    ReportSupportedTmf,
+}
+
+impl Kind {
+    /// Whether the command's buffer goes to the device, so that it is never filled.
+    pub fn takes_data_out(self) -> bool {
+        matches!(
+            self,
+            Kind::FormatUnit
+                | Kind::ModeSelect
+                | Kind::Write
+                | Kind::WriteAndVerify
+                | Kind::Verify
+                | Kind::WriteSame
+                | Kind::Unmap
+                | Kind::SanitizeOverwrite
+                | Kind::CompareAndWrite
+                | Kind::OrWrite
+        )
+    }
+}
+
+/// One supported command.
+#[derive(Debug)]
+pub struct Op {
+    /// OPERATION CODE.
+    pub opcode: u8,
+    /// SERVICE ACTION (byte 1, bits 4 to 0), if the operation code has them.
+    pub service_action: Option<u8>,
+    /// CDB USAGE DATA (SPC-4 6.35.3): the operation code, then a 1 for every bit that is looked at.
+    pub usage: &'static [u8],
+    /// What it runs.
+    pub kind: Kind,
+    /// It changes the medium: refused if that is write protected.
+    pub writes: bool,
+    /// It is answered in spite of a pending unit attention (SPC-4 4.5.1).
+    pub ignores_attention: bool,
+    /// It is answered while FORMAT UNIT or SANITIZE is at work, or has failed (SBC-4 4.11.2).
+    pub while_erasing: bool,
+    /// Bits that are not in `usage` are refused, instead of ignored.
+    pub strict: bool,
+    /// It needs a thinly provisioned volume (LBPME = 1).
+    pub needs_thin: bool,
+    /// It may take hours.
+    pub long: bool,
+}
+
+const fn op(kind: Kind, usage: &'static [u8]) -> Op {
+    Op {
+        opcode: usage[0],
+        service_action: None,
+        usage,
+        kind,
+        writes: false,
+        ignores_attention: false,
+        while_erasing: false,
+        strict: false,
+        needs_thin: false,
+        long: false,
+    }
+}
+
+impl Op {
+    /// Bytes of the CDB.
+    pub fn cdb_len(&self) -> u8 {
+        self.usage.len() as u8
+    }
+
+    const fn action(mut self) -> Op {
+        self.service_action = Some(self.usage[1] & 0x1f);
+        self
+    }
+
+    const fn writes(mut self) -> Op {
+        self.writes = true;
+        self
+    }
+
+    const fn ignores_attention(mut self) -> Op {
+        self.ignores_attention = true;
+        self
+    }
+
+    const fn while_erasing(mut self) -> Op {
+        self.while_erasing = true;
+        self
+    }
+
+    const fn strict(mut self) -> Op {
+        self.strict = true;
+        self
+    }
+
+    const fn needs_thin(mut self) -> Op {
+        self.needs_thin = true;
+        self
+    }
+
+    const fn long(mut self) -> Op {
+        self.long = true;
+        self
+    }
+}
+
+const F: u8 = 0xff;
+const GROUP: u8 = 0x3f;
+
+/// Every supported command, by operation code and service action. PROTECT is 0, so the protection fields of the block
+/// commands are not in their usage maps: they must be 0.
+pub static TABLE: &[Op] = &[
+    op(Kind::TestUnitReady, &[0x00, 0, 0, 0, 0, 0]),
+    op(Kind::RequestSense, &[0x03, 0x01, 0, 0, F, 0]).ignores_attention().while_erasing(),
+    op(Kind::FormatUnit, &[0x04, 0x38, 0, 0, 0, 0]).writes().long(),
+    op(Kind::Read, &[0x08, 0x1f, F, F, F, 0]),
+    op(Kind::Write, &[0x0a, 0x1f, F, F, F, 0]).writes(),
+    op(Kind::Inquiry, &[0x12, 0x01, F, F, F, 0]).ignores_attention().while_erasing(),
+    op(Kind::ModeSelect, &[0x15, 0x11, 0, 0, F, 0]),
+    op(Kind::ModeSense, &[0x1a, 0x08, F, F, F, 0]),
+    op(Kind::StartStopUnit, &[0x1b, 0x01, 0, 0, 0x07, 0]),
+    op(Kind::PreventAllow, &[0x1e, 0, 0, 0, 0x03, 0]),
+    op(Kind::ReadCapacity10, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+    op(Kind::Read, &[0x28, 0x18, F, F, F, F, GROUP, F, F, 0]),
+    op(Kind::Write, &[0x2a, 0x18, F, F, F, F, GROUP, F, F, 0]).writes(),
+    op(Kind::WriteAndVerify, &[0x2e, 0x12, F, F, F, F, GROUP, F, F, 0]).writes(),
+    op(Kind::Verify, &[0x2f, 0x16, F, F, F, F, GROUP, F, F, 0]),
+    op(Kind::PreFetch, &[0x34, 0x02, F, F, F, F, GROUP, F, F, 0]),
+    op(Kind::SynchronizeCache, &[0x35, 0x02, F, F, F, F, GROUP, F, F, 0]),
+    op(Kind::ReadDefectData, &[0x37, 0, 0x1f, 0, 0, 0, 0, F, F, 0]),
+    op(Kind::WriteSame, &[0x41, 0x08, F, F, F, F, GROUP, F, F, 0]).writes(),
+    op(Kind::Unmap, &[0x42, 0, 0, 0, 0, 0, GROUP, F, F, 0]).writes().needs_thin(),
+    op(Kind::SanitizeOverwrite, &[0x48, 0xa1, 0, 0, 0, 0, 0, F, F, 0]).action().writes().strict().long(),
+    op(Kind::SanitizeBlockErase, &[0x48, 0xa2, 0, 0, 0, 0, 0, F, F, 0])
+        .action()
+        .writes()
+        .strict()
+        .needs_thin()
+        .long(),
+    op(Kind::SanitizeExitFailureMode, &[0x48, 0xbf, 0, 0, 0, 0, 0, F, F, 0]).action().strict(),
+    op(Kind::LogSense, &[0x4d, 0, F, F, 0, F, F, F, F, 0]).while_erasing(),
+    op(Kind::ModeSelect, &[0x55, 0x11, 0, 0, 0, 0, 0, F, F, 0]),
+    op(Kind::ModeSense, &[0x5a, 0x18, F, F, 0, 0, 0, F, F, 0]),
+    op(Kind::Read, &[0x88, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]),
+    op(Kind::CompareAndWrite, &[0x89, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP, 0]).writes(),
+    op(Kind::Write, &[0x8a, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes(),
+    op(Kind::OrWrite, &[0x8b, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes(),
+    op(Kind::WriteAndVerify, &[0x8e, 0x12, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes(),
+    op(Kind::Verify, &[0x8f, 0x16, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]),
+    op(Kind::PreFetch, &[0x90, 0x02, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]),
+    op(Kind::SynchronizeCache, &[0x91, 0x02, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]),
+    op(Kind::WriteSame, &[0x93, 0x09, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes(),
+    op(Kind::ReadCapacity16, &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
+    op(Kind::GetLbaStatus, &[0x9e, 0x12, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]).action(),
+    op(Kind::ReportLuns, &[0xa0, 0, F, 0, 0, 0, F, F, F, F, 0, 0]).ignores_attention().while_erasing(),
+    op(Kind::ReportTargetPortGroups, &[0xa3, 0xea, 0, 0, 0, 0, F, F, F, F, 0, 0]).action().while_erasing(),
+    op(Kind::ReportSupportedOpcodes, &[0xa3, 0x0c, 0x87, F, F, F, F, F, F, F, 0, 0]).action().while_erasing(),
+    op(Kind::ReportSupportedTmf, &[0xa3, 0x0d, 0x80, 0, 0, 0, F, F, F, F, 0, 0]).action().while_erasing(),
+    op(Kind::Read, &[0xa8, 0x18, F, F, F, F, F, F, F, F, GROUP, 0]),
+    op(Kind::Write, &[0xaa, 0x18, F, F, F, F, F, F, F, F, GROUP, 0]).writes(),
+    op(Kind::WriteAndVerify, &[0xae, 0x12, F, F, F, F, F, F, F, F, GROUP, 0]).writes(),
+    op(Kind::Verify, &[0xaf, 0x16, F, F, F, F, F, F, F, F, GROUP, 0]),
+    op(Kind::ReadDefectData, &[0xb7, 0x1f, F, F, F, F, F, F, F, F, 0, 0]),
+];
+
+/// Where each operation code's rows start in [`TABLE`]; `NO_ROW` if it has none.
+static FIRST: [u8; 256] = first_rows();
+const NO_ROW: u8 = 0xff;
+
+const fn first_rows() -> [u8; 256] {
+    assert!(TABLE.len() < NO_ROW as usize);
+    let mut first = [NO_ROW; 256];
+    let mut i = TABLE.len();
+    while i > 0 {
+        i -= 1;
+        first[TABLE[i].opcode as usize] = i as u8;
+    }
+    first
+}
+
+/// Why there is no row for a CDB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotFound {
+    /// The operation code is not supported.
+    Opcode,
+    /// The operation code is, and the service action is not.
+    ServiceAction,
+}
+
+/// The rows of an operation code that a volume supports.
+fn rows(opcode: u8, thin: bool) -> impl Iterator<Item = &'static Op> {
+    let first = FIRST[usize::from(opcode)];
+    let rows = if first == NO_ROW { &[] } else { &TABLE[usize::from(first)..] };
+    rows.iter().take_while(move |o| o.opcode == opcode).filter(move |o| thin || !o.needs_thin)
+}
+
+/// The row for a CDB, of which two bytes are enough; `thin` says whether the volume is thinly provisioned.
+///
+/// # Errors
+/// Which part of the CDB is not supported.
+pub fn find(cdb: &[u8], thin: bool) -> Result<&'static Op, NotFound> {
+    let opcode = *cdb.first().ok_or(NotFound::Opcode)?;
+    let mut known = false;
+    for op in rows(opcode, thin) {
+        known = true;
+        match op.service_action {
+            None => return Ok(op),
+            Some(action) if cdb.get(1).is_some_and(|b| b & 0x1f == action) => return Ok(op),
+            Some(_) => {}
+        }
+    }
+    Err(if known { NotFound::ServiceAction } else { NotFound::Opcode })
+}
+
+/// Seconds in the timeout descriptors: what a command takes at most when all is well, and when to give up on it.
+fn timeouts(op: &Op) -> (u32, u32) {
+    if op.long { (3600, 24 * 3600) } else { (1, 60) }
+}
+
+fn timeouts_descriptor(op: &Op, out: &mut Vec<u8>) {
+    let (nominal, recommended) = timeouts(op);
+    out.extend([0, 0x0a, 0, 0]);
+    out.extend(nominal.to_be_bytes());
+    out.extend(recommended.to_be_bytes());
+}
+
+/// The all_commands parameter data of REPORT SUPPORTED OPERATION CODES (SPC-4 6.35.2); `rctd`: with timeouts.
+pub(super) fn report_all(rctd: bool, thin: bool) -> Vec<u8> {
+    let mut out = vec![0; 4];
+    for op in TABLE.iter().filter(|o| thin || !o.needs_thin) {
+        let action = u16::from(op.service_action.unwrap_or(0)).to_be_bytes();
+        let flags = if rctd { 2 } else { 0 } | u8::from(op.service_action.is_some());
+        out.extend([op.opcode, 0, action[0], action[1], 0, flags, 0, op.cdb_len()]);
+        if rctd {
+            timeouts_descriptor(op, &mut out);
+        }
+    }
+    let len = (out.len() - 4) as u32;
+    out[..4].copy_from_slice(&len.to_be_bytes());
+    out
+}
+
+/// REPORTING OPTIONS that ask for one command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum One {
+    /// 001b: an operation code without service actions.
+    Opcode,
+    /// 010b: an operation code with this service action.
+    Action(u16),
+    /// 011b: either; the service action counts only if the operation code has them.
+    Either(u16),
+}
+
+/// The one_command parameter data (SPC-4 6.35.3). `None` if the option does not fit the operation code.
+pub(super) fn report_one(opcode: u8, one: One, rctd: bool, thin: bool) -> Option<Vec<u8>> {
+    let has_actions = rows(opcode, thin).any(|o| o.service_action.is_some());
+    let plain = rows(opcode, thin).find(|o| o.service_action.is_none());
+    let with = |action: u16| rows(opcode, thin).find(|o| o.service_action.map(u16::from) == Some(action));
+    let found = match one {
+        One::Opcode if has_actions => return None,
+        One::Action(_) if plain.is_some() => return None,
+        One::Opcode => plain,
+        One::Action(action) => with(action),
+        One::Either(action) => plain.or_else(|| with(action)),
+    };
+    let Some(op) = found else { return Some(vec![0, 0x01, 0, 0]) };
+    let mut out = vec![0, if rctd { 0x80 } else { 0 } | 0x03, 0, op.cdb_len()];
+    out.extend(op.usage);
+    if rctd {
+        timeouts_descriptor(op, &mut out);
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_one_operation_code_stand_together_and_differ_in_their_service_action() {
+        assert!(TABLE.is_sorted_by_key(|o| (o.opcode, o.service_action)));
+        for pair in TABLE.windows(2) {
+            assert_ne!((pair[0].opcode, pair[0].service_action), (pair[1].opcode, pair[1].service_action));
+            if pair[0].opcode == pair[1].opcode {
+                assert!(pair[0].service_action.is_some() && pair[1].service_action.is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn every_row_is_found_by_its_own_usage_data_and_has_the_length_of_its_group() {
+        for op in TABLE {
+            assert!(std::ptr::eq(find(op.usage, true).unwrap(), op), "{op:?}");
+            let len = match op.opcode >> 5 {
+                0 => 6,
+                1 | 2 => 10,
+                4 => 16,
+                5 => 12,
+                group => panic!("group {group}"),
+            };
+            assert_eq!(op.usage.len(), len, "{op:?}");
+        }
+    }
+
+    #[test]
+    fn commands_for_thin_volumes_are_not_there_on_others() {
+        assert_eq!(find(&[0x42, 0], false).unwrap_err(), NotFound::Opcode);
+        assert_eq!(find(&[0x48, 2], false).unwrap_err(), NotFound::ServiceAction);
+        assert!(find(&[0x48, 1], false).is_ok());
+        assert_eq!(report_one(0x42, One::Opcode, false, false), Some(vec![0, 1, 0, 0]));
+    }
+
+    #[test]
+    fn the_listing_of_all_commands_is_the_table() {
+        for (rctd, size) in [(false, 8), (true, 20)] {
+            let data = report_all(rctd, true);
+            assert_eq!(u32::from_be_bytes(data[..4].try_into().unwrap()) as usize, data.len() - 4);
+            let rows: Vec<_> = data[4..].chunks(size).collect();
+            assert_eq!(rows.len(), TABLE.len());
+            for (row, op) in rows.iter().zip(TABLE) {
+                assert_eq!((row[0], row[7]), (op.opcode, op.cdb_len()));
+                assert_eq!(row[5], if rctd { 2 } else { 0 } | u8::from(op.service_action.is_some()));
+                assert!(op.service_action.is_some() || row[2..4] == [0, 0]);
+                assert!(!rctd || row[8..10] == [0, 0x0a]);
+            }
+        }
+    }
+
+    #[test]
+    fn one_command_is_reported_by_the_option_that_fits_it_alone() {
+        let mut usage = vec![0, 3, 0, 10];
+        usage.extend([0x28, 0x18, F, F, F, F, GROUP, F, F, 0]);
+        assert_eq!(report_one(0x28, One::Opcode, false, true), Some(usage.clone()));
+        assert_eq!(report_one(0x28, One::Either(7), false, true), Some(usage));
+        assert_eq!(report_one(0x28, One::Action(0), false, true), None);
+        assert_eq!(report_one(0x9e, One::Opcode, false, true), None);
+        assert_eq!(report_one(0x9e, One::Action(0x10), true, true).unwrap().len(), 4 + 16 + 12);
+        assert_eq!(report_one(0x9e, One::Action(0x1f), false, true), Some(vec![0, 1, 0, 0]));
+        assert_eq!(report_one(0x83, One::Action(0), false, true), Some(vec![0, 1, 0, 0]));
+        assert_eq!(report_one(0x9c, One::Opcode, false, true), Some(vec![0, 1, 0, 0]));
+    }
+}

@@ -1,0 +1,115 @@
+//! READ, WRITE, PRE-FETCH, SYNCHRONIZE CACHE (SBC-4 5.13 to 5.16, 5.32, 5.41 and their 6-, 12- and 16-byte kin).
+
+use super::{Command, Failure, Outcome, Target};
+use crate::{
+    scsi::cdb::Cdb,
+    sys::mem::Buffer,
+    units::ByteOffset,
+    volume::{Volume, WriteFlags},
+};
+
+/// Bytes of the bounce buffer for what is read without being given back.
+pub(super) const CHUNK: u64 = 1 << 20;
+/// Bytes that PRE-FETCH reads ahead at most.
+const PREFETCH: u64 = 8 << 20;
+
+impl<V: Volume> Target<V> {
+    pub(super) async fn read(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+        let range = cdb.range();
+        let mut fua = false;
+        if cdb.bytes().len() > 6 {
+            self.no_protection(cdb)?;
+            fua = cdb.bit(1, 3);
+        }
+        let (at, len) = self.transfer(range)?;
+        // A buffer that is too short gets what fits: the rest is the initiator's residual.
+        let give = len.min(command.data.len() as u64);
+        if give == 0 {
+            return Ok(0);
+        }
+        let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
+        if fua {
+            // What is read is what the medium has: so the medium gets it first.
+            self.volume.flush().await.map_err(|e| self.failure(e))?;
+        }
+        let whole = give & !(self.block_size.bytes() - 1);
+        if whole > 0 {
+            let to = command.data.slice(0, whole as usize);
+            self.volume.read(at, &to).await.map_err(|e| self.failure(e))?;
+        }
+        if whole < give {
+            let last = Buffer::zeroed(self.block_size.bytes() as usize).sg();
+            self.volume.read(ByteOffset(at.0 + whole), &last).await.map_err(|e| self.failure(e))?;
+            command.data.copy_from(whole as usize, &last.slice(0, (give - whole) as usize));
+        }
+        Ok(give as usize)
+    }
+
+    pub(super) async fn write(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+        let range = cdb.range();
+        let mut fua = false;
+        if cdb.bytes().len() > 6 {
+            self.no_protection(cdb)?;
+            fua = cdb.bit(1, 3);
+        }
+        let (at, len) = self.transfer(range)?;
+        let data = self.data_out(command, len, range.length_at)?;
+        if len == 0 {
+            return Ok(0);
+        }
+        let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
+        self.volume.write(at, &data, self.write_flags(fua)).await.map_err(|e| self.failure(e))?;
+        Ok(0)
+    }
+
+    /// Without a write cache every write is to stable storage.
+    pub(super) fn write_flags(&self, fua: bool) -> WriteFlags {
+        WriteFlags { fua: fua || !self.write_cache() }
+    }
+
+    /// Ends a command that changed the medium by discarding or zeroing: without a write cache it has to be durable.
+    pub(super) async fn settle(&self) -> Result<(), Failure> {
+        if self.write_cache() {
+            return Ok(());
+        }
+        self.volume.flush().await.map_err(|e| self.failure(e))
+    }
+
+    /// Reads ahead, so that the host's cache has the blocks, up to a bound. Ends with GOOD and never with CONDITION MET: that
+    /// all of it is and stays in a cache is not ours to say.
+    pub(super) async fn pre_fetch(&self, cdb: Cdb<'_>) -> Outcome {
+        let range = cdb.range();
+        let (at, mut len) = self.place(range.lba, range.blocks.0)?;
+        if range.blocks.0 == 0 {
+            // To the end of the medium.
+            len = self.geometry.get().blocks * self.block_size.bytes() - at.0;
+        }
+        let immediate = cdb.bit(1, 1);
+        if !immediate {
+            let _pass = self.gate.pass(range.lba.0, len.div_ceil(self.block_size.bytes())).await;
+            self.scan(at, len.min(PREFETCH)).await?;
+        }
+        Ok(0)
+    }
+
+    /// Reads a range and throws the data away: the volume finds what cannot be read.
+    pub(super) async fn scan(&self, at: ByteOffset, len: u64) -> Result<(), Failure> {
+        let buffer = Buffer::zeroed(len.min(CHUNK) as usize).sg();
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(CHUNK);
+            let to = buffer.slice(0, n as usize);
+            self.volume.read(ByteOffset(at.0 + done), &to).await.map_err(|e| self.failure(e))?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// With IMMED too the status comes after the flush: nothing is gained by an error that nobody hears of.
+    pub(super) async fn synchronize_cache(&self, cdb: Cdb<'_>) -> Outcome {
+        let range = cdb.range();
+        self.place(range.lba, range.blocks.0)?;
+        self.volume.flush().await.map_err(|e| self.failure(e))?;
+        Ok(0)
+    }
+}

@@ -1,0 +1,247 @@
+//! The simulated disk is cut at random moments of random work: no cut may leave an image with errors, a flushed write undone, a
+//! byte that nobody wrote; and every operation that fails leaves the image sound.
+
+use std::{
+    cell::{Cell, RefCell},
+    path::Path,
+    rc::Rc,
+};
+
+use tcmu_dif::{
+    image::qcow2::{Backing, CreateOptions, Qcow2, create_on},
+    sys::exec::{join, yield_now},
+    units::ByteOffset,
+    volume::Volume,
+};
+
+use crate::{
+    model::{BLOCK, Model, Settled},
+    sim::{self, Cut, SimDisk},
+    support::{Rng, check_leaks_at_most, qemu_img, qemu_io, scale},
+    walk::walk,
+    work::{Work, read_disk},
+};
+
+const PATH: &str = "/simulated.qcow2";
+
+/// A kind of image to work on.
+struct Kind {
+    name: String,
+    /// Bytes of the disk.
+    size: u64,
+    image: Vec<u8>,
+    /// A backing file as qcow2 bytes.
+    under: Option<Vec<u8>>,
+}
+
+async fn made(options: CreateOptions) -> Vec<u8> {
+    let disk = SimDisk::new(&[], 1, 0);
+    create_on(disk.clone(), Path::new(PATH), &options).await.unwrap();
+    disk.cut(Cut::Process, &mut Rng::new(1))
+}
+
+fn by_qemu(options: &str, size: u64, snapshot: bool) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let name = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, &size.to_string()]);
+    qemu_io(
+        &path,
+        &["write -P 7 0 60k", "write -c -P 9 64k 64k", "write -P 8 150k 30k", "write -z 100k 20k"],
+    );
+    if snapshot {
+        qemu_img(&["snapshot", "-c", "one", name]);
+    }
+    std::fs::read(&path).unwrap()
+}
+
+const SIZE: u64 = (300 << 10) + 512;
+
+fn kinds() -> Vec<Rc<Kind>> {
+    let ours = |size, cluster_size, refcount_bits, version, backed: bool| {
+        let options = CreateOptions {
+            cluster_size,
+            refcount_bits,
+            version,
+            backing_file: backed.then(|| "under".to_owned()),
+            backing_format: backed.then(|| "qcow2".to_owned()),
+            ..CreateOptions::new(size)
+        };
+        sim::run(made(options))
+    };
+    let under = by_qemu("cluster_size=4k", SIZE - (50 << 10), false);
+    // Free clusters that hold what somebody left there.
+    let mut littered = ours(SIZE, 4096, 16, 3, false);
+    littered.extend([0xee; 150 << 10]);
+    let snapshot = by_qemu("cluster_size=4k", SIZE, true);
+    let snapshot_512 = by_qemu("cluster_size=512,refcount_bits=8", SIZE, true);
+    let compressed = by_qemu("cluster_size=16k", SIZE, false);
+    // Grows beyond what one cluster of refcount table counts (2 MiB).
+    let large = 2200 << 10;
+    [
+        ("64k", SIZE, ours(SIZE, 65536, 16, 3, false), None),
+        ("4k", SIZE, ours(SIZE, 4096, 16, 3, false), None),
+        ("4k, littered", SIZE, littered, None),
+        ("512, 64-bit refcounts", SIZE, ours(SIZE, 512, 64, 3, false), None),
+        ("512, 64-bit refcounts, large", large, ours(large, 512, 64, 3, false), None),
+        ("1k, 1-bit refcounts", SIZE, ours(SIZE, 1024, 1, 3, false), None),
+        ("version 2, 4k", SIZE, ours(SIZE, 4096, 16, 2, false), None),
+        ("4k, backed", SIZE, ours(SIZE, 4096, 16, 3, true), Some(under.clone())),
+        ("version 2, 1k, backed", SIZE, ours(SIZE, 1024, 16, 2, true), Some(under)),
+        ("4k, snapshot", SIZE, snapshot, None),
+        ("512, snapshot", SIZE, snapshot_512, None),
+        ("16k, compressed", SIZE, compressed, None),
+    ]
+    .map(|(name, size, image, under)| Rc::new(Kind { name: name.to_owned(), size, image, under }))
+    .into()
+}
+
+async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
+    let backing: Option<Backing> = match under {
+        Some(bytes) => {
+            let disk = SimDisk::new(bytes, 1, 0);
+            Some(Rc::new(Qcow2::open_on(disk, Path::new("/under"), true, None).await?))
+        }
+        None => None,
+    };
+    Qcow2::open_on(disk.clone(), Path::new(PATH), false, backing).await
+}
+
+/// Judges what a cut left.
+async fn judge(bytes: &[u8], under: Option<&[u8]>, model: &Model, by: Settled) -> Result<u64, String> {
+    let leaks = walk(bytes)?;
+    let disk = SimDisk::new(bytes, 1, 0);
+    let image = open(&disk, under).await.map_err(|e| e.to_string())?;
+    let guest = read_disk(&image).await.map_err(|e| e.to_string())?;
+    model.judge_disk(&guest, by)?;
+    Ok(leaks)
+}
+
+struct Count {
+    cuts: Cell<u64>,
+    by_qemu: Cell<u64>,
+}
+
+async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
+    let Kind { name, size, image: bytes, under } = &*kind;
+    let disk = SimDisk::new(bytes, seed, 6);
+    let image = open(&disk, under.as_deref()).await.unwrap();
+    let model = Model::new(read_disk(&image).await.unwrap());
+    let work = Work {
+        volume: &image,
+        model: &model,
+        blocks: size / BLOCK,
+        longest: size / BLOCK / 10,
+        rng: RefCell::new(Rng::new(seed)),
+        left: Cell::new(300),
+        may_fail: false,
+    };
+    let mut rng = Rng::new(seed + 77);
+    let busy = Cell::new(true);
+    let cutter = async {
+        while busy.get() {
+            for _ in 0..rng.below(80) {
+                yield_now().await;
+            }
+            for how in [Cut::Process, Cut::Oldest, Cut::Any, Cut::Any, Cut::Prefix] {
+                let left = disk.cut(how, &mut rng);
+                let by = if how == Cut::Process { Settled::Ended } else { Settled::Flushed };
+                if let Err(e) = judge(&left, under.as_deref(), &model, by).await {
+                    let keep = std::env::temp_dir().join("qcow2-crash.qcow2");
+                    std::fs::write(&keep, &left).unwrap();
+                    panic!("{name}, seed {seed}, {how:?}: {e}; the image is in {}", keep.display());
+                }
+                count.cuts.set(count.cuts.get() + 1);
+                if under.is_none() && rng.one_in(100) {
+                    let dir = tempfile::tempdir().unwrap();
+                    let path = dir.path().join("cut.qcow2");
+                    std::fs::write(&path, &left).unwrap();
+                    check_leaks_at_most(&path);
+                    count.by_qemu.set(count.by_qemu.get() + 1);
+                }
+            }
+            model.prune();
+        }
+    };
+    let worker = async {
+        work.run(8).await;
+        busy.set(false);
+    };
+    join(worker, cutter).await;
+    image.close().await.unwrap();
+    let left = disk.cut(Cut::Oldest, &mut rng);
+    let leaks = judge(&left, under.as_deref(), &model, Settled::Ended).await.unwrap();
+    assert_eq!(leaks, 0, "{name}, seed {seed}: leaks after a clean close");
+}
+
+#[test]
+fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
+    let count = Rc::new(Count { cuts: Cell::new(0), by_qemu: Cell::new(0) });
+    for kind in kinds() {
+        for seed in 0..3 * scale() {
+            sim::run(session(kind.clone(), seed, count.clone()));
+        }
+    }
+    println!("{} cuts, {} of them judged by qemu-img too", count.cuts.get(), count.by_qemu.get());
+    assert!(count.cuts.get() > 1000 && count.by_qemu.get() > 0);
+}
+
+async fn session_with_failure(kind: Rc<Kind>, step: u64) -> bool {
+    let Kind { name, size, image: bytes, under } = &*kind;
+    let disk = SimDisk::new(bytes, step, 3);
+    let image = open(&disk, under.as_deref()).await.unwrap();
+    let model = Model::new(read_disk(&image).await.unwrap());
+    disk.fail_in.set(Some(step));
+    let work = Work {
+        volume: &image,
+        model: &model,
+        blocks: size / BLOCK,
+        longest: size / BLOCK / 10,
+        rng: RefCell::new(Rng::new(step % 5)),
+        left: Cell::new(40),
+        may_fail: true,
+    };
+    work.run(4).await;
+    let closed = image.close().await;
+    let failed = disk.failed.get();
+    assert!(failed || closed.is_ok());
+    for how in [Cut::Process, Cut::Oldest, Cut::Any] {
+        let left = disk.cut(how, &mut Rng::new(step));
+        let by = if how == Cut::Process { Settled::Ended } else { Settled::Flushed };
+        if let Err(e) = judge(&left, under.as_deref(), &model, by).await {
+            panic!("{name}, step {step} fails, {how:?}: {e}");
+        }
+    }
+    failed
+}
+
+#[test]
+fn every_step_may_fail_and_the_image_stays_sound() {
+    for kind in kinds() {
+        // Further and further on, until the work is over before the failure comes.
+        let mut step = 0;
+        while sim::run(session_with_failure(kind.clone(), step)) {
+            step += 1 + 4 / scale();
+        }
+        assert!(step > 20, "{}: only {step} steps", kind.name);
+    }
+}
+
+#[test]
+fn a_lost_flush_fails_the_image_for_ever() {
+    let bytes = sim::run(made(CreateOptions::new(1 << 20)));
+    sim::run(async move {
+        let disk = SimDisk::new(&bytes, 1, 0);
+        let image = open(&disk, None).await.unwrap();
+        let data = tcmu_dif::sys::mem::Buffer::from_slice(&[1; 4096]).sg();
+        image.write(ByteOffset(0), &data, Default::default()).await.unwrap();
+        disk.fail_in.set(Some(0));
+        assert!(image.flush().await.is_err());
+        let kind = |r: tcmu_dif::volume::Result<()>| r.unwrap_err().kind;
+        let failed = tcmu_dif::volume::IoErrorKind::Failed;
+        assert_eq!(kind(image.flush().await), failed);
+        assert_eq!(kind(image.write(ByteOffset(0), &data, Default::default()).await), failed);
+        assert_eq!(kind(image.read(ByteOffset(0), &data).await), failed);
+        assert_eq!(kind(image.close().await), failed);
+    });
+}

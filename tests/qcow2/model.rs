@@ -1,0 +1,165 @@
+//! What a disk may hold, block by block, while any number of operations overlap: an operation's value is illegal once another
+//! that began after its end has settled.
+
+use std::cell::{Cell, RefCell};
+
+/// Bytes of a block of the model.
+pub const BLOCK: u64 = 512;
+
+/// What a block may settle by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Settled {
+    /// Having ended: what a read sees, and what is left by kill -9.
+    Ended,
+    /// Having been flushed: what is left by a power cut.
+    Flushed,
+}
+
+#[derive(Clone, Copy)]
+struct Op {
+    zero: bool,
+    start: u64,
+    end: Option<u64>,
+    durable: bool,
+}
+
+/// The model of one disk.
+pub struct Model {
+    base: Vec<u8>,
+    clock: Cell<u64>,
+    ops: RefCell<Vec<Op>>,
+    /// Operations that touched a block and may still be seen, by index.
+    blocks: RefCell<Vec<Vec<u32>>>,
+}
+
+fn value(op: usize, block: u64) -> u64 {
+    (op as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+        ^ block.wrapping_mul(0xd134_2543_de82_ef95)
+        | 1
+}
+
+impl Model {
+    pub fn new(mut base: Vec<u8>) -> Model {
+        let blocks = base.len().div_ceil(BLOCK as usize);
+        base.resize(blocks * BLOCK as usize, 0);
+        Model {
+            base,
+            clock: Cell::new(1),
+            ops: RefCell::default(),
+            blocks: RefCell::new(vec![Vec::new(); blocks]),
+        }
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.set(self.clock.get() + 1);
+        self.clock.get()
+    }
+
+    /// A write (or zeroing) of blocks begins; gives its number.
+    pub fn begin(&self, first: u64, count: u64, zero: bool) -> usize {
+        let start = self.tick();
+        let id = self.ops.borrow().len();
+        self.ops.borrow_mut().push(Op { zero, start, end: None, durable: false });
+        for block in first..first + count {
+            self.blocks.borrow_mut()[block as usize].push(id as u32);
+        }
+        id
+    }
+
+    /// The bytes that an operation writes.
+    pub fn data(&self, op: usize, first: u64, count: u64) -> Vec<u8> {
+        let block = |b: u64| value(op, b).to_le_bytes().repeat(BLOCK as usize / 8);
+        (first..first + count).flat_map(block).collect()
+    }
+
+    /// It has ended well. One that failed is never ended: both values stay legal.
+    pub fn end(&self, op: usize, durable: bool) {
+        let end = self.tick();
+        let op = &mut self.ops.borrow_mut()[op];
+        op.end = Some(end);
+        op.durable = durable;
+    }
+
+    /// The moment that a flush begins.
+    pub fn flush_begins(&self) -> u64 {
+        self.tick()
+    }
+
+    /// A flush that began then has ended well.
+    pub fn flush_ended(&self, began: u64) {
+        for op in self.ops.borrow_mut().iter_mut() {
+            op.durable |= op.end.is_some_and(|end| end < began);
+        }
+    }
+
+    /// Forgets operations that can not be seen any more, whatever happens.
+    pub fn prune(&self) {
+        let ops = self.ops.borrow();
+        for seen in self.blocks.borrow_mut().iter_mut() {
+            let hides = |a: &Op| seen.iter().any(|b| ops[*b as usize].durable && after(&ops[*b as usize], a));
+            let keep: Vec<u32> = seen.iter().copied().filter(|a| !hides(&ops[*a as usize])).collect();
+            *seen = keep;
+        }
+    }
+
+    /// Whether a read that began at `began` may see those bytes in a block (or, with `whole` false, a mix of legal words).
+    fn judge(&self, block: u64, bytes: &[u8], by: Settled, began: u64, whole: bool) -> Result<(), String> {
+        let ops = self.ops.borrow();
+        let blocks = self.blocks.borrow();
+        let seen = &blocks[block as usize];
+        let settled = |op: &Op| match by {
+            Settled::Ended => op.end.is_some_and(|end| end < began),
+            Settled::Flushed => op.durable,
+        };
+        let mut legal: Vec<(usize, Vec<u8>)> = Vec::new();
+        if !seen.iter().any(|b| settled(&ops[*b as usize])) {
+            let at = (block * BLOCK) as usize;
+            legal.push((usize::MAX, self.base[at..at + BLOCK as usize].to_vec()));
+        }
+        for a in seen {
+            let op = &ops[*a as usize];
+            if seen.iter().any(|b| settled(&ops[*b as usize]) && after(&ops[*b as usize], op)) {
+                continue;
+            }
+            let word = if op.zero { 0 } else { value(*a as usize, block) };
+            legal.push((*a as usize, word.to_le_bytes().repeat(BLOCK as usize / 8)));
+        }
+        let fits = match whole {
+            true => legal.iter().any(|(_, value)| value[..bytes.len()] == *bytes),
+            false => bytes
+                .chunks(8)
+                .enumerate()
+                .all(|(i, word)| legal.iter().any(|(_, v)| v[i * 8..i * 8 + word.len()] == *word)),
+        };
+        if fits {
+            return Ok(());
+        }
+        let found = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+        let whose = (0..ops.len()).find(|op| value(*op, block) == found);
+        Err(format!(
+            "block {block} holds {found:#x} (operation {whose:?}); legal are {:?}, {} touched it",
+            legal.iter().map(|(id, _)| *id as isize).collect::<Vec<_>>(),
+            seen.len()
+        ))
+    }
+
+    /// Judges what a read gave that began at that moment (from [`Model::flush_begins`]).
+    pub fn judge_read(&self, first: u64, bytes: &[u8], began: u64) -> Result<(), String> {
+        for (i, block) in bytes.chunks(BLOCK as usize).enumerate() {
+            self.judge(first + i as u64, block, Settled::Ended, began, false)?;
+        }
+        Ok(())
+    }
+
+    /// Judges a whole disk that nobody writes to.
+    pub fn judge_disk(&self, bytes: &[u8], by: Settled) -> Result<(), String> {
+        for (i, block) in bytes.chunks(BLOCK as usize).enumerate() {
+            self.judge(i as u64, block, by, u64::MAX, true)?;
+        }
+        Ok(())
+    }
+}
+
+fn after(b: &Op, a: &Op) -> bool {
+    a.end.is_some_and(|end| end < b.start)
+}

@@ -1,0 +1,288 @@
+//! Random work at queue depth 16 on real files, judged by the model, by qemu-img check and by what QEMU reads.
+
+use std::{
+    cell::{Cell, RefCell},
+    fs::OpenOptions,
+    path::{Path, PathBuf},
+    rc::Rc,
+};
+
+use tcmu_dif::{
+    image::qcow2::{CreateOptions, Preallocation, create},
+    units::ByteOffset,
+    volume::{ExtentKind, Volume},
+};
+
+use crate::{
+    model::{BLOCK, Model, Settled},
+    support::{Rng, check_clean, open, qemu_img, qemu_io, qemu_reads, scale},
+    work::{Work, read_disk},
+};
+
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new() -> Dir {
+        Dir(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+/// Rounds of work on an image, each ended by a clean close and judged; QEMU writes between them.
+fn rounds(path: &Path, seed: u64, longest: u64) {
+    for round in 0..2 {
+        let base = qemu_reads(path);
+        let path = path.to_owned();
+        let judged = path.clone();
+        let size = base.len() as u64;
+        let seed = seed * 1000 + round;
+        let model = tcmu_dif::sys::run(async move |io| {
+            let image = open(&io, &path).await;
+            let model = Model::new(base);
+            let work = Work {
+                volume: &image,
+                model: &model,
+                blocks: size / BLOCK,
+                longest,
+                rng: RefCell::new(Rng::new(seed)),
+                left: Cell::new(400 * scale()),
+                may_fail: false,
+            };
+            work.run(16).await;
+            image.close().await.unwrap();
+            // What was closed is read again by ourselves, from the file alone.
+            let image = open(&io, &path).await;
+            let bytes = read_disk(&image).await.unwrap();
+            model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            image.close().await.unwrap();
+            model
+        });
+        check_clean(&judged);
+        let bytes = qemu_reads(&judged);
+        model
+            .judge_disk(&bytes, Settled::Ended)
+            .unwrap_or_else(|e| panic!("seed {seed}, as QEMU reads: {e}"));
+        if round == 0 {
+            let end = size / 512 * 512;
+            qemu_io(
+                &judged,
+                &[
+                    "write -P 0x11 0 5k",
+                    "write -z 64k 100k",
+                    "discard 200k 70k",
+                    &format!("write -P 0x22 {} 1536", end - 2048),
+                    "write -P 0x33 300k 130k",
+                ],
+            );
+        }
+    }
+}
+
+fn by_qemu(dir: &Dir, options: &str, size: u64) -> PathBuf {
+    let path = dir.path("disk.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size.to_string()]);
+    path
+}
+
+fn by_us(dir: &Dir, options: CreateOptions) -> PathBuf {
+    let path = dir.path("disk.qcow2");
+    let made = path.clone();
+    tcmu_dif::sys::run(async move |io| {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&made).unwrap();
+        create(&io, Rc::new(file), &made, &options).await.unwrap();
+    });
+    check_clean(&path);
+    path
+}
+
+fn raw_base(dir: &Dir, name: &str, len: u64) -> PathBuf {
+    let path = dir.path(name);
+    let bytes: Vec<u8> = (0..len).map(|i| (i / 512 * 7 + i % 251) as u8 | 1).collect();
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+const ODD: u64 = (6 << 20) + 512 * 13;
+
+#[test]
+fn work_on_64k_clusters_as_qemu_makes_them() {
+    let dir = Dir::new();
+    rounds(&by_qemu(&dir, "compat=1.1", ODD), 1, 600);
+}
+
+#[test]
+fn work_on_64k_clusters_as_we_make_them() {
+    let dir = Dir::new();
+    rounds(&by_us(&dir, CreateOptions::new(ODD)), 2, 600);
+}
+
+#[test]
+fn work_on_512_byte_clusters_with_64_bit_refcounts() {
+    let dir = Dir::new();
+    let options = CreateOptions { cluster_size: 512, refcount_bits: 64, ..CreateOptions::new(ODD) };
+    rounds(&by_us(&dir, options), 3, 300);
+}
+
+#[test]
+fn work_on_512_byte_clusters_of_version_2_over_a_raw_file() {
+    let dir = Dir::new();
+    raw_base(&dir, "base.raw", (2 << 20) + 512 * 3);
+    let path = by_qemu(&dir, "compat=0.10,cluster_size=512,backing_file=base.raw,backing_fmt=raw", ODD);
+    rounds(&path, 4, 200);
+}
+
+#[test]
+fn work_on_2m_clusters() {
+    let dir = Dir::new();
+    rounds(&by_qemu(&dir, "cluster_size=2M", (33 << 20) + 1024), 5, 3000);
+}
+
+#[test]
+fn work_on_1_bit_refcounts() {
+    let dir = Dir::new();
+    rounds(&by_qemu(&dir, "refcount_bits=1,cluster_size=4k", ODD), 6, 300);
+}
+
+#[test]
+fn work_over_a_raw_file_that_is_shorter_and_odd() {
+    let dir = Dir::new();
+    raw_base(&dir, "base.raw", (3 << 20) + 777);
+    let path = by_qemu(&dir, "cluster_size=4k,backing_file=base.raw,backing_fmt=raw", ODD);
+    rounds(&path, 7, 300);
+}
+
+#[test]
+fn work_of_version_2_over_a_shorter_qcow2_file() {
+    let dir = Dir::new();
+    raw_base(&dir, "base.raw", 4 << 20);
+    let base = dir.path("base.qcow2");
+    let raw = dir.path("base.raw");
+    qemu_img(&["convert", "-c", "-O", "qcow2", raw.to_str().unwrap(), base.to_str().unwrap()]);
+    let path = by_qemu(&dir, "compat=0.10,backing_file=base.qcow2,backing_fmt=qcow2", ODD);
+    rounds(&path, 8, 600);
+}
+
+fn with_snapshots(path: &Path) {
+    qemu_io(path, &["write -P 1 0 1M", "write -P 2 3M 700k", "write -z 2M 256k"]);
+    qemu_img(&["snapshot", "-c", "one", path.to_str().unwrap()]);
+    qemu_io(path, &["write -P 3 512k 1M", "write -P 4 5M 100k"]);
+    qemu_img(&["snapshot", "-c", "two", path.to_str().unwrap()]);
+}
+
+/// Every snapshot, as QEMU reads it.
+fn snapshots(path: &Path) -> Vec<Vec<u8>> {
+    ["one", "two"]
+        .map(|name| {
+            let raw = path.with_extension("snap");
+            let (from, to) = (path.to_str().unwrap(), raw.to_str().unwrap());
+            qemu_img(&["convert", "-f", "qcow2", "-l", name, "-O", "raw", from, to]);
+            std::fs::read(raw).unwrap()
+        })
+        .into()
+}
+
+#[test]
+fn work_beside_internal_snapshots_leaves_them_as_they_were() {
+    for (seed, options) in
+        [(9, "compat=1.1"), (10, "cluster_size=512,compat=0.10"), (11, "cluster_size=4k,refcount_bits=8")]
+    {
+        let dir = Dir::new();
+        let path = by_qemu(&dir, options, ODD);
+        with_snapshots(&path);
+        let before = snapshots(&path);
+        rounds(&path, seed, 400);
+        assert!(snapshots(&path) == before, "a snapshot has changed: {options}");
+    }
+}
+
+#[test]
+fn work_over_compressed_and_zero_clusters() {
+    for (seed, options) in
+        [(12, "cluster_size=64k"), (13, "cluster_size=4k"), (14, "cluster_size=512,compat=0.10")]
+    {
+        let dir = Dir::new();
+        let raw = raw_base(&dir, "from.raw", 6 << 20);
+        let path = dir.path("disk.qcow2");
+        qemu_img(&[
+            "convert",
+            "-c",
+            "-O",
+            "qcow2",
+            "-o",
+            options,
+            raw.to_str().unwrap(),
+            path.to_str().unwrap(),
+        ]);
+        qemu_io(&path, &["write -P 5 1M 300k", "write -z 2M 256k"]);
+        if !options.contains("0.10") {
+            // Without "may unmap" QEMU keeps the clusters of what it zeroes.
+            qemu_io(&path, &["write -P 5 3M 300k", "write -z 3M 256k"]);
+        }
+        rounds(&path, seed, 400);
+    }
+}
+
+#[test]
+fn work_on_a_preallocated_image() {
+    let dir = Dir::new();
+    let options = CreateOptions { preallocation: Preallocation::Metadata, ..CreateOptions::new(ODD) };
+    rounds(&by_us(&dir, options), 15, 600);
+    let dir = Dir::new();
+    rounds(&by_qemu(&dir, "preallocation=metadata", ODD), 16, 600);
+}
+
+#[test]
+fn a_disk_grows_and_what_is_new_reads_as_zeros() {
+    for options in ["cluster_size=512", "cluster_size=64k", "compat=0.10,cluster_size=4k"] {
+        let dir = Dir::new();
+        // The backing file goes on beyond the overlay's end: that must never show.
+        raw_base(&dir, "base.raw", 5 << 20);
+        let path =
+            by_qemu(&dir, &format!("{options},backing_file=base.raw,backing_fmt=raw"), (3 << 20) + 1536);
+        let grown = path.clone();
+        let before = qemu_reads(&path);
+        let old = before.len();
+        tcmu_dif::sys::run(async move |io| {
+            let image = open(&io, &grown).await;
+            image.discard(ByteOffset(old as u64 - 512), 512).await.unwrap();
+            image.resize(40 << 20).await.unwrap();
+            assert_eq!(image.limits().capacity, 40 << 20);
+            let bytes = read_disk(&image).await.unwrap();
+            assert!(bytes[..old - 512] == before[..old - 512]);
+            assert!(bytes[old - 512..].iter().all(|b| *b == 0), "{options}");
+            assert!(image.resize(1 << 20).await.is_err());
+            image.close().await.unwrap();
+        });
+        check_clean(&path);
+        assert_eq!(qemu_reads(&path).len(), 40 << 20);
+        rounds(&path, 17, 400);
+    }
+}
+
+#[test]
+fn discarded_clusters_go_back_to_the_file_and_are_used_again() {
+    let dir = Dir::new();
+    let path = by_us(&dir, CreateOptions::new(64 << 20));
+    let used = path.clone();
+    tcmu_dif::sys::run(async move |io| {
+        let image = open(&io, &used).await;
+        let data = tcmu_dif::sys::mem::Buffer::from_slice(&vec![7; 8 << 20]).sg();
+        for _ in 0..20 {
+            image.write(ByteOffset(0), &data, Default::default()).await.unwrap();
+            image.discard(ByteOffset(0), 64 << 20).await.unwrap();
+            image.flush().await.unwrap();
+        }
+        let map = image.map_extents(ByteOffset(0), 64 << 20).await.unwrap();
+        assert!(map.len() == 1 && map[0].kind == ExtentKind::Hole, "{map:?}");
+        image.close().await.unwrap();
+    });
+    check_clean(&path);
+    let meta = std::fs::metadata(&path).unwrap();
+    // 160 MiB were written; without reuse the file would have that.
+    assert!(meta.len() < 80 << 20, "{}", meta.len());
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&meta);
+    assert!(blocks * 512 < 4 << 20, "{blocks} blocks of 512 bytes are still in use");
+}

@@ -1,0 +1,20 @@
+//! The qcow2 driver, from outside: random work against a model on files and on a simulated disk that is cut, failed and
+//! damaged, with qemu-img as the judge. `TCMU_DIF_SCALE` (quick, default, full) sets how long.
+#![allow(missing_docs)]
+
+#[path = "qcow2/crash.rs"]
+mod crash;
+#[path = "qcow2/hostile.rs"]
+mod hostile;
+#[path = "qcow2/model.rs"]
+mod model;
+#[path = "qcow2/sim.rs"]
+mod sim;
+#[path = "qcow2/support.rs"]
+mod support;
+#[path = "qcow2/walk.rs"]
+mod walk;
+#[path = "qcow2/work.rs"]
+mod work;
+#[path = "qcow2/workload.rs"]
+mod workload;

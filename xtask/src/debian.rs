@@ -1,0 +1,76 @@
+//! The Debian packages that the tests need, in one place.
+//!
+//! As root what is missing is installed; anybody else is told the one line that does it. Called before
+//! any step of `cargo xtask test` and before the VM's artefacts are built.
+
+use crate::sh;
+use anyhow::{Result, bail};
+use std::process::{Command, Stdio};
+
+/// What `cargo xtask test --quick` needs: bindgen's library and the images' second opinion.
+pub const FOR_TESTS: &[&str] = &["libclang-14-dev", "qemu-utils"];
+
+/// What the VM needs on top: the emulator, and what builds its artefacts.
+pub const FOR_VM: &[&str] = &[
+    "busybox-static",
+    "ca-certificates",
+    "cpio",
+    "debootstrap",
+    "e2fsprogs",
+    "kmod",
+    "qemu-system-x86",
+    "qemu-utils",
+    "seabios",
+    "util-linux",
+    "xz-utils",
+    "zstd",
+];
+
+/// Makes sure that every package of `wanted` is installed.
+pub fn ensure(wanted: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = wanted.iter().copied().filter(|name| !installed(name)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let line = format!("apt-get install --yes --no-install-recommends {}", missing.join(" "));
+    if !sh::on_path("apt-get") {
+        bail!(
+            "packages are missing, and this is no Debian; what they are called there: {}",
+            missing.join(" ")
+        );
+    }
+    if !rustix::process::geteuid().is_root() {
+        bail!("Debian packages are missing; this line installs them:\n  sudo {line}");
+    }
+    println!("installing {}", missing.join(" "));
+    apt(&["update", "-qq"])?;
+    let mut args = vec!["install", "--yes", "-qq", "--no-install-recommends"];
+    args.extend(&missing);
+    apt(&args)
+}
+
+fn apt(args: &[&str]) -> Result<()> {
+    sh::quiet(Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive")).map(drop)
+}
+
+fn installed(name: &str) -> bool {
+    Command::new("dpkg-query")
+        .args(["--show", "--showformat=${db:Status-Status}", name])
+        .stderr(Stdio::null())
+        .output()
+        .is_ok_and(|output| output.stdout.starts_with(b"installed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_that_is_there_is_found_and_an_invented_one_is_not() {
+        if !sh::on_path("dpkg-query") {
+            return;
+        }
+        assert!(installed("dpkg"));
+        assert!(!installed("tcmu-dif-no-such-package"));
+    }
+}

@@ -1,0 +1,229 @@
+//! `cargo xtask test`: every check there is, one after the other, with a table at the end.
+//!
+//! A step that fails does not keep the next ones from running. What a step says goes to a file of its own under
+//! `target/test-logs`; of a failing one the end is shown as well. The last line counts: `N passed, N failed`.
+
+use crate::vm::{self, Scale};
+use crate::{debian, sh};
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+/// What to run.
+pub struct Plan {
+    /// How long the longer loops go on, and whether the VM is used.
+    pub scale: Scale,
+    /// Run only tests whose names contain one of these, and none of the other checks.
+    pub filters: Vec<String>,
+}
+
+/// What came of a step.
+struct Done {
+    name: String,
+    time: Duration,
+    passed: usize,
+    failed: usize,
+    /// Tests that a runner left out (ignored ones), so that the table shows them.
+    left_out: usize,
+    log: PathBuf,
+}
+
+/// A step that is another program.
+struct Step {
+    name: &'static str,
+    command: Command,
+    counts: Counts,
+}
+
+/// How a step's tests are counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Counts {
+    /// The step is one check.
+    One,
+    /// By the runner's own summaries.
+    Tests,
+}
+
+/// Runs the plan.
+pub fn run(plan: &Plan) -> Result<ExitCode> {
+    let with_vm = plan.scale != Scale::Quick;
+    let mut wanted: Vec<&str> = debian::FOR_TESTS.to_vec();
+    if with_vm {
+        wanted.extend(debian::FOR_VM);
+    }
+    debian::ensure(&wanted)?;
+    let logs = sh::target_dir().join("test-logs");
+    fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+
+    let mut done = Vec::new();
+    for step in steps(plan) {
+        println!("== {}: {}", step.name, sh::shown(&step.command));
+        let one = carry_out(step, plan.scale, &logs)?;
+        println!("   {} in {:.0} s", verdict(&one), one.time.as_secs_f64());
+        if one.failed > 0 {
+            let said = fs::read_to_string(&one.log).unwrap_or_default();
+            println!("{}", sh::last_lines(&said, 60));
+        }
+        done.push(one);
+    }
+    if with_vm && plan.filters.iter().all(|word| vm::knows(word)) {
+        done.push(vm_suite(plan, &logs)?);
+    }
+    report(plan, &done)
+}
+
+fn steps(plan: &Plan) -> Vec<Step> {
+    let cargo = |words: &[&str]| {
+        let mut command = sh::cargo();
+        command.args(words);
+        command
+    };
+    let check = |name, words: &[&str]| Step { name, command: cargo(words), counts: Counts::One };
+    let tests = |name, command| Step { name, command, counts: Counts::Tests };
+    let suite = |io: &str, package: &[&str]| {
+        let nextest = sh::on_path("cargo-nextest");
+        let mut command = if nextest {
+            cargo(&["nextest", "run", "--no-fail-fast", "--status-level=slow", "--hide-progress-bar"])
+        } else {
+            cargo(&["test", "--no-fail-fast", "--lib", "--bins", "--tests"])
+        };
+        command.args(package).env("TCMU_DIF_IO", io);
+        if !nextest && !plan.filters.is_empty() {
+            command.arg("--");
+        }
+        command.args(&plan.filters);
+        command
+    };
+    let mut steps = Vec::new();
+    if plan.filters.is_empty() {
+        steps.push(check("formatting", &["fmt", "--all", "--check"]));
+        steps.push(check(
+            "clippy",
+            &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        ));
+        steps.push(tests(
+            "bindings are bindgen's",
+            cargo(&["test", "-p", "tcmu-sys", "--features", "bindgen"]),
+        ));
+    }
+    steps.push(tests("tests on io_uring", suite("uring", &["--workspace"])));
+    steps.push(tests("tests on threads", suite("threads", &["-p", "tcmu-dif"])));
+    if plan.filters.is_empty() {
+        steps.push(tests("doc tests", cargo(&["test", "--workspace", "--doc"])));
+    }
+    steps
+}
+
+fn carry_out(mut step: Step, scale: Scale, logs: &Path) -> Result<Done> {
+    let log = logs.join(format!("{}.log", step.name.replace([' ', '\''], "-")));
+    let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+    let started = Instant::now();
+    let status = step
+        .command
+        .env("TCMU_DIF_SCALE", scale.name())
+        .env("CARGO_TERM_COLOR", "never")
+        .env("INSTA_UPDATE", "no")
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .status()
+        .with_context(|| format!("cannot run {}", sh::shown(&step.command)))?;
+    let said = fs::read_to_string(&log).unwrap_or_default();
+    let (passed, mut failed, left_out) = match step.counts {
+        Counts::One => (usize::from(status.success()), 0, 0),
+        Counts::Tests => count(&said),
+    };
+    if !status.success() && failed == 0 {
+        failed = 1;
+    }
+    if status.success() && failed > 0 {
+        bail!("{} says that it succeeded, and counts {failed} failures: {}", step.name, log.display());
+    }
+    Ok(Done { name: step.name.to_owned(), time: started.elapsed(), passed, failed, left_out, log })
+}
+
+fn vm_suite(plan: &Plan, logs: &Path) -> Result<Done> {
+    println!("== VM suite");
+    let started = Instant::now();
+    let log = logs.join("VM-suite.log");
+    let (passed, failed, log) = match vm::test(&plan.filters, plan.scale, false, "release") {
+        Ok(tally) => {
+            let log = tally.failed.first().map_or(log, |(_, logs)| logs.clone());
+            (tally.passed, tally.failed.len(), log)
+        }
+        Err(error) => {
+            println!("{error:#}");
+            fs::write(&log, format!("{error:?}\n"))?;
+            (0, 1, log)
+        }
+    };
+    Ok(Done { name: "VM suite".to_owned(), time: started.elapsed(), passed, failed, left_out: 0, log })
+}
+
+/// Passed, failed and left-out tests by the summaries of nextest and of cargo's own runner.
+fn count(said: &str) -> (usize, usize, usize) {
+    let mut sum = (0, 0, 0);
+    for line in said.lines().map(str::trim_start) {
+        let nextest = line.starts_with("Summary [");
+        if !nextest && !line.starts_with("test result: ") {
+            continue;
+        }
+        let number_before = |word: &str| {
+            let words: Vec<&str> = line.split([' ', ';', ',']).filter(|w| !w.is_empty()).collect();
+            words
+                .windows(2)
+                .filter(|pair| pair[1] == word)
+                .filter_map(|pair| pair[0].parse::<usize>().ok())
+                .sum::<usize>()
+        };
+        sum.0 += number_before("passed");
+        sum.1 += number_before("failed") + number_before("timed");
+        sum.2 += number_before("skipped") + number_before("ignored");
+    }
+    sum
+}
+
+fn verdict(done: &Done) -> String {
+    let what = if done.failed == 0 { "ok" } else { "FAILED" };
+    let mut text = format!("{what}: {} passed, {} failed", done.passed, done.failed);
+    if done.left_out > 0 {
+        text += &format!(", {} left out by their own #[ignore] or the filter", done.left_out);
+    }
+    text
+}
+
+fn report(plan: &Plan, done: &[Done]) -> Result<ExitCode> {
+    println!("\n{:<24} {:>8}  result", "step", "time");
+    for one in done {
+        println!("{:<24} {:>6.0} s  {}", one.name, one.time.as_secs_f64(), verdict(one));
+        if one.failed > 0 {
+            println!("{:<24} {:>8}  see {}", "", "", one.log.display());
+        }
+    }
+    if plan.scale == Scale::Quick {
+        println!("{:<24} {:>8}  left out by --quick", "VM suite", "-");
+    }
+    let passed: usize = done.iter().map(|one| one.passed).sum();
+    let failed: usize = done.iter().map(|one| one.failed).sum();
+    println!("\n{passed} passed, {failed} failed");
+    Ok(if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_runners_summaries_are_counted() {
+        let nextest =
+            "     Summary [   1.204s] 12 tests run: 9 passed (1 slow), 2 failed, 1 timed out, 3 skipped\n";
+        assert_eq!(count(nextest), (9, 3, 3));
+        let cargo = "running 3 tests\ntest a ... ok\n\
+            test result: FAILED. 2 passed; 1 failed; 4 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
+            test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
+        assert_eq!(count(cargo), (7, 1, 4));
+        assert_eq!(count("a test prints: 7 passed, 3 failed\n"), (0, 0, 0));
+    }
+}

@@ -1,0 +1,216 @@
+//! Debian's kernel, a small initramfs, Debian's root file system and an empty scratch disk, from the cache.
+//!
+//! The kernel is downloaded and unpacked, never installed. The initramfs only finds the root file system and the host's
+//! share, and hands over to the init script that lies there, so that what happens in the guest is not baked into anything.
+
+use super::cache::Cache;
+use crate::{debian, sh};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The kernel's meta package; the image package it names is the one that is unpacked.
+const KERNEL_PACKAGE: &str = "linux-image-6.12-amd64";
+
+/// Modules without which the guest finds neither its disks nor the host's share, in modprobe's names.
+const BOOT_MODULES: &[&str] = &["virtio_blk", "ext4", "9p", "9pnet_virtio"];
+
+const RELEASE: &str = "bookworm";
+
+/// What the tests call in the guest.
+const GUEST_PACKAGES: &[&str] = &[
+    "bash",
+    "dbus",
+    "e2fsprogs",
+    "fio",
+    "iproute2",
+    "kmod",
+    "libiscsi-bin",
+    "lsscsi",
+    "procps",
+    "python3",
+    "qemu-utils",
+    "sdparm",
+    "sg3-utils",
+    "strace",
+    "targetcli-fb",
+    "tcmu-runner",
+    "util-linux",
+];
+
+/// Size of the scratch disk, in bytes; sparse, so only what a test writes takes room.
+const SCRATCH_SIZE: u64 = 12 << 30;
+
+const INITRAMFS_INIT: &str = include_str!("guest/initramfs-init.sh");
+
+/// Where everything lies that a boot needs.
+#[derive(Clone, Debug)]
+pub struct Artefacts {
+    /// The kernel's image.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// The root file system, ext4; never written to.
+    pub rootfs: PathBuf,
+    /// An empty ext4 file system to copy for every boot.
+    pub scratch: PathBuf,
+}
+
+/// Takes the artefacts from the cache, building what is not there.
+pub fn prepare(cache: &Cache) -> Result<Artefacts> {
+    debian::ensure(debian::FOR_VM)?;
+    let kernel = cache.artefact("kernel", &format!("1\n{KERNEL_PACKAGE}\n"), build_kernel)?;
+    let kernel_name = kernel.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let initramfs = cache.artefact(
+        "initramfs",
+        &format!("1\n{kernel_name}\n{}\n{INITRAMFS_INIT}", BOOT_MODULES.join(" ")),
+        |at| build_initramfs(&kernel, at),
+    )?;
+    let rootfs = cache.artefact(
+        "rootfs",
+        &format!("1\n{kernel_name}\n{RELEASE}\n{}\n", GUEST_PACKAGES.join(" ")),
+        |at| build_rootfs(&kernel, at),
+    )?;
+    let scratch = cache.artefact("scratch", &format!("1\n{SCRATCH_SIZE}\n"), build_scratch)?;
+    Ok(Artefacts {
+        kernel: kernel.join("vmlinuz"),
+        initramfs: initramfs.join("initramfs.zst"),
+        rootfs: rootfs.join("rootfs.ext4"),
+        scratch: scratch.join("scratch.ext4"),
+    })
+}
+
+fn build_kernel(at: &Path) -> Result<()> {
+    let depends = || sh::run("apt-cache", ["depends", "--no-suggests", KERNEL_PACKAGE]);
+    let named = |text: &str| {
+        text.lines()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .find(|name| name.starts_with("linux-image-"))
+            .map(str::to_owned)
+    };
+    let mut package = depends().ok().as_deref().and_then(named);
+    if package.is_none() && rustix::process::geteuid().is_root() {
+        sh::run("apt-get", ["update", "-qq"])?;
+        package = named(&depends()?);
+    }
+    let Some(package) = package else {
+        bail!("apt knows no package {KERNEL_PACKAGE}; `apt-get update` as root may mend that");
+    };
+    sh::quiet(Command::new("apt-get").args(["download", "-qq", &package]).current_dir(at))?;
+    let archive = only_entry(at, ".deb")?;
+    let unpacked = at.join("unpacked");
+    sh::quiet(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&unpacked))?;
+    fs::rename(only_entry(&unpacked.join("boot"), "vmlinuz-")?, at.join("vmlinuz"))?;
+    fs::rename(unpacked.join("lib"), at.join("lib"))?;
+    fs::remove_dir_all(&unpacked)?;
+    fs::remove_file(&archive)?;
+    fs::write(at.join("package"), &package)?;
+    sh::quiet(Command::new("depmod").arg("-b").arg(at).arg(version(at)?))?;
+    Ok(())
+}
+
+/// The kernel's version: the one folder under `lib/modules`.
+fn version(kernel: &Path) -> Result<String> {
+    let modules = only_entry(&kernel.join("lib/modules"), "")?;
+    Ok(modules.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
+}
+
+fn only_entry(dir: &Path, part: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().contains(part) {
+            return Ok(entry.path());
+        }
+    }
+    bail!("nothing called *{part}* in {}", dir.display())
+}
+
+fn build_initramfs(kernel: &Path, at: &Path) -> Result<()> {
+    let root = at.join("root");
+    for dir in ["bin", "dev", "proc", "sys", "newroot", "modules"] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+    fs::write(root.join("init"), INITRAMFS_INIT)?;
+    sh::quiet(Command::new("chmod").arg("755").arg(root.join("init")))?;
+    let mut shown = Command::new("modprobe");
+    shown.arg("-d").arg(kernel).args(["-S", &version(kernel)?, "--show-depends", "--all"]).args(BOOT_MODULES);
+    let mut seen = Vec::new();
+    for line in sh::quiet(&mut shown)?.lines() {
+        let Some(path) = line.strip_prefix("insmod ").map(str::trim) else {
+            continue;
+        };
+        if seen.iter().any(|had| had == path) {
+            continue;
+        }
+        // Numbered, because init loads them in the order of their names.
+        let to = root.join(format!("modules/{:02}.ko", seen.len()));
+        unpack_module(Path::new(path), &to)?;
+        seen.push(path.to_owned());
+    }
+    let pack = "find . -print0 | cpio --null --create --format=newc --quiet | zstd -q -6";
+    sh::quiet(
+        Command::new("sh").args(["-c", &format!("set -e; {pack} > ../initramfs.zst")]).current_dir(&root),
+    )?;
+    fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+fn unpack_module(from: &Path, to: &Path) -> Result<()> {
+    let packed = from.extension().is_some_and(|end| end == "xz");
+    if !packed {
+        fs::copy(from, to)?;
+        return Ok(());
+    }
+    let file = fs::File::create(to)?;
+    let status = Command::new("xz").arg("-dc").arg(from).stdout(file).status()?;
+    if !status.success() {
+        bail!("xz cannot unpack {}", from.display());
+    }
+    Ok(())
+}
+
+fn build_rootfs(kernel: &Path, at: &Path) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("debootstrap needs root: run `sudo -E cargo xtask vm prepare` once");
+    }
+    let root = at.join("root");
+    sh::quiet(
+        Command::new("debootstrap")
+            .arg("--variant=minbase")
+            .arg(format!("--include={}", GUEST_PACKAGES.join(",")))
+            .arg(RELEASE)
+            .arg(&root),
+    )?;
+    for emptied in ["var/cache/apt/archives", "var/lib/apt/lists"] {
+        fs::remove_dir_all(root.join(emptied))?;
+        fs::create_dir_all(root.join(emptied))?;
+    }
+    for dir in ["host", "scratch", "etc/target/pr", "var/target/pr", "var/target/alua"] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    fs::write(root.join("etc/hostname"), "guest\n")?;
+    fs::write(root.join("etc/hosts"), "127.0.0.1 localhost guest\n")?;
+    sh::quiet(Command::new("cp").arg("-a").arg(kernel.join("lib/modules")).arg(root.join("usr/lib/")))?;
+    let image = at.join("rootfs.ext4");
+    fs::File::create(&image)?.set_len(3 << 30)?;
+    sh::quiet(
+        Command::new("mkfs.ext4")
+            .args(["-q", "-F", "-L", "root", "-O", "^has_journal", "-d"])
+            .arg(&root)
+            .arg(&image),
+    )?;
+    fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+fn build_scratch(at: &Path) -> Result<()> {
+    let image = at.join("scratch.ext4");
+    fs::File::create(&image)?.set_len(SCRATCH_SIZE)?;
+    sh::quiet(
+        Command::new("mkfs.ext4").args(["-q", "-F", "-L", "scratch", "-O", "^has_journal"]).arg(&image),
+    )?;
+    Ok(())
+}

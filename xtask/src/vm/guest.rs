@@ -1,0 +1,400 @@
+//! One running VM and what a test may ask of it.
+//!
+//! [`Guest::boot`] brings it up in a few seconds, [`Guest::sh`] runs bash in it. Nothing waits for ever: every script has a time limit, and
+//! the guest as a whole has a deadline. When the value is dropped, QEMU is ended and its files are gone; the
+//! logs stay: `console.log` (the serial console), `transcript.log` (every script, what it said and how it ended).
+
+use super::artefacts::Artefacts;
+use super::protocol::{Exit, Frame, Request, Tag};
+use super::qemu::{self, Accel};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Guest memory: room for 64 LUNs with their 8 MiB rings and what their data areas really use.
+pub const MEMORY_MIB: u32 = 4096;
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// A script's time unless it says another.
+const SCRIPT_LIMIT: Duration = Duration::from_secs(120);
+/// How much longer than the agent's own limit the host waits for its answer.
+const ANSWER_SLACK: Duration = Duration::from_secs(20);
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// What every boot of this run has in common.
+pub struct Lab {
+    /// Kernel, disks.
+    pub artefacts: Artefacts,
+    /// How it is run.
+    pub accel: Accel,
+    /// Programs for the guest's `/usr/local/bin`.
+    pub programs: Vec<PathBuf>,
+    /// Where the logs go; a folder for each boot.
+    pub logs: PathBuf,
+}
+
+/// A VM.
+pub struct Guest {
+    qemu: Child,
+    channel: UnixStream,
+    dir: RunDir,
+    logs: PathBuf,
+    transcript: File,
+    requests: u32,
+    deadline: Instant,
+    /// Passes what scripts say on to our own output as it comes.
+    echo: bool,
+}
+
+/// What a script said and how it ended.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Exit status; none if a signal ended it or it would not die.
+    pub status: Option<i32>,
+    /// It had to be killed.
+    pub timed_out: bool,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// It exited with 0.
+    pub fn ok(&self) -> bool {
+        self.status == Some(0) && !self.timed_out
+    }
+}
+
+/// A point in the kernel's log.
+#[derive(Clone, Debug)]
+pub struct Mark(String);
+
+/// A folder under the temporary folder that goes away with its value.
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    /// Makes it, with the share and a scratch disk in it.
+    pub fn new(lab: &Lab) -> Result<Self> {
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("tcmu-dif-vm.{}.{number}", std::process::id()));
+        if path.exists() {
+            fs::remove_dir_all(&path)?;
+        }
+        let bin = path.join("share/bin");
+        fs::create_dir_all(&bin).with_context(|| format!("cannot make {}", bin.display()))?;
+        let dir = Self(path);
+        fs::write(dir.0.join("share/init.sh"), include_str!("guest/init.sh"))?;
+        // By this name it is there even when cargo has built another in its place meanwhile.
+        fs::copy("/proc/self/exe", bin.join("xtask")).context("cannot give this program to the guest")?;
+        for program in &lab.programs {
+            let name = program.file_name().unwrap_or_default();
+            fs::copy(program, bin.join(name))
+                .with_context(|| format!("cannot give {} to the guest", program.display()))?;
+        }
+        crate::sh::quiet(
+            Command::new("cp")
+                .args(["--sparse=always", "--reflink=auto"])
+                .arg(&lab.artefacts.scratch)
+                .arg(dir.0.join("scratch.ext4")),
+        )?;
+        Ok(dir)
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Guest {
+    /// Boots a VM that has until `limit` from now; `name` is that of its folder of logs.
+    pub fn boot(lab: &Lab, name: &str, limit: Duration) -> Result<Self> {
+        let logs = lab.logs.join(name);
+        if logs.exists() {
+            fs::remove_dir_all(&logs)?;
+        }
+        fs::create_dir_all(&logs)?;
+        let dir = RunDir::new(lab)?;
+        let socket = dir.path().join("agent.sock");
+        let listener =
+            UnixListener::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+        listener.set_nonblocking(true)?;
+        let mut command = qemu::machine(lab.accel, &lab.artefacts, dir.path(), "", MEMORY_MIB);
+        qemu::with_channel(&mut command, &socket);
+        let console = logs.join("console.log");
+        command
+            .args(["-serial", &format!("file:{}", console.display())])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(logs.join("qemu.log"))?);
+        let mut qemu = command.spawn().context("cannot start qemu-system-x86_64")?;
+        let connected = wait_for_hello(&listener, &mut qemu);
+        let channel = match connected {
+            Ok(channel) => channel,
+            Err(error) => {
+                let _ = qemu.kill();
+                let _ = qemu.wait();
+                let said = fs::read_to_string(&console).unwrap_or_default()
+                    + &fs::read_to_string(logs.join("qemu.log")).unwrap_or_default();
+                return Err(error.context(format!(
+                    "the VM did not come up; its console's last lines:\n{}",
+                    crate::sh::last_lines(&said, 20)
+                )));
+            }
+        };
+        Ok(Self {
+            qemu,
+            channel,
+            dir,
+            transcript: File::create(logs.join("transcript.log"))?,
+            logs,
+            requests: 0,
+            deadline: Instant::now() + limit,
+            echo: false,
+        })
+    }
+
+    /// The folder with this boot's logs.
+    pub fn logs(&self) -> &Path {
+        &self.logs
+    }
+
+    /// The host's side of the guest's `/host`.
+    pub fn share(&self) -> PathBuf {
+        self.dir.path().join("share")
+    }
+
+    /// From now on scripts' output is shown as it comes.
+    pub fn set_echo(&mut self, echo: bool) {
+        self.echo = echo;
+    }
+
+    /// The guest's time from now on.
+    pub fn set_deadline(&mut self, limit: Duration) {
+        self.deadline = Instant::now() + limit;
+    }
+
+    /// Runs a bash script under `set -euo pipefail` and gives back its standard output without the last newline;
+    /// anything but success is an error that shows what it said.
+    pub fn sh(&mut self, script: &str) -> Result<String> {
+        self.sh_within(SCRIPT_LIMIT, script)
+    }
+
+    /// [`Self::sh`] with another time limit.
+    pub fn sh_within(&mut self, limit: Duration, script: &str) -> Result<String> {
+        let output = self.run(script, true, limit)?;
+        if !output.ok() {
+            let how = match (output.timed_out, output.status) {
+                (true, _) => format!("was killed after {} s", limit.as_secs()),
+                (false, Some(status)) => format!("exited with {status}"),
+                (false, None) => "was ended by a signal".to_owned(),
+            };
+            bail!(
+                "in the guest this {how}:\n{}\nstandard output:\n{}\nstandard error:\n{}",
+                indented(script, 30),
+                indented(&output.stdout, 30),
+                indented(&output.stderr, 30)
+            );
+        }
+        Ok(output.stdout.trim_end_matches('\n').to_owned())
+    }
+
+    /// Runs a bash script that may fail: the caller looks at how it ended.
+    pub fn try_sh(&mut self, script: &str) -> Result<Output> {
+        self.run(script, true, SCRIPT_LIMIT)
+    }
+
+    /// [`Self::sh`], and its output as JSON.
+    pub fn json(&mut self, script: &str) -> Result<Value> {
+        let text = self.sh(script)?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("no JSON from {script:?}:\n{}", indented(&text, 20)))
+    }
+
+    /// Runs a bash script, as `strict` says with `set -euo pipefail`; fails only when the guest does.
+    pub fn run(&mut self, script: &str, strict: bool, limit: Duration) -> Result<Output> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!("the test's time is over");
+        }
+        let limit = limit.min(left);
+        self.requests += 1;
+        let request = Request { script: script.to_owned(), strict, timeout_s: limit.as_secs().max(1) };
+        let started = Instant::now();
+        let answer = self.exchange(&request, limit + ANSWER_SLACK);
+        let mut log = format!("--- {} ---\n{}\n", self.requests, script.trim());
+        match &answer {
+            Ok(output) => {
+                let _ = write!(
+                    log,
+                    "--- status {:?}{} after {:.2} s\n{}",
+                    output.status,
+                    if output.timed_out { ", killed" } else { "" },
+                    started.elapsed().as_secs_f64(),
+                    output.stdout
+                );
+                if !output.stderr.is_empty() {
+                    let _ = write!(log, "--- stderr\n{}", output.stderr);
+                }
+            }
+            Err(error) => {
+                let _ = writeln!(log, "--- no answer: {error:#}");
+            }
+        }
+        let _ = writeln!(self.transcript, "{log}");
+        answer
+    }
+
+    fn exchange(&mut self, request: &Request, limit: Duration) -> Result<Output> {
+        let number = self.requests;
+        let frame = Frame { tag: Tag::Run, number, payload: serde_json::to_vec(request)? };
+        frame.write_to(&mut self.channel).context("the VM is gone")?;
+        let until = Instant::now() + limit;
+        let mut out = Vec::new();
+        let mut err = Vec::new();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("the VM gave no answer for {} s", limit.as_secs());
+            }
+            self.channel.set_read_timeout(Some(left))?;
+            let frame = Frame::read_from(&mut self.channel)
+                .with_context(|| format!("the VM gave no answer for {} s, or is gone", limit.as_secs()))?;
+            if frame.number != number {
+                continue;
+            }
+            match frame.tag {
+                Tag::Stdout => {
+                    if self.echo {
+                        std::io::stdout().write_all(&frame.payload)?;
+                        std::io::stdout().flush()?;
+                    }
+                    out.extend(frame.payload);
+                }
+                Tag::Stderr => {
+                    if self.echo {
+                        std::io::stderr().write_all(&frame.payload)?;
+                    }
+                    err.extend(frame.payload);
+                }
+                Tag::Exit => {
+                    let exit: Exit = serde_json::from_slice(&frame.payload)?;
+                    return Ok(Output {
+                        status: exit.status,
+                        timed_out: exit.timed_out,
+                        stdout: String::from_utf8_lossy(&out).into_owned(),
+                        stderr: String::from_utf8_lossy(&err).into_owned(),
+                    });
+                }
+                other => bail!("the agent sent a {other:?}"),
+            }
+        }
+    }
+
+    /// Puts a mark into the kernel's log.
+    pub fn mark(&mut self) -> Result<Mark> {
+        let mark = format!("tcmu-dif test mark {}", self.requests + 1);
+        self.sh(&format!("echo '{mark}' > /dev/kmsg"))?;
+        Ok(Mark(mark))
+    }
+
+    /// The kernel's log since `mark`, without time stamps.
+    pub fn kernel_log_since(&mut self, mark: &Mark) -> Result<String> {
+        let log = self.sh("dmesg --notime")?;
+        let mut lines = log.lines().skip_while(|line| !line.contains(&mark.0));
+        if lines.next().is_none() {
+            bail!("the kernel's log has run past {mark:?}");
+        }
+        Ok(lines.collect::<Vec<_>>().join("\n"))
+    }
+
+    /// The kernel found nothing wrong with itself, and nothing hangs: no oops, no warning, no hung task, and no process that stays in
+    /// uninterruptible sleep for two seconds.
+    pub fn assert_healthy(&mut self) -> Result<()> {
+        let bad = self.sh(
+            "dmesg --notime | grep -E 'BUG:|WARNING:|Oops|general protection|Call Trace|blocked for more than|refcount_t' || true",
+        )?;
+        if !bad.is_empty() {
+            bail!("the guest's kernel complains:\n{}", indented(&bad, 20));
+        }
+        // A task may be in D state for a moment while it does honest I/O: only one that stays there hangs.
+        let stuck = self.sh(
+            r#"
+            list() { ps -eo pid=,stat=,wchan:32=,comm= | awk '$2 ~ /^D/ && $4 !~ /^kworker/ {print $1, $3, $4}' | sort; }
+            list > /tmp/.stuck
+            for _ in 1 2 3 4; do
+                [ -s /tmp/.stuck ] || exit 0
+                sleep 0.5
+                list | comm -12 /tmp/.stuck - > /tmp/.stuck2; mv /tmp/.stuck2 /tmp/.stuck
+            done
+            cat /tmp/.stuck
+            "#,
+        )?;
+        if !stuck.is_empty() {
+            let _ = self.sh("echo w > /proc/sysrq-trigger");
+            let stacks = self.sh("dmesg | tail -n 60").unwrap_or_default();
+            bail!("tasks hang in the guest:\n{stuck}\n{}", indented(&stacks, 60));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Its disks are thrown away, so there is nothing to power off for.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// Waits until QEMU has connected and the agent has said that it is up.
+fn wait_for_hello(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream> {
+    let until = Instant::now() + BOOT_LIMIT;
+    let mut channel = loop {
+        match listener.accept() {
+            Ok((channel, _)) => break channel,
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e.into()),
+        }
+        if let Some(status) = qemu.try_wait()? {
+            bail!("qemu ended: {status}");
+        }
+        if Instant::now() > until {
+            bail!("qemu did not connect");
+        }
+        thread::sleep(Duration::from_millis(10));
+    };
+    channel.set_nonblocking(false)?;
+    channel.set_read_timeout(Some(
+        until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1)),
+    ))?;
+    let hello = Frame::read_from(&mut channel).context("the agent did not report")?;
+    if hello.tag != Tag::Hello {
+        bail!("the agent began with a {:?}", hello.tag);
+    }
+    Ok(channel)
+}
+
+/// The last `count` lines of a text, indented.
+pub fn indented(text: &str, count: usize) -> String {
+    crate::sh::last_lines(text.trim_end(), count)
+        .lines()
+        .map(|line| format!("    {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}

@@ -1,0 +1,30 @@
+# Process 1 of the guest: mounts what a test needs, and then either serves the host or gives a person a shell.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+mkdir -p /dev/shm /dev/pts /run/lock
+mount -t tmpfs tmpfs /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t ext4 /dev/vdb /scratch
+modprobe configfs && mount -t configfs configfs /sys/kernel/config
+mountpoint -q /sys/kernel/debug || mount -t debugfs debugfs /sys/kernel/debug
+ln -sf /proc/self/fd /dev/fd
+hostname guest
+ip link set lo up
+echo 60 > /proc/sys/kernel/hung_task_timeout_secs
+# What udev would load for a SCSI disk.
+modprobe -a sd_mod sg
+# Copied, not run from the share: what runs from a share pages from the host.
+for file in /host/bin/*; do
+    [ -e "$file" ] && cp "$file" /usr/local/bin/
+done
+cd /root
+if grep -qw shell /proc/cmdline; then
+    setsid --ctty bash -i < /dev/ttyS0 > /dev/ttyS0 2>&1
+else
+    /usr/local/bin/xtask guest-agent > /dev/ttyS0 2>&1 &
+    wait $!
+fi
+sync
+echo o > /proc/sysrq-trigger
+sleep 60

@@ -1,0 +1,176 @@
+//! The VM: Debian's kernel with the real target_core_user in QEMU, and the tests that run in it.
+//!
+//! `cargo xtask vm test|list|run|shell|prepare`. See `docs/testing.md`.
+
+mod agent;
+mod artefacts;
+mod cache;
+mod guest;
+mod protocol;
+mod qemu;
+mod suite;
+
+use crate::sh;
+use anyhow::{Context, Result, bail};
+use cache::Cache;
+use clap::Subcommand;
+use guest::{Guest, Lab, RunDir};
+use qemu::Accel;
+use std::path::PathBuf;
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+pub use agent::serve;
+pub use suite::Scale;
+
+/// What can be done with the VM.
+#[derive(Subcommand)]
+pub enum Action {
+    /// Build the artefacts that are missing from the cache
+    Prepare,
+    /// Run the VM suite, or the tests whose names contain one of the words
+    Test {
+        /// Words
+        names: Vec<String>,
+        /// Rewrite snapshots and expectations instead of comparing with them
+        #[arg(long)]
+        bless: bool,
+        /// Build tcmu-dif with this cargo profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
+    /// List the VM suite's tests and what each promises
+    List,
+    /// Boot, run one bash script in the guest as root, print what it says and exit as it does
+    Run {
+        /// Give the guest no tcmu-dif (and build none)
+        #[arg(long)]
+        bare: bool,
+        /// Build tcmu-dif with this cargo profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+        /// Another program for the guest's /usr/local/bin
+        #[arg(long, value_name = "PATH")]
+        program: Vec<PathBuf>,
+        /// Files to put into the guest's /host
+        #[arg(long, value_name = "PATH")]
+        file: Vec<PathBuf>,
+        /// Seconds until the script is killed
+        #[arg(long, default_value_t = 600)]
+        timeout: u64,
+        /// The script; `-` reads it from standard input
+        #[arg(last = true, required = true)]
+        script: Vec<String>,
+    },
+    /// Boot and give a shell on the console; `exit` powers off
+    Shell {
+        /// Give the guest no tcmu-dif (and build none)
+        #[arg(long)]
+        bare: bool,
+        /// Build tcmu-dif with this cargo profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
+}
+
+/// Carries out `cargo xtask vm …`.
+pub fn main(action: Action) -> Result<ExitCode> {
+    match action {
+        Action::Prepare => {
+            let cache = Cache::open()?;
+            let artefacts = artefacts::prepare(&cache)?;
+            let accel = Accel::of_this_machine(&cache, &artefacts)?;
+            println!("ready: {} under {}", artefacts.kernel.display(), accel.name());
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Test { names, bless, profile } => {
+            let tally = test(&names, Scale::from_env()?, bless, &profile)?;
+            println!("\n{} passed, {} failed", tally.passed, tally.failed.len());
+            Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Action::List => {
+            for test in suite::all() {
+                println!("{:<34} {}", test.name, test.promise);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Run { bare, profile, program, file, timeout, script } => {
+            let mut lab = lab((!bare).then_some(&profile))?;
+            lab.programs.extend(program);
+            run(&lab, &file, timeout, script)
+        }
+        Action::Shell { bare, profile } => shell(&lab((!bare).then_some(&profile))?),
+    }
+}
+
+/// Whether a VM test's name contains `word`.
+pub fn knows(word: &str) -> bool {
+    suite::all().iter().any(|test| test.name.contains(word))
+}
+
+/// Runs the tests that `names` select, on tcmu-dif built with `profile`.
+pub fn test(names: &[String], scale: Scale, bless: bool, profile: &str) -> Result<suite::Tally> {
+    let tests = suite::select(names)?;
+    // The reference tests need no tcmu-dif: they can be run before it builds.
+    let own = tests.iter().any(|test| !test.name.starts_with("reference."));
+    let lab = lab(own.then(|| profile.to_owned()).as_ref())?;
+    suite::run(&lab, &tests, scale, bless)
+}
+
+/// Everything that a boot needs; with a profile, tcmu-dif is built and given to the guest.
+fn lab(profile: Option<&String>) -> Result<Lab> {
+    let cache = Cache::open()?;
+    let artefacts = artefacts::prepare(&cache)?;
+    let accel = Accel::of_this_machine(&cache, &artefacts)?;
+    let programs = match profile {
+        Some(profile) => vec![build(profile)?],
+        None => Vec::new(),
+    };
+    Ok(Lab { artefacts, accel, programs, logs: sh::target_dir().join("vm-logs") })
+}
+
+/// Builds tcmu-dif as cargo's `profile` says.
+fn build(profile: &str) -> Result<PathBuf> {
+    let status = sh::cargo()
+        .args(["build", "--quiet", "--bin", "tcmu-dif", "--profile", profile])
+        .status()
+        .context("cannot run cargo")?;
+    if !status.success() {
+        bail!("tcmu-dif does not build");
+    }
+    let folder = if profile == "dev" { "debug" } else { profile };
+    Ok(sh::target_dir().join(folder).join("tcmu-dif"))
+}
+
+fn run(lab: &Lab, files: &[PathBuf], timeout: u64, words: Vec<String>) -> Result<ExitCode> {
+    let script = if words == ["-"] { std::io::read_to_string(std::io::stdin())? } else { words.join(" ") };
+    let limit = Duration::from_secs(timeout);
+    let name = format!("run.{}", std::process::id());
+    let mut guest = Guest::boot(lab, &name, limit + Duration::from_secs(5))?;
+    for file in files {
+        let name = file.file_name().unwrap_or_default();
+        std::fs::copy(file, guest.share().join(name))
+            .with_context(|| format!("cannot give {} to the guest", file.display()))?;
+    }
+    guest.set_echo(true);
+    let output = guest.run(&script, false, limit)?;
+    if output.timed_out {
+        bail!("the script was killed after {timeout} s; see {}", guest.logs().display());
+    }
+    let status = output.status.and_then(|s| u8::try_from(s).ok()).unwrap_or(1);
+    Ok(ExitCode::from(status))
+}
+
+fn shell(lab: &Lab) -> Result<ExitCode> {
+    let dir = RunDir::new(lab)?;
+    println!("{} as root; /scratch is an empty ext4, /host the host's; `exit` powers off", lab.accel.name());
+    let status = qemu::machine(lab.accel, &lab.artefacts, dir.path(), "shell", guest::MEMORY_MIB)
+        .args(["-serial", "mon:stdio"])
+        .stdin(Stdio::inherit())
+        .status()
+        .context("cannot start qemu-system-x86_64")?;
+    if !status.success() {
+        bail!("qemu ended: {status}");
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,109 @@
+//! What others' tools say of the SCSI target: libiscsi's suite, and the reports of sg3-utils as snapshots.
+
+use super::lun::{create_on_loopback, daemon_pid, delete, start_daemon};
+use super::{Run, Test, compare_snapshot, iscsi};
+use anyhow::{Context, Result, ensure};
+use std::fmt::Write as _;
+use std::fs;
+use std::time::Duration;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "conformance.iscsi-test-cu",
+        promise: "libiscsi's SCSI suite fails and skips nothing but what the expectations name with a reason",
+        limit: 600,
+        group: None,
+        run: iscsi_test_cu,
+    },
+    Test {
+        name: "conformance.sg-raw-512",
+        promise: "sg_inq, sg_vpd, sg_opcodes, sg_readcap and sg_luns show the raw LUN as they did",
+        limit: 120,
+        group: Some("sg"),
+        run: |run| sg(run, "raw", 512, "off", false),
+    },
+    Test {
+        name: "conformance.sg-qcow2-4096",
+        promise: "sg_inq, sg_vpd, sg_opcodes, sg_readcap and sg_luns show the protected, read-only qcow2 LUN as they did",
+        limit: 120,
+        group: Some("sg"),
+        run: |run| sg(run, "qcow2", 4096, "type1", true),
+    },
+];
+
+fn iscsi_test_cu(run: &mut Run<'_>) -> Result<()> {
+    let path = run.files.join("expect/iscsi-test-cu.txt");
+    let expected = iscsi::expectations(
+        &fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?,
+    )?;
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    let lun =
+        create_on_loopback(guest, "suite", "--image /scratch/suite.raw --size 128M --format raw --pi type1")?;
+    // In the guest's memory first: the log is long, and a share is slow.
+    guest.sh_within(
+        Duration::from_secs(540),
+        &format!(
+            "iscsi-test-cu --dataloss --allow-sanitize -V --test=SCSI {} > /tmp/iscsi.log 2>&1 || true; cp /tmp/iscsi.log /host/",
+            lun.sg
+        ),
+    )?;
+    let log = guest.logs().join("iscsi-test-cu.log");
+    fs::copy(guest.share().join("iscsi.log"), &log)?;
+    let ended = iscsi::parse(&String::from_utf8_lossy(&fs::read(&log)?))?;
+    let count = |wanted| ended.values().filter(|ended| ended.outcome == wanted).count();
+    println!(
+        "          iscsi-test-cu: {} tests, {} passed, {} failed, {} skipped",
+        ended.len(),
+        count(iscsi::Outcome::Passed),
+        count(iscsi::Outcome::Failed),
+        count(iscsi::Outcome::Skipped)
+    );
+    let differences = iscsi::differences(&ended, &expected);
+    ensure!(differences.is_empty(), "not as {} has it:\n{differences}", path.display());
+    daemon_pid(guest)?;
+    delete(guest, "suite")
+}
+
+/// The snapshots' LUN has a fixed serial number and a fixed name on the fabric, so that nothing in them is volatile.
+fn sg(run: &mut Run<'_>, format: &str, block: u32, pi: &str, read_only: bool) -> Result<()> {
+    let guest = &mut *run.guest;
+    if daemon_pid(guest).is_err() {
+        start_daemon(guest, "auto")?;
+    }
+    let image = format!("/scratch/snapshot.{format}");
+    let mut options = format!("--image {image} --block-size {block} --pi {pi} --serial 0123456789abcdef");
+    if read_only {
+        create_on_loopback(guest, "snap", &format!("{options} --size 64M --format {format}"))?;
+        delete(guest, "snap")?;
+        options += " --read-only";
+    } else {
+        let _ = write!(options, " --size 64M --format {format}");
+    }
+    let lun =
+        create_on_loopback(guest, "snap", &format!("{options} --export loopback:naa.5001405000000021"))?;
+    let sg = &lun.sg;
+    let pages =
+        guest.sh(&format!("sg_vpd --page=sv --raw {sg} | od -An -v -tx1 -w1 -j4 | sed 's/^ */0x/'"))?;
+    ensure!(pages.lines().count() >= 7, "VPD pages: {pages}");
+    let mut commands = vec!["sg_inq".to_owned()];
+    commands.extend(pages.lines().map(|page| format!("sg_vpd --page={page}")));
+    for command in [
+        "sg_opcodes",
+        "sg_opcodes --tmf",
+        "sg_readcap",
+        "sg_readcap --16",
+        "sg_luns --verbose",
+        "sg_modes --all",
+        "sg_get_lba_status --lba=0",
+    ] {
+        commands.push(command.to_owned());
+    }
+    let mut text = String::new();
+    for command in commands {
+        let said = guest.try_sh(&format!("{command} {sg} 2>&1 | sed 's|{sg}|SG|g'"))?;
+        let _ = writeln!(text, "$ {command}\n{}", said.stdout);
+    }
+    delete(guest, "snap")?;
+    compare_snapshot(run, &format!("sg-{format}-{block}.txt"), &text)
+}

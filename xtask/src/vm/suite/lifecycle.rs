@@ -1,0 +1,371 @@
+//! LUNs that come, go, grow and share the host, and a daemon that goes away and comes back.
+
+use super::initiator::{fio, geometry};
+use super::lun::{
+    assert_image_clean, assert_nothing_left, create_on_loopback, daemon_pid, delete, names, show,
+    start_daemon, stop_daemon,
+};
+use super::reference::{LOOPBACK, START_TCMU_RUNNER};
+use super::{Run, Test};
+use anyhow::{Context, Result, ensure};
+use std::time::Duration;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "lifecycle.resize",
+        promise: "a LUN that grows in use tells its initiator, keeps its data and can be written to its new end",
+        limit: 240,
+        group: None,
+        run: resize,
+    },
+    Test {
+        name: "lifecycle.many",
+        promise: "64 LUNs created at the same time all come up, and go again at the same time",
+        limit: 600,
+        group: None,
+        run: many,
+    },
+    Test {
+        name: "lifecycle.removal-under-load",
+        promise: "a LUN removed with I/O in flight hangs nothing, and hurts no other LUN",
+        limit: 240,
+        group: None,
+        run: removal_under_load,
+    },
+    Test {
+        name: "lifecycle.beside-tcmu-runner",
+        promise: "tcmu-runner on the same host is left alone and leaves us alone",
+        limit: 240,
+        group: None,
+        run: beside_tcmu_runner,
+    },
+    Test {
+        name: "lifecycle.late-daemon",
+        promise: "a daemon that starts late serves the devices that are there already",
+        limit: 180,
+        group: None,
+        run: late_daemon,
+    },
+    Test {
+        name: "lifecycle.kill-9",
+        promise: "no write that was acknowledged is lost when the daemon is killed, and a new one goes on serving",
+        limit: 300,
+        group: None,
+        run: kill_9,
+    },
+];
+
+fn resize(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    for format in ["raw", "qcow2"] {
+        let image = format!("/scratch/grow.{format}");
+        let lun = create_on_loopback(
+            guest,
+            "grow",
+            &format!("--image {image} --size 64M --format {format} --pi type1"),
+        )?;
+        let device = &lun.device;
+        guest.sh(&format!(
+            "dd if=/dev/urandom of=/scratch/model bs=1M count=8 status=none
+             dd if=/scratch/model of={device} bs=1M oflag=direct status=none
+             cd /tmp; setsid fio --name=load --filename={device} --offset=16M --size=16M --rw=randrw --bs=4k --direct=1 \
+                 --ioengine=libaio --iodepth=8 --time_based --runtime=8 --output=/tmp/load.txt > /dev/null 2>&1 < /dev/null &
+             echo $! > /tmp/load.pid; sleep 2"
+        ))?;
+        let mark = guest.mark()?;
+        guest.json("timeout 60 tcmu-dif resize grow 128M --json")?;
+        // Whoever sends the next command is told; here that is fio's through the kernel, which says so in its log.
+        guest.sh("for _ in $(seq 150); do kill -0 $(cat /tmp/load.pid) 2>/dev/null || exit 0; sleep 0.2; done; exit 1")?;
+        let load = guest.sh("cat /tmp/load.txt")?;
+        ensure!(load.contains("err= 0"), "the load met an error:\n{load}");
+        let log = guest.kernel_log_since(&mark)?;
+        ensure!(
+            log.contains("Capacity data has changed"),
+            "the initiator heard no unit attention 2Ah/09h:\n{log}"
+        );
+        guest.sh(&format!("echo 1 > /sys/block/$(basename {device})/device/rescan"))?;
+        ensure!(geometry(guest, device)?.0 == 128 << 20, "the initiator sees no new capacity");
+        ensure!(show(guest, "grow")?["capacity_bytes"] == 128u64 << 20);
+        guest.sh(&format!(
+            "cmp -n $((8 << 20)) /scratch/model <(dd if={device} iflag=direct bs=1M count=8 status=none)
+             dd if=/scratch/model of={device} oflag=direct bs=1M seek=120 status=none
+             cmp -n $((8 << 20)) /scratch/model <(dd if={device} iflag=direct bs=1M skip=120 status=none)"
+        ))?;
+        delete(guest, "grow")?;
+        assert_image_clean(guest, &image, format, true)?;
+        let info = guest.json(&format!("qemu-img info --output=json -f {format} {image}"))?;
+        ensure!(info["virtual-size"] == 128u64 << 20, "{info}");
+    }
+    Ok(())
+}
+
+const LUNS: usize = 64;
+
+fn many(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    let pid = daemon_pid(guest)?;
+    let limit = Duration::from_secs(240);
+    guest.sh_within(
+        limit,
+        &format!(
+            "mkdir -p /scratch/many && cd /scratch/many
+             seq {LUNS} | xargs -P {LUNS} -I N sh -c 'timeout 200 tcmu-dif create mN --image /scratch/many/N.raw --size 16M \
+                 --format raw --pi type1 --export loopback --json > N.json 2> N.err || echo mN: exit $? $(cat N.err) >&2 && test -s N.json'"
+        ),
+    )?;
+    let found = names(guest)?;
+    ensure!(found.len() == LUNS, "{} LUNs of {LUNS} are listed", found.len());
+    let devices = guest.sh("cd /scratch/many && cat *.json | grep -o '/dev/sd[a-z]*' | sort -u | wc -l")?;
+    ensure!(devices == LUNS.to_string(), "{devices} disks of {LUNS}");
+    // Each is its own disk: write its number, read it back, look into its file.
+    guest.sh_within(
+        limit,
+        &format!(
+            "cd /scratch/many
+             for n in $(seq {LUNS}); do
+                 disk=$(grep -o '/dev/sd[a-z]*' $n.json | head -n 1)
+                 printf '%-4096s' \"LUN $n\" | dd of=$disk bs=4096 seek=3 oflag=direct status=none
+             done
+             for n in $(seq {LUNS}); do
+                 dd if=$n.raw bs=4096 skip=3 count=1 status=none | grep -q \"^LUN $n \" || {{ echo $n.raw holds another; exit 1; }}
+             done"
+        ),
+    )?;
+    guest.sh_within(limit, &format!("seq {LUNS} | xargs -P {LUNS} -I N timeout 200 tcmu-dif delete mN"))?;
+    ensure!(names(guest)?.is_empty());
+    ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
+    assert_nothing_left(guest)
+}
+
+fn removal_under_load(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    let pid = daemon_pid(guest)?;
+    let spared = create_on_loopback(
+        guest,
+        "spared",
+        "--image /scratch/spared.raw --size 64M --format raw --pi type1",
+    )?;
+    for round in 0..run.scale.pick(1, 2, 5) {
+        let lun = create_on_loopback(
+            guest,
+            "doomed",
+            &format!("--image /scratch/doomed{round}.qcow2 --size 256M --format qcow2 --pi type1"),
+        )?;
+        guest.sh(&format!(
+            "cd /tmp; setsid fio --name=load --filename={} --rw=randrw --bs=16k --direct=1 --ioengine=libaio --iodepth=32 \
+                 --time_based --runtime=60 > /tmp/load.txt 2>&1 < /dev/null &
+             echo $! > /tmp/load.pid; sleep 3; kill -0 $(cat /tmp/load.pid)",
+            lun.device
+        ))?;
+        let busy = guest.try_sh("timeout 30 tcmu-dif delete doomed")?;
+        ensure!(busy.status == Some(1), "a disk in use was deleted without --force: {busy:?}");
+        guest.sh("timeout 60 tcmu-dif delete doomed --force").context("delete --force under load")?;
+        guest
+            .sh("for _ in $(seq 300); do kill -0 $(cat /tmp/load.pid) 2>/dev/null || exit 0; sleep 0.2; done; exit 1")
+            .context("fio hangs after its disk was removed")?;
+        ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
+        ensure!(names(guest)? == ["spared"]);
+        let report = guest
+            .json(&format!("qemu-img check --output=json -f qcow2 /scratch/doomed{round}.qcow2 || true"))?;
+        ensure!(report["corruptions"].as_u64().unwrap_or(0) == 0, "{report}");
+    }
+    fio(
+        guest,
+        Duration::from_secs(90),
+        &format!(
+            "--filename={} --size=16M --rw=randwrite --bs=4k --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c",
+            spared.device
+        ),
+    )?;
+    delete(guest, "spared")?;
+    assert_nothing_left(guest)
+}
+
+fn beside_tcmu_runner(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    guest.sh(START_TCMU_RUNNER)?;
+    let runner_disk = |n: u32| {
+        format!(
+            r#"{LOOPBACK}
+            truncate -s 64M /scratch/runner{n}.raw
+            mkdir -p $T/core/user_{n}/runner{n}
+            echo dev_size=$((64 << 20)),dev_config=qcow//scratch/runner{n}.raw > $T/core/user_{n}/runner{n}/control
+            echo 1 > $T/core/user_{n}/runner{n}/enable
+            export_loopback user_{n}/runner{n} naa.500140500000007{n}"#
+        )
+    };
+    let works = |disk: &str| {
+        format!(
+            "dd if=/dev/urandom of=/tmp/random bs=1M count=2 status=none
+             dd if=/tmp/random of={disk} bs=1M oflag=direct status=none
+             cmp -n $((2 << 20)) /tmp/random <(dd if={disk} bs=1M count=2 iflag=direct status=none)"
+        )
+    };
+    // Its disk from before us, ours, and one of its own made while we listen.
+    let theirs = guest.sh(&runner_disk(8))?;
+    start_daemon(guest, "auto")?;
+    let lun = create_on_loopback(
+        guest,
+        "ours",
+        "--image /scratch/ours.qcow2 --size 64M --format qcow2 --pi type1",
+    )?;
+    let theirs_too = guest.sh(&runner_disk(9))?;
+    for disk in [&theirs, &lun.device, &theirs_too] {
+        guest.sh(&works(disk)).with_context(|| format!("{disk} does not work"))?;
+    }
+    ensure!(names(guest)? == ["ours"], "we list what is not ours");
+    delete(guest, "ours")?;
+    for disk in [&theirs, &theirs_too] {
+        guest.sh(&works(disk)).with_context(|| format!("{disk} does not work after our delete"))?;
+    }
+    let lun = create_on_loopback(guest, "ours", "--image /scratch/ours.qcow2 --pi type1")?;
+    guest.sh(&works(&lun.device))?;
+    for n in [8, 9] {
+        guest.sh(&format!(
+            "{LOOPBACK}
+            unexport_loopback naa.500140500000007{n}
+            rmdir $T/core/user_{n}/runner{n}"
+        ))?;
+    }
+    guest.sh(&works(&lun.device))?;
+    delete(guest, "ours")?;
+    guest.sh("kill -0 $(cat /run/tcmu-runner.pid)").context("tcmu-runner is gone")?;
+    daemon_pid(guest)?;
+    assert_nothing_left(guest)
+}
+
+fn late_daemon(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    let lun = create_on_loopback(
+        guest,
+        "kept",
+        "--image /scratch/kept.qcow2 --size 64M --format qcow2 --pi type1",
+    )?;
+    guest.sh(&format!(
+        "dd if=/dev/urandom of=/scratch/model bs=1M count=8 status=none
+         dd if=/scratch/model of={} bs=1M oflag=direct status=none",
+        lun.device
+    ))?;
+    stop_daemon(guest, "TERM")?;
+    // One that was made by hand while nobody listened.
+    guest.sh(
+        "truncate -s 32M /scratch/hand.raw
+         mkdir -p /sys/kernel/config/target/core/user_90/hand && cd /sys/kernel/config/target/core/user_90/hand
+         echo dev_size=$((32 << 20)),nl_reply_supported=-1,hw_block_size=512 > control
+         echo dev_config=dif//scratch/hand.raw > control
+         echo 1 > enable",
+    )?;
+    start_daemon(guest, "auto")?;
+    let mut found = Vec::new();
+    for _ in 0..50 {
+        found = names(guest)?;
+        found.sort();
+        if found == ["hand", "kept"] {
+            break;
+        }
+        guest.sh("sleep 0.2")?;
+    }
+    ensure!(found == ["hand", "kept"], "after the restart there are {found:?}");
+    guest.sh(&format!(
+        "cmp -n $((8 << 20)) /scratch/model <(dd if={} bs=1M iflag=direct status=none)",
+        lun.device
+    ))?;
+    let hand = guest.sh(&format!("{LOOPBACK} export_loopback user_90/hand naa.5001405000000091"))?;
+    guest.sh(&format!(
+        "dd if=/scratch/model of={hand} bs=1M oflag=direct status=none
+         cmp -n $((8 << 20)) /scratch/model /scratch/hand.raw
+         {LOOPBACK}
+         unexport_loopback naa.5001405000000091
+         rmdir $T/core/user_90/hand"
+    ))?;
+    delete(guest, "kept")?;
+    assert_nothing_left(guest)?;
+    assert_image_clean(guest, "/scratch/kept.qcow2", "qcow2", true)
+}
+
+/// Writes numbered blocks past the page cache from several threads until it is told to stop, and notes each that was
+/// acknowledged; one writer a block, so the last acknowledged number is what the block must hold.
+const WRITER: &str = r#"
+import mmap, os, sys, threading, time
+disk, blocks, threads = sys.argv[1], 2048, 8
+fd = os.open(disk, os.O_RDWR | os.O_DIRECT)
+acked, errors = {}, 0
+def work(me):
+    global errors
+    page = mmap.mmap(-1, 4096)
+    number = 0
+    while not os.path.exists("/tmp/stop"):
+        number += 1
+        block = me + threads * ((number * 7919) % (blocks // threads))
+        page[:] = (b"%d %d\n" % (block, number)).ljust(4096, b".")
+        try:
+            done = os.pwrite(fd, page, block * 4096) == 4096
+        except OSError:
+            done = False
+        if done:
+            acked[block] = number
+        else:
+            # Nobody knows what the block holds now: either is right.
+            acked.pop(block, None)
+            errors += 1
+            time.sleep(0.05)
+workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+for w in workers: w.start()
+for w in workers: w.join()
+page, lost = mmap.mmap(-1, 4096), 0
+for block, number in acked.items():
+    os.preadv(fd, [page], block * 4096)
+    if page[:].rstrip(b".") != b"%d %d\n" % (block, number):
+        lost += 1
+        print("block", block, "acknowledged", number, "holds", page[:40])
+print("acknowledged", len(acked), "errors", errors, "lost", lost)
+sys.exit(1 if lost or not acked else 0)
+"#;
+
+fn kill_9(run: &mut Run<'_>) -> Result<()> {
+    let rounds = run.scale.pick(1, 3, 8);
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    std::fs::write(guest.share().join("writer.py"), WRITER)?;
+    for format in ["raw", "qcow2"] {
+        let image = format!("/scratch/k.{format}");
+        let lun = create_on_loopback(
+            guest,
+            "k",
+            &format!("--image {image} --size 64M --format {format} --pi type1"),
+        )?;
+        guest.sh(&format!(
+            "rm -f /tmp/stop; setsid python3 /host/writer.py {} > /tmp/writer.txt 2>&1 < /dev/null &
+             echo $! > /tmp/writer.pid",
+            lun.device
+        ))?;
+        for _ in 0..rounds {
+            guest.sh("sleep 1.5")?;
+            stop_daemon(guest, "KILL")?;
+            guest.sh("sleep 0.5")?;
+            start_daemon(guest, "auto")?;
+        }
+        guest.sh("sleep 1.5; touch /tmp/stop")?;
+        guest
+            .sh("for _ in $(seq 400); do kill -0 $(cat /tmp/writer.pid) 2>/dev/null || exit 0; sleep 0.2; done; exit 1")
+            .context("the writer hangs after the daemon came back")?;
+        let said = guest.sh("cat /tmp/writer.txt")?;
+        ensure!(
+            said.contains(" lost 0") && !said.contains("Traceback"),
+            "acknowledged writes are lost ({format}):\n{said}"
+        );
+        delete(guest, "k")?;
+        let check = guest.try_sh(&format!("qemu-img check --output=json -f {format} {image}"))?;
+        if format == "qcow2" {
+            let report: serde_json::Value = serde_json::from_str(&check.stdout)?;
+            // A crash may leak a cluster; a reference to a free one would be corruption.
+            ensure!(report["corruptions"].as_u64().unwrap_or(0) == 0, "{report}");
+        }
+        assert_image_clean(guest, &image, "raw", true)?;
+    }
+    Ok(())
+}

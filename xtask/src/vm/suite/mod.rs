@@ -1,0 +1,231 @@
+//! The VM suite: which tests there are, and how they are run.
+//!
+//! A test is a function that drives a [`Guest`]. Each has a boot of its own, but those that name the same group share one as long
+//! as they pass. After each the guest must be healthy: no complaint in the kernel's log, no task that hangs.
+
+mod conformance;
+mod data;
+mod fabric;
+mod fault;
+mod initiator;
+mod iscsi;
+mod lifecycle;
+mod lun;
+mod reference;
+mod refuse;
+
+use super::guest::{Guest, Lab};
+use anyhow::{Context, Result, bail};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How much of the longer loops is run: `TCMU_DIF_SCALE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scale {
+    /// As little as still shows something.
+    Quick,
+    /// What a developer waits for.
+    Default,
+    /// What CI runs.
+    Full,
+}
+
+impl Scale {
+    /// From the environment.
+    pub fn from_env() -> Result<Self> {
+        match std::env::var("TCMU_DIF_SCALE").as_deref() {
+            Ok("quick") => Ok(Self::Quick),
+            Ok("default" | "") | Err(_) => Ok(Self::Default),
+            Ok("full") => Ok(Self::Full),
+            Ok(other) => bail!("TCMU_DIF_SCALE is quick, default or full, not {other:?}"),
+        }
+    }
+
+    /// As the environment spells it.
+    pub fn name(self) -> &'static str {
+        self.pick("quick", "default", "full")
+    }
+
+    /// One of three values.
+    pub fn pick<T>(self, quick: T, default: T, full: T) -> T {
+        match self {
+            Self::Quick => quick,
+            Self::Default => default,
+            Self::Full => full,
+        }
+    }
+}
+
+/// What a test has beside the guest.
+pub struct Run<'a> {
+    /// The VM.
+    pub guest: &'a mut Guest,
+    /// How much to do.
+    pub scale: Scale,
+    /// Rewrite snapshots and expectations instead of comparing with them.
+    pub bless: bool,
+    /// xtask's own folder, with `snapshots/` and `expect/`.
+    pub files: PathBuf,
+}
+
+/// A test.
+pub struct Test {
+    /// `room.what`.
+    pub name: &'static str,
+    /// What is promised, and would be broken if it failed.
+    pub promise: &'static str,
+    /// Seconds it may take, boot left aside, on a slow machine under translation.
+    pub limit: u64,
+    /// Tests of the same group share a boot.
+    pub group: Option<&'static str>,
+    /// The test.
+    pub run: fn(&mut Run<'_>) -> Result<()>,
+}
+
+/// All tests, in the order in which they are run.
+pub fn all() -> Vec<&'static Test> {
+    [
+        reference::TESTS,
+        refuse::TESTS,
+        data::TESTS,
+        fault::TESTS,
+        fabric::TESTS,
+        lifecycle::TESTS,
+        conformance::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The tests that `wanted` names: by name, or by a part of it; all if it is empty. A word that names none is an error.
+pub fn select(wanted: &[String]) -> Result<Vec<&'static Test>> {
+    for word in wanted {
+        if !all().iter().any(|test| test.name.contains(word.as_str())) {
+            bail!("no VM test's name contains {word:?}; `cargo xtask vm list` shows them");
+        }
+    }
+    Ok(all()
+        .into_iter()
+        .filter(|test| wanted.is_empty() || wanted.iter().any(|word| test.name.contains(word.as_str())))
+        .collect())
+}
+
+/// How a run went.
+#[derive(Default)]
+pub struct Tally {
+    /// Tests that passed.
+    pub passed: usize,
+    /// Names and logs of those that did not.
+    pub failed: Vec<(String, PathBuf)>,
+}
+
+/// Runs `tests`, printing a line for each; stops at no failure.
+pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool) -> Result<Tally> {
+    let files = crate::sh::workspace_root().join("xtask");
+    let mut tally = Tally::default();
+    let mut shared: Option<(&str, Guest)> = None;
+    for test in tests {
+        let started = Instant::now();
+        let limit = Duration::from_secs(test.limit);
+        let booted = match shared.take() {
+            Some((group, mut guest)) if test.group == Some(group) => {
+                guest.set_deadline(limit);
+                Ok(guest)
+            }
+            _ => Guest::boot(lab, test.group.unwrap_or(test.name), limit),
+        };
+        let logs = lab.logs.join(test.group.unwrap_or(test.name));
+        let result = booted.and_then(|mut guest| {
+            let mut context = Run { guest: &mut guest, scale, bless, files: files.clone() };
+            let result = (test.run)(&mut context).and_then(|()| guest.assert_healthy());
+            collect_logs(&mut guest);
+            result?;
+            Ok(guest)
+        });
+        let seconds = started.elapsed().as_secs_f64();
+        match result {
+            Ok(guest) => {
+                println!("  ok      {:<34} {seconds:>7.1} s", test.name);
+                tally.passed += 1;
+                shared = test.group.map(|group| (group, guest));
+            }
+            Err(error) => {
+                println!("  FAILED  {:<34} {seconds:>7.1} s", test.name);
+                println!("    broken promise: {}", test.promise);
+                for line in format!("{error:#}").lines() {
+                    println!("    {line}");
+                }
+                println!("    logs: {}", logs.display());
+                let mut note = String::new();
+                let _ = writeln!(note, "{}: {}\n\n{error:?}", test.name, test.promise);
+                let _ = fs::write(logs.join(format!("failure-{}.txt", test.name)), note);
+                tally.failed.push((test.name.to_owned(), logs));
+            }
+        }
+    }
+    Ok(tally)
+}
+
+/// Copies what the daemon and the kernel said out of the guest, whether the test passed or not.
+fn collect_logs(guest: &mut Guest) {
+    guest.set_deadline(Duration::from_secs(30));
+    for (script, name) in
+        [("cat /scratch/daemon*.log 2>/dev/null | tail -c 4000000", "daemon.log"), ("dmesg", "kernel.log")]
+    {
+        if let Ok(output) = guest.run(script, false, Duration::from_secs(20)) {
+            let _ = fs::write(guest.logs().join(name), output.stdout);
+        }
+    }
+}
+
+/// Compares `text` with the checked-in file `name` under `files`, or writes it there when blessing.
+pub fn compare_snapshot(run: &Run<'_>, name: &str, text: &str) -> Result<()> {
+    let path = run.files.join("snapshots").join(name);
+    if run.bless {
+        fs::create_dir_all(run.files.join("snapshots"))?;
+        return fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()));
+    }
+    let known = fs::read_to_string(&path).with_context(|| {
+        format!("no snapshot {}; `cargo xtask vm test --bless conformance` writes it", path.display())
+    })?;
+    if known == text {
+        return Ok(());
+    }
+    let new = run.guest.logs().join(name);
+    fs::write(&new, text)?;
+    let diff = std::process::Command::new("diff")
+        .arg("-u")
+        .arg(&path)
+        .arg(&new)
+        .output()
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    bail!("{name} is not what it was (bless it if that is right):\n{diff}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_limits_are_sane() {
+        let tests = all();
+        for (at, test) in tests.iter().enumerate() {
+            assert!(tests[..at].iter().all(|other| other.name != test.name), "{}", test.name);
+            assert!((10..=900).contains(&test.limit), "{}", test.name);
+            assert!(!test.promise.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_word_selects_by_part_of_the_name_and_an_unknown_one_is_an_error() {
+        let one = select(&["reference.fileio".to_owned()]).unwrap();
+        assert_eq!(one.len(), 1);
+        assert!(select(&["reference".to_owned()]).unwrap().len() > 1);
+        assert!(select(&["no-such-test".to_owned()]).is_err());
+        assert_eq!(select(&[]).unwrap().len(), all().len());
+    }
+}
