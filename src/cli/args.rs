@@ -57,6 +57,11 @@ pub enum Command {
     Pi(Pi),
     /// Say what this host can do, and how to get what is missing
     CheckHost(CheckHost),
+    /// Show everything on an embedded fake kernel: no root, no kernel module
+    Demo,
+    /// Read and write through a vhost target, as a guest would, and compare
+    #[command(hide = true)]
+    PeerVhost(PeerVhost),
 }
 
 /// `--json`.
@@ -287,6 +292,29 @@ pub struct CheckHost {
     /// As always.
     #[command(flatten)]
     pub json: Json,
+}
+
+/// `peer-vhost`.
+#[derive(Debug, Args)]
+pub struct PeerVhost {
+    /// The target
+    #[arg(value_parser = Wwn::new)]
+    pub wwn: Wwn,
+    /// Random writes
+    #[arg(long, default_value_t = 2000)]
+    pub writes: u32,
+    /// Commands in flight
+    #[arg(long, default_value_t = 32)]
+    pub depth: usize,
+    /// How much of the LUN is written to, from its start
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = super::size::parse)]
+    pub region: u64,
+    /// What the random numbers begin with
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Milliseconds for which reads are counted
+    #[arg(long, default_value_t = 1000)]
+    pub measure_ms: u64,
 }
 
 fn format(text: &str) -> Result<Format, String> {

@@ -99,15 +99,25 @@ pub fn run(cli: &Cli, args: &CheckHost) -> Done {
             .iter()
             .map(|c| vec![c.what.clone(), c.standing.word().to_owned(), c.detail.clone()]);
         let mut text = output::table(&["WHAT", "STANDING", "DETAIL"], rows);
-        for c in &report.checks {
-            if let Some(remedy) = &c.remedy {
-                text.push_str(&format!("\n{}: {remedy}", c.what));
-            }
-        }
+        text.push_str(&remedies(&report.checks));
         text.push_str(if ready { "\n\nLUNs can be served here." } else { "\n\nLUNs cannot be served here." });
         output::print(&text)?;
     }
     Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Each remedy once, with everything that it mends.
+fn remedies(checks: &[Check]) -> String {
+    let mut out: Vec<(String, &str)> = Vec::new();
+    for c in checks {
+        let Some(remedy) = c.remedy.as_deref() else { continue };
+        match out.iter_mut().find(|(_, r)| *r == remedy) {
+            Some((what, _)) => what.push_str(&format!(", {}", c.what)),
+            None => out.push((c.what.clone(), remedy)),
+        }
+    }
+    let lines = out.iter().map(|(what, remedy)| format!("\n\n{what}:\n  {remedy}"));
+    lines.collect()
 }
 
 fn root() -> Check {

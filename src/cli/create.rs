@@ -248,17 +248,17 @@ fn build(places: &Places, args: &Create, config: &DeviceConfig, looked: Option<L
     let name = &args.name;
     let failed = |e: backstore::ConfigfsError| refused("create", name, &e);
     let mut undo = Undo::new(&places.tree);
-    let (capacity, fresh) = match (looked, args.size) {
-        (Some(looked), _) => (looked.capacity, false),
+    let capacity = match (looked, args.size) {
+        (Some(looked), _) => looked.capacity,
         (None, size) => {
             let size = size.unwrap_or(0);
             image::create_new(&config.image, args.format.unwrap_or(Format::Raw), size)?;
             let path = config.image.clone();
             undo.note("the new image", move || fs::remove_file(path));
-            (size, true)
+            size
         }
     };
-    protect(config, args, fresh, &mut undo)?;
+    protect(config, args, &mut undo)?;
     let spec = Spec {
         name: name.clone(),
         dev_config: config.dev_config().map_err(|e| CliError::from("create", name, &e))?,
@@ -299,14 +299,14 @@ fn world_wide_names(args: &Create) -> Vec<Wwn> {
 }
 
 /// Makes the protection information of an image that has none yet.
-fn protect(config: &DeviceConfig, args: &Create, fresh: bool, undo: &mut Undo<'_>) -> Result<(), CliError> {
+fn protect(config: &DeviceConfig, args: &Create, undo: &mut Undo<'_>) -> Result<(), CliError> {
     let Some(pi) = config.pi else { return Ok(()) };
     let sidecar = config.sidecar.clone().unwrap_or_else(|| default_path(&config.image));
     if sidecar.symlink_metadata().is_ok() {
         // The daemon opens it, and says what is wrong with it.
         return Ok(());
     }
-    super::pi::protect(&config.image, &sidecar, pi, args.block_size, !fresh)?;
+    super::pi::protect(&config.image, &sidecar, pi, args.block_size)?;
     undo.note("the new sidecar", move || fs::remove_file(sidecar));
     Ok(())
 }

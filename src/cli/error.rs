@@ -1,6 +1,8 @@
 //! The one way in which a command fails: what, on which value, why, and what to do next.
 
-use std::{error::Error, fmt, process::ExitCode};
+use std::{error::Error, ffi::OsString, fmt, process::ExitCode};
+
+use clap::error::{ContextKind, ContextValue};
 
 /// A failed command. Printed as `tcmu-dif: WHAT: VALUE: REASON` and a line `  next: STEP`.
 #[derive(Debug)]
@@ -73,6 +75,48 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
         next = e.source();
     }
     text
+}
+
+/// What clap found wrong, in our form: the word, its value, why, and where the right words are.
+pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
+    let said = |kind| match e.get(kind) {
+        Some(ContextValue::String(s)) => Some(s.clone()),
+        Some(ContextValue::Strings(s)) => Some(s.join(", ")),
+        _ => None,
+    };
+    let rendered = e.to_string();
+    let first = rendered.split("\n\n").next().unwrap_or_default();
+    let first = first.trim_start_matches("error: ").split_whitespace().collect::<Vec<_>>().join(" ");
+    let reason = e.source().map_or(first, ToString::to_string);
+    let arg = said(ContextKind::InvalidArg).or_else(|| said(ContextKind::InvalidSubcommand));
+    // `--size <SIZE>` is `--size`, and `<NAME>` stays what it is.
+    let what = match (&arg, e.source()) {
+        (Some(arg), Some(_)) => arg.split(' ').next().unwrap_or(arg).to_owned(),
+        _ => "usage".to_owned(),
+    };
+    let value = said(ContextKind::InvalidValue).filter(|_| e.source().is_some()).unwrap_or_default();
+    let plain =
+        |w: &&OsString| w.to_str().is_some_and(|w| w.chars().all(|c| c.is_ascii_lowercase() || c == '-'));
+    let commands = [
+        "daemon",
+        "create",
+        "delete",
+        "list",
+        "show",
+        "resize",
+        "image",
+        "pi",
+        "check-host",
+        "demo",
+        "info",
+        "verify",
+        "rebuild",
+        "status",
+    ];
+    let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();
+    let chosen: Vec<_> = chosen.into_iter().take_while(|w| commands.contains(w)).collect();
+    let help = ["tcmu-dif"].into_iter().chain(chosen).chain(["--help"]).collect::<Vec<_>>().join(" ");
+    CliError::usage(what, value, reason).next(help)
 }
 
 impl fmt::Display for CliError {

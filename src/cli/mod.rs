@@ -16,7 +16,7 @@ mod resize;
 mod show;
 mod size;
 
-use std::{io::IsTerminal, process::ExitCode, sync::Arc};
+use std::{ffi::OsString, io::IsTerminal, process::ExitCode, sync::Arc, time::Duration};
 
 use args::{Cli, Command, IoWay};
 pub use error::{CliError, chain};
@@ -29,6 +29,7 @@ use crate::{
         serve::{self, DaemonError},
     },
     kernel::{netlink::NetlinkError, usage},
+    peer::vhost,
     sys::io::Backend,
 };
 
@@ -37,13 +38,18 @@ type Done = Result<ExitCode, CliError>;
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = match args::parse(std::env::args_os()) {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let cli = match args::parse(words.clone()) {
         Ok(cli) => cli,
-        Err(e) => {
-            // Help and version go to stdout and are no failure; clap knows.
-            let code = u8::try_from(e.exit_code()).unwrap_or(2);
+        // Help and version go to stdout and are no failure.
+        Err(e) if !e.use_stderr() => {
             e.print().ok();
-            return ExitCode::from(code);
+            return ExitCode::SUCCESS;
+        }
+        Err(e) => {
+            let e = error::from_clap(&e, &words);
+            eprintln!("{e}");
+            return e.exit_code();
         }
     };
     let done = logging(&cli).and_then(|()| run(&cli));
@@ -77,6 +83,8 @@ fn run(cli: &Cli) -> Done {
         Command::Image(args) => image::run(args),
         Command::Pi(args) => pi::run(args),
         Command::CheckHost(args) => check_host::run(cli, args),
+        Command::Demo => demo(),
+        Command::PeerVhost(args) => peer_vhost(args),
     }
 }
 
@@ -99,6 +107,26 @@ fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
         CliError::from("daemon", "", &e).next(next)
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn demo() -> Done {
+    crate::demo::run(&mut std::io::stdout()).map_err(|e| CliError::from("demo", "", &e))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn peer_vhost(args: &args::PeerVhost) -> Done {
+    let options = vhost::Options {
+        writes: args.writes,
+        depth: args.depth,
+        region: args.region,
+        seed: args.seed,
+        measure: Duration::from_millis(args.measure_ms),
+        ..vhost::Options::default()
+    };
+    let report = vhost::selftest(args.wwn.as_str(), &options)
+        .map_err(|e| CliError::from("peer-vhost", &args.wwn, &e))?;
+    output::json(&report)?;
+    Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 /// Refuses anybody but root.

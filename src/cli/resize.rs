@@ -1,16 +1,22 @@
 //! `tcmu-dif resize`: another capacity while the LUN is in use.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use serde::Serialize;
 
 use super::{
     CliError, Done,
     args::{Cli, Resize},
-    luns::{Places, refused},
+    luns::{Places, SYSFS, refused},
     output, require_root, size,
 };
-use crate::daemon::rundir::{LastChange, now_ms};
+use crate::{
+    daemon::rundir::{LastChange, now_ms},
+    kernel::{
+        backstore::Backstore,
+        fabric::{self, Fabric},
+    },
+};
 
 /// How long the daemon may take: an image that shrinks frees what it had.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -19,6 +25,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Resized<'a> {
     name: &'a str,
     capacity_bytes: u64,
+}
+
+/// Has this host's own disks ask for their capacity: Linux hears of it with the next command's unit attention, and then
+/// only logs it.
+fn look_again(places: &Places, store: &Backstore) {
+    let exports = fabric::of(&places.tree, store).unwrap_or_default();
+    for export in exports.iter().filter(|e| e.kind() == Some(Fabric::Loopback)) {
+        let rescanned = fabric::scsi_address(&places.tree, export)
+            .map_err(|e| e.source)
+            .and_then(|address| fabric::rescan_disk(Path::new(SYSFS), &address));
+        if let Err(e) = rescanned {
+            tracing::warn!("the disk of {} still has its old size: {e}", export.target);
+        }
+    }
 }
 
 /// Resizes.
@@ -60,6 +80,7 @@ pub fn run(cli: &Cli, args: &Resize) -> Done {
             }
             return Err(CliError::new("resize", name, reason).next("look at the daemon's log"));
         }
+        look_again(&places, &store);
     }
     if args.json.json {
         return output::json(&Resized { name: name.as_str(), capacity_bytes: args.size });

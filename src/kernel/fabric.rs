@@ -272,3 +272,11 @@ pub fn wait_for_disk(sysfs: &Path, address: &str, want_sg: bool, patience: Durat
 pub fn set_disk_timeout(sysfs: &Path, address: &str, seconds: u32) -> io::Result<()> {
     fs::write(sysfs.join("class/scsi_device").join(address).join("device/timeout"), seconds.to_string())
 }
+
+/// Has the disk driver ask the disk for its capacity.
+///
+/// # Errors
+/// sysfs' own.
+pub fn rescan_disk(sysfs: &Path, address: &str) -> io::Result<()> {
+    fs::write(sysfs.join("class/scsi_device").join(address).join("device/rescan"), "1")
+}
