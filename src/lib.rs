@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod daemon;
+pub mod demo;
 pub mod image;
 pub mod kernel;
 pub mod lun;

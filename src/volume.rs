@@ -5,7 +5,7 @@
 //! be in flight: a volume keeps its own state consistent. Callers give ranges that lie inside [`Limits::capacity`] and
 //! are aligned to [`Limits::alignment`]; a volume still checks, and answers [`IoErrorKind::OutOfRange`].
 
-use std::{fmt, io, path::PathBuf};
+use std::{fmt, io, path::PathBuf, rc::Rc};
 
 use crate::{
     sys::mem::Sg,
@@ -100,6 +100,45 @@ pub trait Volume {
 
     /// Flushes, marks the volume cleanly closed and gives up its locks. Nothing may be in flight.
     async fn close(&self) -> Result<()>;
+}
+
+/// A volume that several owners on one thread share.
+impl<V: Volume> Volume for Rc<V> {
+    fn limits(&self) -> Limits {
+        (**self).limits()
+    }
+
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        (**self).read(at, to).await
+    }
+
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        (**self).write(at, from, flags).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        (**self).flush().await
+    }
+
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
+        (**self).discard(at, len).await
+    }
+
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
+        (**self).write_zeroes(at, len, may_unmap).await
+    }
+
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
+        (**self).map_extents(at, len).await
+    }
+
+    async fn resize(&self, capacity: u64) -> Result<()> {
+        (**self).resize(capacity).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        (**self).close().await
+    }
 }
 
 /// What was being done when an [`IoError`] arose.

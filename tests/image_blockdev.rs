@@ -1,6 +1,7 @@
 //! A block device is an image too: discarding and zeroing it end with zeros, and it is not opened while it is claimed.
 //!
 //! Needs root, for a loop device; anybody else is told so.
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
 use std::{
     path::{Path, PathBuf},

@@ -1,7 +1,9 @@
 //! QEMU's tools refuse the images that we have open, and we refuse those that they have.
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -141,8 +143,10 @@ fn we_refuse_what_qemu_nbd_serves() {
     let socket = dir.path().join("nbd");
     let mut nbd =
         Command::new("qemu-nbd").args(["-f", "raw", "-t", "-k"]).args([&socket, &path]).spawn().unwrap();
+    // The socket is there before the image is open; who greets has opened it.
     let until = Instant::now() + Duration::from_secs(20);
-    while !socket.exists() && Instant::now() < until {
+    let greeted = || UnixStream::connect(&socket).is_ok_and(|mut s| s.read_exact(&mut [0; 8]).is_ok());
+    while !greeted() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(5));
     }
     let at = path.clone();

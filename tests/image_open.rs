@@ -1,5 +1,6 @@
 //! Every way in which an image cannot be opened ends in the right kind of error, with the path, a next step, and nothing
 //! left behind.
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
 use std::{
     fs,

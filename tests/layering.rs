@@ -1,5 +1,6 @@
 //! Keeps the architecture true: which room may use which, where unsafe code may stand, that every file says what it is
 //! for, and that none grows beyond reading. `docs/architecture.md` has the same table in words.
+#![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::{
     collections::BTreeSet,

@@ -1,1 +1,10 @@
 //! The daemon: answers the kernel, and starts and stops LUNs.
+//!
+//! One loop ([`serve`]) hears netlink, signals and a timer, and does nothing that could wait. Each device has a worker
+//! ([`worker`]) that may: it opens the image, resizes, closes. What a LUN is doing stands in a file under /run
+//! ([`rundir`]), which is how the command line learns of it.
+
+pub mod devices;
+pub mod rundir;
+pub mod serve;
+pub mod worker;

@@ -1,14 +1,24 @@
-//! New images: a sparse raw file. Nothing is overwritten, and what could not be finished is removed.
+//! New images: a sparse raw file, or a qcow2 image. Nothing is overwritten, and what could not be finished is removed.
 //!
 //! Called by `tcmu-dif image create` and by `tcmu-dif create --size`.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    error::Error,
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
+    rc::Rc,
 };
 
-use crate::{sys::io::Io, units::BlockSize};
+use super::{
+    open::{OpenError, OpenOptions, backing, open_any_size},
+    qcow2,
+};
+use crate::{
+    sys::io::Io,
+    units::BlockSize,
+    volume::{IoErrorKind, Volume},
+};
 
 /// An image that was not made.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +29,7 @@ pub struct CreateError {
     /// Why.
     pub what: CreateErrorKind,
     /// The error of the layer beneath.
-    pub source: Option<io::Error>,
+    pub source: Option<Box<dyn Error + Send + Sync>>,
 }
 
 /// The reasons.
@@ -40,6 +50,19 @@ pub enum CreateErrorKind {
     /// The file system holds no file of that size.
     #[error("no room for {0} bytes")]
     NoSpace(u64),
+    /// An option of qcow2's.
+    #[error("{option}={value}: {reason}")]
+    Option {
+        /// qemu-img's name of it.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The backing file cannot be used.
+    #[error("its backing file '{0}' cannot be used")]
+    Backing(String),
     /// Writing it failed.
     #[error("cannot be written")]
     Io,
@@ -58,7 +81,7 @@ impl CreateError {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => CreateErrorKind::NoSpace(size),
             _ => CreateErrorKind::Io,
         };
-        CreateError { source: Some(source), ..CreateError::new(path, what) }
+        CreateError { source: Some(Box::new(source)), ..CreateError::new(path, what) }
     }
 
     /// What the administrator does next.
@@ -73,7 +96,11 @@ impl CreateError {
             CreateErrorKind::Permission => Some(format!("see who may write there: ls -ld {directory}")),
             CreateErrorKind::Size(_) => Some("choose a multiple of 512 bytes, for instance 10G".to_owned()),
             CreateErrorKind::NoSpace(_) => Some(format!("choose a smaller size; df -h {directory}")),
-            CreateErrorKind::Io => None,
+            CreateErrorKind::Option { .. } | CreateErrorKind::Io => None,
+            CreateErrorKind::Backing(_) => match self.source.as_ref()?.downcast_ref::<OpenError>() {
+                Some(e) => e.next_step(),
+                None => Some("name a local file, and its format".to_owned()),
+            },
         }
     }
 }
@@ -90,7 +117,7 @@ impl NewFile {
     /// # Errors
     /// EEXIST, and all else that open(2) has.
     pub(super) fn create(path: &Path) -> io::Result<(NewFile, File)> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
         Ok((NewFile { path: path.to_owned(), kept: false }, file))
     }
 
@@ -132,6 +159,48 @@ pub async fn create_raw(io: &Io, path: &Path, size: u64) -> Result<(), CreateErr
         new.keep()
     };
     io.blocking(call).await.and_then(|r| r).map_err(|e| CreateError::io(path, size, e))
+}
+
+/// Makes a qcow2 image. A backing file is opened first, to see that it can be; with size 0 the new image is as large as it.
+///
+/// # Errors
+/// See [`CreateErrorKind`]; nothing is left behind then.
+pub async fn create_qcow2(io: &Io, path: &Path, options: &qcow2::CreateOptions) -> Result<(), CreateError> {
+    let mut options = options.clone();
+    if let Some(name) = options.backing_file.clone() {
+        let refused = |e| CreateError {
+            source: Some(e),
+            ..CreateError::new(path, CreateErrorKind::Backing(name.clone()))
+        };
+        let found = backing(path, Some(&name), options.backing_format.as_deref());
+        let found = found.map_err(|what| refused(Box::new(OpenError::new(&name, what))))?;
+        let Some((file, format)) = found else { return Err(refused("the name is empty".into())) };
+        let how = OpenOptions { read_only: true, format, lock: true };
+        let below = open_any_size(io, &file, &how).await.map_err(|e| refused(Box::new(e)))?;
+        if options.size == 0 {
+            options.size = below.limits().capacity;
+        }
+        // The header says what was found, so that nobody has to guess again.
+        options.backing_format.get_or_insert_with(|| below.format().to_string());
+    }
+    check_size(path, options.size)?;
+    let at = path.to_owned();
+    let made = io.blocking(move || NewFile::create(&at)).await.and_then(|r| r);
+    let (new, file) = made.map_err(|e| CreateError::io(path, options.size, e))?;
+    qcow2::create(io, Rc::new(file), path, &options).await.map_err(|e| {
+        let (what, source): (_, Option<Box<dyn Error + Send + Sync>>) = match e {
+            qcow2::CreateError::Option { option, value, reason } => {
+                (CreateErrorKind::Option { option, value, reason }, None)
+            }
+            qcow2::CreateError::Io(e) if e.kind == IoErrorKind::NoSpace => {
+                (CreateErrorKind::NoSpace(options.size), Some(Box::new(e)))
+            }
+            e => (CreateErrorKind::Io, Some(Box::new(e))),
+        };
+        CreateError { source, ..CreateError::new(path, what) }
+    })?;
+    let kept = io.blocking(move || new.keep()).await.and_then(|r| r);
+    kept.map_err(|e| CreateError::io(path, options.size, e))
 }
 
 /// Refuses sizes that no disk has.

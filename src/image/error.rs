@@ -5,6 +5,7 @@ use std::{error::Error, fmt, io, path::PathBuf};
 use super::{
     Format,
     lock::{Holder, LockError},
+    qcow2::HeaderError,
 };
 use crate::volume::{IoError, IoErrorKind};
 
@@ -119,6 +120,17 @@ impl OpenError {
         OpenError::new(path, what).source(e)
     }
 
+    /// A header that begins as it should and that the driver does not take.
+    pub(super) fn header(path: impl Into<PathBuf>, e: HeaderError) -> OpenError {
+        let what = match e {
+            HeaderError::NotQcow2 | HeaderError::Truncated | HeaderError::Field { .. } => {
+                OpenErrorKind::Corrupt
+            }
+            HeaderError::Version(_) | HeaderError::Feature(_) => OpenErrorKind::Unsupported,
+        };
+        OpenError::new(path, what).source(e)
+    }
+
     /// The same error, about a backing file of that image.
     pub(super) fn backing_of(mut self, image: Option<PathBuf>) -> OpenError {
         self.backing_of = image;
@@ -162,7 +174,9 @@ impl OpenError {
             }
             OpenErrorKind::NotQcow2 => "leave the format out, or name it raw".to_owned(),
             OpenErrorKind::Corrupt => format!("look at the damage: qemu-img check {path}"),
-            OpenErrorKind::Unsupported => format!("see what it needs: qemu-img info {path}"),
+            OpenErrorKind::Unsupported => format!(
+                "convert it: qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off {path} NEW"
+            ),
             OpenErrorKind::BackingProtocol(_) => {
                 format!("give it a local backing file: qemu-img rebase -b FILE -F FORMAT {path}")
             }

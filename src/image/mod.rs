@@ -77,6 +77,8 @@ pub struct Stamp {
 pub enum Driver {
     /// A raw file or block device.
     Raw(raw::Raw),
+    /// A qcow2 image, over its backing files.
+    Qcow2(Box<qcow2::Qcow2>),
 }
 
 /// An open image: the driver, the files under it and the locks on them.
@@ -97,6 +99,7 @@ impl Image {
     pub fn format(&self) -> Format {
         match self.driver {
             Driver::Raw(_) => Format::Raw,
+            Driver::Qcow2(_) => Format::Qcow2,
         }
     }
 
@@ -131,6 +134,7 @@ macro_rules! driver {
     ($self:ident, $v:ident => $call:expr) => {
         match &$self.driver {
             Driver::Raw($v) => $call,
+            Driver::Qcow2($v) => $call,
         }
     };
 }

@@ -17,6 +17,7 @@ pub use super::error::{MAX_CHAIN, OpenError, OpenErrorKind};
 use super::{
     Driver, Format, Image,
     lock::{ImageLock, LockMode},
+    qcow2::{Backing, MAX_CLUSTER, Qcow2, probe_header},
     raw::{QCOW2_MAGIC, Raw},
 };
 use crate::{
@@ -58,24 +59,36 @@ struct Layer {
 /// # Errors
 /// Every way in which the path, the file, its header, its locks or its chain can be wrong: see [`OpenErrorKind`].
 pub async fn open(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    let image = open_any_size(io, path, options).await?;
+    image.check_block_size(BlockSize::B512)?;
+    Ok(image)
+}
+
+/// [`open`] for an image that need not be a disk, but may lie under one.
+pub(super) async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
     let layers = open_chain(io, path, options).await?;
     let mut locks = Vec::new();
     let mut image: Option<Image> = None;
     let depth = layers.len();
+    let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
     for (i, mut layer) in layers.into_iter().enumerate().rev() {
         locks.extend(layer.lock.take());
         let read_only = options.read_only || i > 0;
+        let file = layer.file.clone();
         let driver = match layer.format {
-            Format::Raw => Raw::new(io, layer.file.clone(), &layer.path, read_only, layer.probed)
-                .map(Driver::Raw)
-                .map_err(|e| OpenError::driver(&layer.path, e))?,
-            Format::Qcow2 => return Err(OpenError::new(&layer.path, OpenErrorKind::Unsupported)),
+            Format::Raw => Raw::new(io, file, &layer.path, read_only, layer.probed).map(Driver::Raw),
+            Format::Qcow2 => {
+                let backing = image.take().map(|image| Rc::new(image) as Backing);
+                let opened = Qcow2::open(io, file, &layer.path, read_only, backing).await;
+                opened.map(|driver| Driver::Qcow2(Box::new(driver)))
+            }
         };
+        let above = i.checked_sub(1).map(|i| names[i].clone());
+        let driver = driver.map_err(|e| OpenError::driver(&layer.path, e).backing_of(above))?;
         image = Some(Image::new(driver, layer.path, layer.file));
     }
     let Some(image) = image else { return Err(OpenError::new(path, OpenErrorKind::Io)) };
     image.locks.replace(locks);
-    image.check_block_size(BlockSize::B512)?;
     tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)
 }
@@ -127,19 +140,60 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
             (None, true) => Format::Qcow2,
             (None, false) => Format::Raw,
         };
+        if format == Format::Qcow2 {
+            let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
+            let (name, format) = (header.backing_file.as_deref(), header.backing_format.as_deref());
+            next = backing(&path, name, format).map_err(|what| of(OpenError::new(&path, what)))?;
+        }
         layers.push(Layer { path, file, id, format, probed, lock });
     }
     Ok(layers)
 }
 
-/// What the first bytes say: enough for the longest header and the name of the backing file, which qcow2 keeps within
-/// the first cluster.
+/// The backing file that a header names, and its format. A relative name is relative to the image's directory, as the image
+/// was named: symbolic links are not resolved first, which is how QEMU does it.
+pub(super) fn backing(
+    image: &Path,
+    name: Option<&str>,
+    format: Option<&str>,
+) -> Result<Option<(PathBuf, Option<Format>)>, OpenErrorKind> {
+    let Some(name) = name.filter(|n| !n.is_empty()) else { return Ok(None) };
+    let file = match name.split_once(':') {
+        Some(("file", file)) => file,
+        // A colon before any slash ends the name of a protocol (`nbd://`, `json:{`).
+        Some((protocol, _)) if !protocol.contains('/') => {
+            return Err(OpenErrorKind::BackingProtocol(name.to_owned()));
+        }
+        _ => name,
+    };
+    let format = match format {
+        Some(format) => match format.parse() {
+            Ok(format) => Some(format),
+            Err(_) => return Err(OpenErrorKind::BackingFormat(format.to_owned())),
+        },
+        None => None,
+    };
+    let directory = image.parent().unwrap_or(Path::new(""));
+    Ok(Some((directory.join(file), format)))
+}
+
+/// The first bytes: of a qcow2 image the whole first cluster, where the header, its extensions and the name of the backing
+/// file are.
 async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
-    let head = Buffer::zeroed(64 << 10);
-    let n = io.read(file, 0, &head.sg()).await?;
-    let mut head = head.to_vec();
-    head.truncate(n);
-    Ok(head)
+    let mut want = 64 << 10;
+    loop {
+        let head = Buffer::zeroed(want);
+        let n = io.read(file, 0, &head.sg()).await?;
+        let mut bytes = head.to_vec();
+        bytes.truncate(n);
+        // cluster_bits, at byte 20.
+        let large = bytes.starts_with(&QCOW2_MAGIC)
+            && bytes.get(20..24).is_some_and(|b| b > [0, 0, 0, 16].as_slice());
+        if !large || want == MAX_CLUSTER {
+            return Ok(bytes);
+        }
+        want = MAX_CLUSTER;
+    }
 }
 
 /// Opens a regular file or block device, and nothing else: opening a FIFO would wait, opening a tape would rewind it.

@@ -438,6 +438,11 @@ impl Pending {
         self.0.answer(status);
     }
 
+    /// Lets it be: the kernel doesn't wait for this device.
+    pub fn forgo(&self) {
+        self.0.answered.store(true, Ordering::Release);
+    }
+
     /// Whether it was answered.
     pub fn answered(&self) -> bool {
         self.0.answered.load(Ordering::Acquire)

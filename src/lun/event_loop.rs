@@ -26,7 +26,10 @@ use crate::{
 };
 
 /// Commands that run at once; more wait their turn, and task management can still take them back.
-const MAX_RUNNING: usize = 256;
+const MAX_RUNNING: usize = 256 + BACKGROUND;
+
+/// Tasks that are there without a command: [`Service::background`].
+const BACKGROUND: usize = 1;
 
 /// Why a loop ended.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +44,8 @@ pub(super) enum LoopError {
 pub(super) trait Service: 'static {
     /// Executes one command to its end.
     fn execute(self: Rc<Self>, command: Command) -> impl Future<Output = Completion> + 'static;
+    /// What runs beside the commands for as long as the loop does.
+    fn background(self: Rc<Self>) -> impl Future<Output = ()> + 'static;
     /// Handles a message other than [`Message::Stop`].
     fn message(self: Rc<Self>, message: Message, load: Load) -> impl Future<Output = ()> + 'static;
 }
@@ -88,10 +93,12 @@ impl<S: Service> EventLoop<S> {
             self.waiting.clear();
         }
         // What is under way reaches the image, answered or not.
-        while self.exec.tasks() > 0 && self.io.turn(Wait::AtMost(Duration::from_millis(100))).is_ok() {
+        while self.exec.tasks() > BACKGROUND && self.io.turn(Wait::AtMost(Duration::from_millis(100))).is_ok()
+        {
             self.exec.run_ready();
         }
         self.ring.publish()?;
+        self.exec.clear();
         result
     }
 
@@ -99,6 +106,7 @@ impl<S: Service> EventLoop<S> {
         let ring_bell = self.io.watch(self.ring.doorbell()?)?;
         let inbox_bell = self.io.watch(self.inbox.doorbell()?)?;
         let mut stopping = false;
+        self.exec.spawn(self.service.clone().background());
         loop {
             if self.inbox.has_messages() {
                 stopping |= self.messages();
@@ -119,7 +127,7 @@ impl<S: Service> EventLoop<S> {
             if self.exec.has_ready() || more || startable || self.ring.has_answers() {
                 continue;
             }
-            if stopping && self.exec.tasks() == 0 && self.waiting.is_empty() {
+            if stopping && self.exec.tasks() <= BACKGROUND && self.waiting.is_empty() {
                 return Ok(());
             }
             if !self.dry(stopping)? {

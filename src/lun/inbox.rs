@@ -17,6 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::{LunError, Stats};
 
 /// What a LUN's thread can be asked. Each message carries the way back.
+#[derive(Debug)]
 pub(super) enum Message {
     /// Change the capacity to that many bytes.
     Resize(u64, SyncSender<Result<(), LunError>>),
@@ -28,6 +29,7 @@ pub(super) enum Message {
     Stop,
 }
 
+#[derive(Debug)]
 struct Shared {
     messages: Mutex<VecDeque<Message>>,
     waiting: AtomicBool,
@@ -35,7 +37,7 @@ struct Shared {
 }
 
 /// The sending end; clones send to the same thread.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct Outbox(Arc<Shared>);
 
 /// The LUN's end.

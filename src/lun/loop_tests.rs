@@ -36,6 +36,10 @@ impl Service for Echo {
         Completion::status(command.cdb[1] & 0xfe)
     }
 
+    async fn background(self: Rc<Self>) {
+        std::future::pending().await
+    }
+
     async fn message(self: Rc<Self>, message: Message, load: Load) {
         if let Message::Resize(_, back) = message {
             assert!(load.in_flight >= self.running.get());

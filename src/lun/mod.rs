@@ -1,15 +1,404 @@
 //! One LUN: its thread, its event loop, the stack it is built from.
+//!
+//! [`start`] opens the image on the LUN's own thread, attaches the ring and serves it until [`LunHandle::stop`]. Everything that
+//! belongs to a LUN lives on that thread; from outside there are messages. A ring that makes no sense, an I/O backend that
+//! fails or a panic ends that thread alone: the LUN is [`State::Failed`] with the reason, and the others never notice.
 
 pub mod config;
 mod event_loop;
 mod inbox;
 #[cfg(test)]
 mod loop_tests;
+mod service;
 mod spin;
+mod stack;
 
-/// placeholder
+use std::{
+    any::Any,
+    io,
+    path::PathBuf,
+    rc::Rc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{RecvTimeoutError, SyncSender, sync_channel},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use serde::Serialize;
+use tracing::{error, info, warn};
+
+use crate::{
+    image::open::OpenError,
+    pi::{self, PiOpenError},
+    ring::{Device, Ring, RingError},
+    sys::{
+        exec::Executor,
+        io::{Backend, Io},
+    },
+    units::BlockSize,
+    volume::{IoError, Volume},
+};
+use config::DeviceConfig;
+use event_loop::{EventLoop, run_to_end};
+use inbox::{Inbox, Message, Outbox};
+use service::Lun;
+use stack::Stack;
+
+/// How long a message may wait for its answer. A resize writes metadata; nothing that is asked takes longer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// What a LUN is made of.
 #[derive(Debug)]
-pub struct Stats;
-/// placeholder
+pub struct LunParams {
+    /// The backstore's name.
+    pub name: String,
+    /// Image, protection and the rest of `dev_config`.
+    pub config: DeviceConfig,
+    /// The kernel's `hw_block_size`.
+    pub block_size: BlockSize,
+    /// The kernel's `dev_size`, in bytes.
+    pub capacity: u64,
+    /// The kernel's `emulate_write_cache`.
+    pub write_cache: bool,
+    /// The kernel's `wwn/vpd_unit_serial`, if it is set.
+    pub serial: Option<String>,
+    /// The way to the kernel; the best that it permits if not given.
+    pub backend: Option<Backend>,
+    /// The ring.
+    pub device: Device,
+}
+
+/// Why a LUN does not start, or does not do what it is asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LunError {
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] OpenError),
+    /// The sidecar.
+    #[error(transparent)]
+    Protection(#[from] PiOpenError),
+    /// The image lost its end since the LUN was created.
+    #[error("{} has {capacity} bytes, and the LUN was created with {expected}", image.display())]
+    Shrunk {
+        /// The image.
+        image: PathBuf,
+        /// Its bytes.
+        capacity: u64,
+        /// The kernel's bytes.
+        expected: u64,
+    },
+    /// A capacity that the LUN cannot have.
+    #[error("{capacity} bytes is no multiple of the block size of {block_size}")]
+    Size {
+        /// What was asked for.
+        capacity: u64,
+        /// The LUN's block size.
+        block_size: BlockSize,
+    },
+    /// The ring.
+    #[error("the ring cannot be used")]
+    Ring(#[from] RingError),
+    /// The volume refused.
+    #[error(transparent)]
+    Volume(#[from] IoError),
+    /// The thread, its I/O backend or its descriptors.
+    #[error("the LUN's thread cannot run")]
+    Thread(#[source] io::Error),
+    /// There is no thread any more.
+    #[error("the LUN is not running: {0}")]
+    Gone(String),
+    /// The thread does not answer.
+    #[error("the LUN has not answered for {} seconds", .0.as_secs())]
+    Silent(Duration),
+}
+
+impl LunError {
+    /// What to do about it, where that is known.
+    pub fn next_step(&self) -> Option<String> {
+        match self {
+            LunError::Image(e) => e.next_step(),
+            LunError::Protection(e) => e.next_step(),
+            LunError::Shrunk { .. } => Some(
+                "bring the whole image back, or delete the LUN and create it with the image as it is".into(),
+            ),
+            LunError::Size { block_size, .. } => Some(format!("give a multiple of {block_size}")),
+            LunError::Ring(_)
+            | LunError::Volume(_)
+            | LunError::Thread(_)
+            | LunError::Gone(_)
+            | LunError::Silent(_) => None,
+        }
+    }
+}
+
+/// Where a LUN is in its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// It serves commands.
+    Online,
+    /// It was told to stop and has closed its image.
+    Stopped,
+    /// It has stopped by itself, for this reason. Its commands wait until the kernel gives them up or another handler comes.
+    Failed(String),
+}
+
+/// What commands have come to.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct PublicStats {
+    /// Bytes of data-in given back.
+    pub bytes_in: u64,
+    /// Bytes of data-out taken.
+    pub bytes_out: u64,
+    /// Commands that ended in CHECK CONDITION, unit attentions included.
+    pub check_conditions: u64,
+    /// Commands that ended in another status than GOOD and CHECK CONDITION.
+    pub other_statuses: u64,
+}
+
+/// A LUN's counters since it started.
+#[derive(Debug, Clone, Serialize)]
+pub struct Stats {
+    /// SCSI commands taken from the ring.
+    pub commands: u64,
+    /// Commands that task management took back before they began.
+    pub aborted: u64,
+    /// Batches of answers, each with one kick.
+    pub batches: u64,
+    /// How often the thread slept.
+    pub sleeps: u64,
+    /// Commands under way.
+    pub in_flight: u64,
+    /// The way to the kernel: `io_uring` or `threads`.
+    pub io: String,
+    /// The image's format.
+    pub format: String,
+    /// Bytes.
+    pub capacity_bytes: u64,
+    /// WCE.
+    pub write_cache: bool,
+    /// What commands have come to.
+    #[serde(flatten)]
+    pub counted: PublicStats,
+    /// Protection, where there is any.
+    pub pi: Option<pi::Counters>,
+}
+
+/// A running LUN, seen from outside its thread.
 #[derive(Debug)]
-pub struct LunError;
+pub struct LunHandle {
+    name: String,
+    outbox: Outbox,
+    state: Arc<Mutex<State>>,
+    thread: JoinHandle<()>,
+}
+
+/// Starts a LUN on a thread of its own. Returns when it serves, or has failed to.
+///
+/// # Errors
+/// The reason why the image, its sidecar or the ring cannot be used; nothing is left open.
+pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
+    let (outbox, inbox) = inbox::channel().map_err(LunError::Thread)?;
+    let (up, started) = sync_channel(1);
+    let name = params.name.clone();
+    let state = Arc::new(Mutex::new(State::Online));
+    let shared = state.clone();
+    let thread = std::thread::Builder::new()
+        // 15 characters is what the kernel shows.
+        .name(format!("lun-{name}").chars().take(15).collect())
+        .spawn(move || {
+            let span = tracing::info_span!("lun", name = %params.name);
+            let _entered = span.entered();
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, inbox, up)));
+            let end = match ended {
+                Ok(end) => end,
+                Err(panic) => State::Failed(format!("its thread panicked: {}", panic_text(&*panic))),
+            };
+            match &end {
+                State::Failed(reason) => error!("the LUN has failed: {reason}"),
+                _ => info!("stopped"),
+            }
+            *shared.lock().unwrap_or_else(PoisonError::into_inner) = end;
+        })
+        .map_err(LunError::Thread)?;
+    match started.recv() {
+        Ok(Ok(())) => Ok(LunHandle { name, outbox, state, thread }),
+        Ok(Err(e)) => {
+            let _ = thread.join();
+            Err(e)
+        }
+        Err(_) => {
+            let _ = thread.join();
+            let state = state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            Err(LunError::Gone(match state {
+                State::Failed(reason) => reason,
+                _ => "its thread ended before it served".into(),
+            }))
+        }
+    }
+}
+
+impl LunHandle {
+    /// The backstore's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> State {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes the capacity; initiators get the unit attention 2Ah/09h.
+    ///
+    /// # Errors
+    /// What the volume says, or that the LUN does not answer.
+    pub fn resize(&self, capacity: u64) -> Result<(), LunError> {
+        self.ask(|back| Message::Resize(capacity, back))?
+    }
+
+    /// Turns the write cache on or off; what was acknowledged is flushed before it is off.
+    ///
+    /// # Errors
+    /// As [`LunHandle::resize`].
+    pub fn set_write_cache(&self, on: bool) -> Result<(), LunError> {
+        self.ask(|back| Message::WriteCache(on, back))?
+    }
+
+    /// The counters.
+    ///
+    /// # Errors
+    /// That the LUN does not answer.
+    pub fn stats(&self) -> Result<Stats, LunError> {
+        self.ask(Message::Stats)
+    }
+
+    /// Takes no more commands, finishes those under way, closes the image and ends the thread. What stands in the ring
+    /// after that waits for the next handler.
+    ///
+    /// # Errors
+    /// [`LunError::Gone`] with the reason, if it had failed or the close lost something.
+    pub fn stop(self) -> Result<(), LunError> {
+        self.request_stop();
+        // The thread catches its own panics.
+        let _ = self.thread.join();
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match state {
+            State::Failed(reason) => Err(LunError::Gone(reason)),
+            State::Online | State::Stopped => Ok(()),
+        }
+    }
+
+    /// Begins what [`LunHandle::stop`] waits for, so that many LUNs stop at the same time.
+    pub fn request_stop(&self) {
+        self.outbox.send(Message::Stop);
+    }
+
+    /// Whether the thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    fn ask<T>(&self, message: impl FnOnce(SyncSender<T>) -> Message) -> Result<T, LunError> {
+        let (back, answer) = sync_channel(1);
+        if let State::Failed(reason) = self.state() {
+            return Err(LunError::Gone(reason));
+        }
+        self.outbox.send(message(back));
+        match answer.recv_timeout(ANSWER_LIMIT) {
+            Ok(value) => Ok(value),
+            Err(RecvTimeoutError::Timeout) if !self.is_finished() => Err(LunError::Silent(ANSWER_LIMIT)),
+            Err(_) => Err(LunError::Gone("it has just ended".into())),
+        }
+    }
+}
+
+/// A LUN's life on its thread.
+fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -> State {
+    let (io, exec) = match backend(params.backend) {
+        Ok(io) => (io, Executor::new()),
+        Err(e) => return refuse(up, LunError::Thread(e)),
+    };
+    let opened = {
+        let io = io.clone();
+        let exec_io = io.clone();
+        let params = Rc::new(params);
+        let for_task = params.clone();
+        let opened = run_to_end(&exec_io, &exec, None, async move { Stack::open(&io, &for_task).await });
+        opened.map(|stack| (stack, params))
+    };
+    let (stack, params) = match opened {
+        Ok((Ok(stack), params)) => (stack, params),
+        Ok((Err(e), _)) => return refuse(up, e),
+        Err(e) => return refuse(up, LunError::Thread(e)),
+    };
+    let lun = Rc::new(Lun::new(&params, stack, io.backend()));
+    let Some(params) = Rc::into_inner(params) else {
+        return refuse(up, LunError::Gone("its parameters are still in use".into()));
+    };
+    let ring = match Ring::attach(params.device) {
+        Ok(ring) => ring,
+        Err(e) => {
+            close(&io, &exec, lun.stack().clone());
+            return refuse(up, e.into());
+        }
+    };
+    info!(image = %params.config.image.display(), io = %io.backend(), pi = ?params.config.pi, "online");
+    if up.send(Ok(())).is_err() {
+        warn!("nobody waits for this LUN any more");
+    }
+    let served = EventLoop::new(ring, io.clone(), exec.clone(), lun.clone(), inbox).run();
+    let closed = close(&io, &exec, lun.stack().clone());
+    match (served, closed) {
+        (Ok(()), None) => State::Stopped,
+        (Ok(()), Some(reason)) => State::Failed(reason),
+        (Err(e), _) => State::Failed(chain(&e)),
+    }
+}
+
+fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
+    let reason = chain(&error);
+    let _ = up.send(Err(error));
+    State::Failed(reason)
+}
+
+/// Closes the stack; tells what went wrong if something that was promised may be lost.
+fn close(io: &Io, exec: &Executor, stack: Rc<Stack>) -> Option<String> {
+    let closed = run_to_end(io, exec, None, async move { stack.close().await });
+    match closed {
+        Ok(Ok(())) => None,
+        Ok(Err(e)) => Some(chain(&e)),
+        Err(e) => Some(chain(&e)),
+    }
+}
+
+fn backend(asked: Option<Backend>) -> io::Result<Io> {
+    if let Some(backend) = asked {
+        return Io::new(backend);
+    }
+    let (io, refused) = Io::best();
+    if let Some(e) = refused {
+        // Each LUN has its own I/O; the reason is the machine's.
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| warn!("io_uring is not permitted ({e}): I/O goes through threads"));
+    }
+    Ok(io)
+}
+
+/// An error and its sources on one line, each once.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(e) = next {
+        text.push_str(": ");
+        text.push_str(&e.to_string());
+        next = e.source();
+    }
+    text
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}

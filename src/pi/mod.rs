@@ -6,7 +6,15 @@
 //! [`protected::Protected`] between the SCSI room and the image; the command line calls [`tools`].
 
 pub mod check;
+pub mod error;
 pub mod guard;
+pub mod protected;
+mod recompute;
+pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod tuple;
 
+pub use error::{PiOpenError, PiOpenErrorKind};
+pub use protected::{Counters, Protected, Protection};
 pub use tuple::{PiType, Tuple};

@@ -40,6 +40,25 @@ pub enum Kind {
     ReportSupportedTmf,
 }
 
+impl Kind {
+    /// Whether the command's buffer goes to the device, so that it is never filled.
+    pub fn takes_data_out(self) -> bool {
+        matches!(
+            self,
+            Kind::FormatUnit
+                | Kind::ModeSelect
+                | Kind::Write
+                | Kind::WriteAndVerify
+                | Kind::Verify
+                | Kind::WriteSame
+                | Kind::Unmap
+                | Kind::SanitizeOverwrite
+                | Kind::CompareAndWrite
+                | Kind::OrWrite
+        )
+    }
+}
+
 /// One supported command.
 #[derive(Debug)]
 pub struct Op {

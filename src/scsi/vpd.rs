@@ -46,9 +46,10 @@ impl Geometry {
         (16 << 20) / self.block_size.bytes()
     }
 
-    /// OPTIMAL TRANSFER LENGTH: 1 MiB.
+    /// OPTIMAL TRANSFER LENGTH: 1 MiB, rounded up to whole granules (Linux ignores it otherwise).
     fn optimal_transfer(&self) -> u32 {
-        ((1 << 20) / self.block_size.bytes()) as u32
+        let blocks = ((1 << 20) / self.block_size.bytes()) as u32;
+        blocks.next_multiple_of(u32::from(self.transfer_granularity).max(1))
     }
 
     /// MAXIMUM WRITE SAME LENGTH: 2 GiB, which a host can write well within its timeout.

@@ -9,6 +9,7 @@ pub mod mem;
 pub mod ofd;
 pub mod signals;
 pub mod socket;
+pub mod vhost;
 
 use std::{cell::RefCell, rc::Rc};
 

@@ -140,18 +140,23 @@ impl<V: Volume> Target<V> {
         let _guard = self.gate.hold(range.lba.0, range.blocks.0).await;
         let both = Buffer::zeroed(len as usize).sg();
         self.volume.read(at, &both).await.map_err(|e| self.failure(e))?;
-        let mut chunk = [0u8; 4096];
-        let mut done = 0;
-        data.for_each(0, len as usize, |bytes| {
-            for bytes in bytes.chunks(chunk.len()) {
-                let old = &mut chunk[..bytes.len()];
-                both.copy_out(done, old);
-                old.iter_mut().zip(bytes).for_each(|(o, b)| *o |= b);
-                both.copy_in(done, old);
-                done += bytes.len();
-            }
-        });
+        or_into(&both, &data);
         self.volume.write(at, &both, self.write_flags(cdb.bit(1, 3))).await.map_err(|e| self.failure(e))?;
         Ok(0)
     }
+}
+
+/// Sets the bits of `from` in `into`, which is as long. Not inside the future: that would carry the chunk about.
+fn or_into(into: &Sg, from: &Sg) {
+    let mut chunk = [0u8; 4096];
+    let mut done = 0;
+    from.for_each(0, from.len(), |bytes| {
+        for bytes in bytes.chunks(chunk.len()) {
+            let old = &mut chunk[..bytes.len()];
+            into.copy_out(done, old);
+            old.iter_mut().zip(bytes).for_each(|(o, b)| *o |= b);
+            into.copy_in(done, old);
+            done += bytes.len();
+        }
+    });
 }

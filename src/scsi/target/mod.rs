@@ -60,6 +60,9 @@ pub struct Response {
     pub sense: Option<Sense>,
     /// Bytes of data-in at the start of [`Command::data`]; 0 if the command has none.
     pub data_in: usize,
+    /// The command takes no data, so `data_in` is all that an initiator gets, even if that is nothing. Not set for a command
+    /// that failed.
+    pub gives_data: bool,
 }
 
 impl Response {
@@ -240,18 +243,21 @@ impl<V: Volume> Target<V> {
 
     /// Executes one command to its end. Never panics, whatever the command holds.
     pub async fn execute(&self, command: Command) -> Response {
+        let failed = |status, sense| Response { status, sense, data_in: 0, gives_data: false };
         match self.run(&command).await {
-            Ok(data_in) => Response { status: Status::Good, sense: None, data_in },
+            Ok((data_in, kind)) => {
+                Response { status: Status::Good, sense: None, data_in, gives_data: !kind.takes_data_out() }
+            }
             Err(Failure::Sense(mut sense)) => {
                 sense.descriptor = self.settings.get().descriptor_sense;
                 debug!(cdb = ?command.cdb, ?sense, "check condition");
-                Response { status: Status::CheckCondition, sense: Some(sense), data_in: 0 }
+                failed(Status::CheckCondition, Some(sense))
             }
-            Err(Failure::Status(status)) => Response { status, sense: None, data_in: 0 },
+            Err(Failure::Status(status)) => failed(status, None),
         }
     }
 
-    async fn run(&self, command: &Command) -> Outcome {
+    async fn run(&self, command: &Command) -> Result<(usize, Kind), Failure> {
         let found = opcodes::find(&command.cdb, self.geometry.get().thin);
         if !found.is_ok_and(|op| op.ignores_attention) {
             let pending = self.attentions.borrow_mut().pop_front();
@@ -266,7 +272,12 @@ impl<V: Volume> Target<V> {
         let cdb = Cdb::new(&command.cdb, op.cdb_len())
             .ok_or(Sense::invalid_field(command.cdb.len().min(usize::from(u16::MAX)) as u16, 7))?;
         self.admit(op, cdb)?;
-        self.dispatch(op.kind, cdb, command).await
+        let data_in = self.dispatch(op.kind, cdb, command).await?;
+        if !op.kind.takes_data_out() && data_in < command.data.len() {
+            // The buffer lies in memory that earlier commands have used, and a transport may hand all of it on.
+            command.data.fill(data_in, command.data.len() - data_in, 0);
+        }
+        Ok((data_in, op.kind))
     }
 
     /// The checks that the table asks for.
@@ -404,14 +415,16 @@ fn padded<const N: usize>(text: &str) -> [u8; N] {
 }
 
 fn geometry(block_size: BlockSize, limits: &Limits) -> Geometry {
-    let blocks_of = |bytes: u32| (u64::from(bytes) >> block_size.shift()) as u32;
-    let physical = (4096 >> block_size.shift()) as u32;
+    let blocks_of = |bytes: u32| bytes >> block_size.shift();
+    let physical = 4096 >> block_size.shift();
+    // A granule larger than a few MiB says nothing about the cost of an I/O, and would not divide the longest transfer.
+    let most = (4 << 20) >> block_size.shift();
     Geometry {
         block_size,
         blocks: block_size.blocks_in(limits.capacity).0,
         thin: limits.discard_granularity > 0,
         unmap_granularity: blocks_of(limits.discard_granularity).max(1),
-        transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, 0x8000) as u16,
+        transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, most) as u16,
         read_only: limits.read_only,
     }
 }

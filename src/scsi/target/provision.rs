@@ -9,7 +9,7 @@ use crate::{
     },
     sys::mem::{Buffer, Sg},
     units::{ByteOffset, Lba},
-    volume::{ExtentKind, Volume},
+    volume::{ExtentKind, Volume, WriteFlags},
 };
 
 /// Calls of `map_extents` that one GET LBA STATUS makes at most, and descriptors that it gives at most: a fragmented image
@@ -110,15 +110,10 @@ impl<V: Volume> Target<V> {
         match pattern {
             // Unmapped blocks read as zeros: a pattern that is not zero has to be written (SBC-4 5.50.1).
             Some(pattern) => self.write_pattern(at, len, &pattern).await?,
-            None if unmap => {
-                self.volume.discard(at, len).await.map_err(|e| self.failure(e))?;
-                self.settle().await?;
-            }
-            None => {
-                self.volume.write_zeroes(at, len, false).await.map_err(|e| self.failure(e))?;
-                self.settle().await?;
-            }
+            None if unmap => self.volume.discard(at, len).await.map_err(|e| self.failure(e))?,
+            None => self.volume.write_zeroes(at, len, false).await.map_err(|e| self.failure(e))?,
         }
+        self.settle().await?;
         Ok(0)
     }
 
@@ -133,7 +128,7 @@ impl<V: Volume> Target<V> {
             let n = (len - done).min(CHUNK);
             let from = buffer.slice(0, n as usize);
             let to = ByteOffset(at.0 + done);
-            self.volume.write(to, &from, self.write_flags(false)).await.map_err(|e| self.failure(e))?;
+            self.volume.write(to, &from, WriteFlags::default()).await.map_err(|e| self.failure(e))?;
             done += n;
         }
         Ok(())

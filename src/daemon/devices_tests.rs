@@ -1,0 +1,427 @@
+//! Devices that come, change, fail and go, on a directory in place of sysfs and LUNs that only count.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32},
+    },
+};
+
+use super::*;
+use crate::{
+    daemon::{
+        rundir::{LunState, Phase},
+        worker::{Failure, Identity, Lun, Report},
+    },
+    kernel::{
+        netlink::{Change, NetlinkError},
+        uio::UioName,
+    },
+    lun::config::DeviceConfig,
+};
+
+/// Everything that happened, in order.
+#[derive(Default)]
+struct World {
+    log: Mutex<Vec<String>>,
+    changed: Condvar,
+    fail_start: AtomicBool,
+    panic_on_resize: AtomicBool,
+    slow_stop: AtomicBool,
+    stop_may_go_on: AtomicBool,
+    opted_out: AtomicBool,
+    not_enabled: AtomicBool,
+    capacity: AtomicU32,
+}
+
+impl World {
+    fn say(&self, text: impl Into<String>) {
+        self.log.lock().unwrap().push(text.into());
+        self.changed.notify_all();
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, text: &str) {
+        let log = self.log.lock().unwrap();
+        let missing = |log: &mut Vec<String>| !log.iter().any(|l| l == text);
+        let (log, timeout) = self.changed.wait_timeout_while(log, Duration::from_secs(10), missing).unwrap();
+        assert!(!timeout.timed_out(), "{text} did not happen: {log:?}");
+    }
+}
+
+impl Answers for World {
+    fn done(&self, kind: Kind, device_id: u32, status: i32) -> Result<(), NetlinkError> {
+        self.say(format!("answer {kind:?} {device_id} {status}"));
+        Ok(())
+    }
+}
+
+struct TestHost(Arc<World>);
+struct TestLun(Arc<World>, String);
+
+impl Host for TestHost {
+    fn identify(&self, device: &UioDevice) -> Result<Identity, Failure> {
+        Ok(Identity {
+            capacity: u64::from(self.0.capacity.load(Ordering::Relaxed)),
+            block_size: 512,
+            serial: String::new(),
+            write_cache: true,
+            device_id: 100 + device.minor,
+            wants_answers: !self.0.opted_out.load(Ordering::Relaxed),
+            enabled: !self.0.not_enabled.load(Ordering::Relaxed),
+        })
+    }
+
+    fn start(&self, device: &UioDevice, _: &DeviceConfig, _: &Identity) -> Result<Box<dyn Lun>, Failure> {
+        if self.0.fail_start.load(Ordering::Relaxed) {
+            self.0.say(format!("failed {}", device.name.name));
+            return Err(Failure::new(libc::EBUSY, "the image is in use"));
+        }
+        self.0.say(format!("start {}", device.name.name));
+        Ok(Box::new(TestLun(self.0.clone(), device.name.name.clone())))
+    }
+}
+
+impl Lun for TestLun {
+    fn resize(&self, bytes: u64) -> Result<(), Failure> {
+        assert!(!self.0.panic_on_resize.load(Ordering::Relaxed), "as the test wants it");
+        self.0.say(format!("resize {} {bytes}", self.1));
+        if bytes == 0 { Err(Failure::new(libc::EINVAL, "no size")) } else { Ok(()) }
+    }
+
+    fn set_write_cache(&self, on: bool) -> Result<(), Failure> {
+        self.0.say(format!("write cache {} {on}", self.1));
+        Ok(())
+    }
+
+    fn report(&self) -> Report {
+        Report { format: "raw".into(), io: "threads".into(), counters: serde_json::json!({ "reads": 1 }) }
+    }
+
+    fn failure(&self) -> Option<Failure> {
+        None
+    }
+
+    fn stop(self: Box<Self>) -> Result<(), Failure> {
+        self.0.say(format!("stopping {}", self.1));
+        while self.0.slow_stop.load(Ordering::Relaxed) && !self.0.stop_may_go_on.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.0.say(format!("stopped {}", self.1));
+        Ok(())
+    }
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    world: Arc<World>,
+    run: RunDir,
+    devices: Devices,
+    /// Devices that configfs has no more.
+    gone: Arc<Mutex<Vec<u32>>>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let world = Arc::new(World::default());
+        world.capacity.store(4096, Ordering::Relaxed);
+        let run = RunDir::at(dir.path().join("run"));
+        drop(run.lock().unwrap());
+        let uio = Uio::at(&dir.path().join("uio"), Path::new("/dev"));
+        let gone = Arc::new(Mutex::new(Vec::new()));
+        let there = gone.clone();
+        let in_configfs = move |d: &UioDevice| !there.lock().unwrap().contains(&d.minor);
+        let host = Arc::new(TestHost(world.clone()));
+        let devices = Devices::new(host, run.clone(), uio, world.clone(), in_configfs);
+        Bench { dir, world, run, devices, gone }
+    }
+
+    fn plug(&self, minor: u32, name: &str) {
+        let dir = self.dir.path().join(format!("uio/uio{minor}"));
+        fs::create_dir_all(dir.join("maps/map0")).unwrap();
+        fs::write(dir.join("name"), format!("{}\n", uio_name(minor, name))).unwrap();
+        fs::write(dir.join("maps/map0/size"), "0x1000\n").unwrap();
+    }
+
+    fn unplug(&self, minor: u32) {
+        fs::remove_dir_all(self.dir.path().join(format!("uio/uio{minor}"))).unwrap();
+    }
+
+    fn event(&mut self, kind: Kind, minor: u32, name: &str, change: Option<Change>) {
+        let device = UioName::parse(&uio_name(minor, name));
+        self.devices.hear(Event { kind, device, minor, device_id: 100 + minor, change });
+    }
+
+    fn state(&self, name: &str) -> Option<LunState> {
+        self.run.read(name).unwrap()
+    }
+
+    #[track_caller]
+    fn wait_until(&mut self, what: &str, done: impl Fn(&mut Bench) -> bool) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !done(self) {
+            assert!(Instant::now() < end, "{what}: {:?}", self.world.log());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn uio_name(minor: u32, name: &str) -> String {
+    let subtype = if name.starts_with("other") { "qcow" } else { "dif" };
+    format!("tcm-user/{minor}/{name}/{subtype}//images/{name}.raw")
+}
+
+#[test]
+fn a_device_that_comes_is_answered_once_it_serves() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("answer Added 100 0");
+    assert_eq!(b.world.log(), ["start vm1", "answer Added 100 0"]);
+    let state = b.state("vm1").unwrap();
+    assert_eq!(
+        (state.state, state.image.as_str(), state.capacity_bytes),
+        (Phase::Online, "/images/vm1.raw", 4096)
+    );
+    assert_eq!(state.counters["reads"], 1);
+}
+
+#[test]
+fn another_subtypes_device_is_neither_served_nor_answered() {
+    let mut b = Bench::new();
+    b.plug(0, "other1");
+    for kind in [Kind::Added, Kind::Reconfig, Kind::Removed] {
+        b.event(kind, 0, "other1", Some(Change::Size(1)));
+    }
+    b.devices.look(true).unwrap();
+    b.devices.stop(Duration::from_secs(5));
+    assert_eq!(b.world.log(), [""; 0]);
+}
+
+#[test]
+fn a_device_that_fails_is_refused_with_the_errno_and_can_come_again() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.world.fail_start.store(true, Ordering::Relaxed);
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for(&format!("answer Added 100 {}", -libc::EBUSY));
+    let state = b.state("vm1").unwrap();
+    assert_eq!((state.state, state.reason.as_deref()), (Phase::Failed, Some("the image is in use")));
+    b.world.fail_start.store(false, Ordering::Relaxed);
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("answer Added 100 0");
+    b.wait_until("online", |b| b.state("vm1").is_some_and(|s| s.state == Phase::Online));
+}
+
+#[test]
+fn a_removal_is_answered_after_the_lun_has_let_go() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.event(Kind::Removed, 0, "vm1", None);
+    b.world.wait_for("answer Removed 100 0");
+    let log = b.world.log();
+    assert_eq!(
+        log,
+        ["start vm1", "answer Added 100 0", "stopping vm1", "stopped vm1", "answer Removed 100 0"]
+    );
+    assert_eq!(b.state("vm1"), None);
+    b.wait_until("tidy", |b| {
+        b.devices.tidy(Instant::now());
+        b.devices.leaving() == 0
+    });
+}
+
+#[test]
+fn a_lun_that_does_not_stop_does_not_keep_the_kernel_waiting() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.world.slow_stop.store(true, Ordering::Relaxed);
+    b.event(Kind::Added, 0, "vm1", None);
+    b.event(Kind::Removed, 0, "vm1", None);
+    b.world.wait_for("stopping vm1");
+    b.devices.tidy(Instant::now());
+    assert!(!b.world.log().contains(&"answer Removed 100 0".to_owned()));
+    b.devices.tidy(Instant::now() + REMOVAL_PATIENCE);
+    assert_eq!(b.world.log().last().unwrap(), "answer Removed 100 0");
+    b.world.stop_may_go_on.store(true, Ordering::Relaxed);
+    b.world.wait_for("stopped vm1");
+    b.wait_until("tidy", |b| {
+        b.devices.tidy(Instant::now());
+        b.devices.leaving() == 0
+    });
+    assert_eq!(b.world.log().iter().filter(|l| l.starts_with("answer Removed")).count(), 1);
+}
+
+#[test]
+fn changes_are_done_in_order_and_answered_with_what_came_of_them() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::Size(8192)));
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::WriteCache(false)));
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::Config("dif//b".into())));
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::Size(0)));
+    b.event(Kind::Removed, 0, "vm1", None);
+    b.world.wait_for("answer Removed 100 0");
+    let expected = [
+        "start vm1".to_owned(),
+        "answer Added 100 0".into(),
+        "resize vm1 8192".into(),
+        "answer Reconfig 100 0".into(),
+        "write cache vm1 false".into(),
+        "answer Reconfig 100 0".into(),
+        format!("answer Reconfig 100 {}", -libc::EOPNOTSUPP),
+        "resize vm1 0".into(),
+        format!("answer Reconfig 100 {}", -libc::EINVAL),
+    ];
+    assert_eq!(b.world.log()[..expected.len()], expected);
+}
+
+#[test]
+fn a_panic_faults_its_own_lun_and_the_worker_answers_on() {
+    let mut b = Bench::new();
+    b.world.panic_on_resize.store(true, Ordering::Relaxed);
+    for (minor, name) in [(0, "vm1"), (1, "vm2")] {
+        b.plug(minor, name);
+        b.event(Kind::Added, minor, name, None);
+    }
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::Size(8192)));
+    b.world.wait_for(&format!("answer Reconfig 100 {}", -libc::EIO));
+    let change = b.state("vm1").unwrap().last_change.unwrap();
+    assert!(change.error.unwrap().contains("as the test wants it"));
+    b.event(Kind::Removed, 0, "vm1", None);
+    b.event(Kind::Removed, 1, "vm2", None);
+    b.world.wait_for("answer Removed 100 0");
+    b.world.wait_for("answer Removed 101 0");
+}
+
+#[test]
+fn a_device_that_wants_no_answers_gets_none() {
+    let mut b = Bench::new();
+    b.world.opted_out.store(true, Ordering::Relaxed);
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("start vm1");
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::Size(8192)));
+    b.world.wait_for("resize vm1 8192");
+    b.event(Kind::Removed, 0, "vm1", None);
+    b.world.wait_for("stopped vm1");
+    b.devices.stop(Duration::from_secs(5));
+    assert_eq!(b.world.log(), ["start vm1", "resize vm1 8192", "stopping vm1", "stopped vm1"]);
+}
+
+#[test]
+fn devices_that_exist_at_start_are_served_and_only_the_one_that_waits_is_answered() {
+    let mut b = Bench::new();
+    b.plug(3, "vm1");
+    b.devices.look(false).unwrap();
+    b.world.wait_for("start vm1");
+    b.world.not_enabled.store(true, Ordering::Relaxed);
+    b.plug(4, "vm2");
+    b.devices.look(false).unwrap();
+    b.world.wait_for("answer Added 104 0");
+    // Its event comes late, and is not answered again.
+    b.event(Kind::Added, 4, "vm2", None);
+    b.devices.stop(Duration::from_secs(5));
+    let answers: Vec<_> = b.world.log().into_iter().filter(|l| l.starts_with("answer")).collect();
+    assert_eq!(answers, ["answer Added 104 0"]);
+}
+
+#[test]
+fn a_device_that_went_unheard_is_stopped_and_its_minor_number_serves_the_next() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("answer Added 100 0");
+    b.unplug(0);
+    b.plug(0, "vm2");
+    b.event(Kind::Added, 0, "vm2", None);
+    b.world.wait_for("stopped vm1");
+    b.world.wait_for("start vm2");
+    b.unplug(0);
+    b.devices.look(false).unwrap();
+    b.world.wait_for("stopped vm2");
+    assert!(b.devices.is_empty());
+}
+
+#[test]
+fn after_an_overrun_lost_removals_and_changes_are_made_up_for() {
+    let mut b = Bench::new();
+    for (minor, name) in [(0, "vm1"), (1, "vm2")] {
+        b.plug(minor, name);
+        b.event(Kind::Added, minor, name, None);
+        b.world.wait_for(&format!("answer Added 10{minor} 0"));
+    }
+    b.gone.lock().unwrap().push(0);
+    b.world.capacity.store(8192, Ordering::Relaxed);
+    b.devices.look(true).unwrap();
+    b.world.wait_for("answer Removed 100 0");
+    b.world.wait_for("resize vm2 8192");
+    b.world.wait_for(&format!("answer Reconfig 101 {}", -libc::EAGAIN));
+}
+
+#[test]
+fn a_device_that_is_just_being_removed_is_left_to_its_event_at_first() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("answer Added 100 0");
+    b.gone.lock().unwrap().push(0);
+    b.devices.look(false).unwrap();
+    assert_eq!(b.devices.len(), 1);
+    b.devices.look(false).unwrap();
+    b.world.wait_for("answer Removed 100 0");
+}
+
+#[test]
+fn what_failed_at_start_is_tried_again() {
+    let mut b = Bench::new();
+    b.world.fail_start.store(true, Ordering::Relaxed);
+    b.plug(0, "vm1");
+    b.devices.look(false).unwrap();
+    b.wait_until("failed", |b| b.state("vm1").is_some_and(|s| s.state == Phase::Failed));
+    b.world.fail_start.store(false, Ordering::Relaxed);
+    b.devices.look(false).unwrap();
+    b.wait_until("online", |b| b.state("vm1").is_some_and(|s| s.state == Phase::Online));
+    assert_eq!(b.state("vm1").unwrap().reason, None);
+}
+
+#[test]
+fn a_configuration_that_makes_no_sense_is_refused_by_name() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1;colour=red");
+    b.event(Kind::Added, 0, "vm1;colour=red", None);
+    b.world.wait_for(&format!("answer Added 100 {}", -libc::EINVAL));
+    let reason = b.state("vm1;colour=red").unwrap().reason.unwrap();
+    assert_eq!(reason, r#"unknown setting "colour=red.raw""#);
+}
+
+#[test]
+fn sixty_four_devices_at_once_come_and_go() {
+    let mut b = Bench::new();
+    for minor in 0..64 {
+        b.plug(minor, &format!("vm{minor}"));
+    }
+    for minor in 0..64 {
+        b.event(Kind::Added, minor, &format!("vm{minor}"), None);
+    }
+    for minor in 0..64 {
+        b.world.wait_for(&format!("answer Added {} 0", 100 + minor));
+    }
+    b.devices.report();
+    for minor in 0..64 {
+        b.event(Kind::Removed, minor, &format!("vm{minor}"), None);
+    }
+    for minor in 0..64 {
+        b.world.wait_for(&format!("answer Removed {} 0", 100 + minor));
+    }
+    assert!(b.devices.is_empty());
+}

@@ -1,0 +1,171 @@
+//! The daemon's loop: netlink, signals and a timer, over mio.
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mio::{Events as Ready, Interest, Poll, Token, unix::SourceFd};
+use thiserror::Error;
+
+use super::{devices::Devices, rundir::RunDir, worker::Host};
+use crate::{
+    kernel::{
+        backstore,
+        modules::{self, ModuleError},
+        netlink::{Events, Family, Heard, NetlinkError, Replies},
+        tree::{Real, Tree},
+        uio::{Uio, UioDevice},
+    },
+    lun::config::SUBTYPE,
+    sys::signals::{Signal, Signals},
+};
+
+const NETLINK: Token = Token(0);
+const SIGNALS: Token = Token(1);
+/// How often the loop looks whether what it knows is what there is.
+const LOOK: Duration = Duration::from_secs(5);
+/// How often it tidies up.
+const TURN: Duration = Duration::from_secs(1);
+/// How long LUNs may take to stop when the daemon does.
+const STOP_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why the daemon can't begin or go on.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// A module or configfs is missing.
+    #[error("the kernel isn't ready")]
+    Module(#[from] ModuleError),
+    /// Netlink.
+    #[error("the kernel's events can't be heard")]
+    Netlink(#[from] NetlinkError),
+    /// Another daemon lives.
+    #[error("another daemon is running as process {0}")]
+    Running(i32),
+    /// The run directory.
+    #[error("the run directory {}", .0.display())]
+    Run(PathBuf, #[source] io::Error),
+    /// The loop's own descriptors.
+    #[error("{0}")]
+    Io(&'static str, #[source] io::Error),
+}
+
+/// Runs until SIGTERM or SIGINT. To be called on the main thread, before any other is started.
+///
+/// # Errors
+/// What keeps it from beginning; later failures are logged, and it goes on.
+pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), DaemonError> {
+    let signals = Signals::take().map_err(|e| DaemonError::Io("signals", e))?;
+    let running = || DaemonError::Running(run.daemon().ok().flatten().unwrap_or(0));
+    let locked = run.lock().map_err(|e| DaemonError::Run(run.path().to_owned(), e))?;
+    let _lock = locked.ok_or_else(running)?;
+    modules::mount_configfs(configfs)?;
+    modules::load("target_core_user")?;
+
+    let family = Family::resolve()?;
+    let events = Events::listen(&family)?;
+    let replies = Replies::new(&family)?;
+    replies.announce()?;
+    let tree = Real::at(configfs);
+    let uio = Uio::default();
+    free_orphans(&uio, &tree);
+
+    let in_configfs =
+        move |device: &UioDevice| tree.is_dir(&backstore::path_of(device.name.hba, &device.name.name));
+    let mut devices = Devices::new(host, run, uio, Arc::new(replies), in_configfs);
+    let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
+    for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
+        let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);
+        registered.map_err(|e| DaemonError::Io("epoll", e))?;
+    }
+    look(&mut devices, false);
+    tracing::info!(devices = devices.len(), "ready");
+
+    let mut ready = Ready::with_capacity(8);
+    let mut looked = Instant::now();
+    loop {
+        match poll.poll(&mut ready, Some(TURN)) {
+            Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(DaemonError::Io("epoll", e)),
+            _ => {}
+        }
+        // Both are read empty every turn: mio tells of edges.
+        hear(&events, &mut devices);
+        loop {
+            match signals.next() {
+                Ok(Some(Signal::Stop)) => {
+                    tracing::info!(devices = devices.len(), "stopping");
+                    devices.stop(STOP_PATIENCE);
+                    return Ok(());
+                }
+                Ok(Some(Signal::Report)) => devices.report(),
+                Ok(None) => break,
+                Err(e) => {
+                    tracing::error!("signals: {e}");
+                    break;
+                }
+            }
+        }
+        let now = Instant::now();
+        devices.tidy(now);
+        if now.saturating_duration_since(looked) >= LOOK {
+            look(&mut devices, false);
+            looked = now;
+        }
+    }
+}
+
+/// Reads netlink empty.
+fn hear(events: &Events, devices: &mut Devices) {
+    loop {
+        match events.hear() {
+            Ok(Heard::Nothing) => return,
+            Ok(Heard::Events(events)) => events.into_iter().for_each(|e| devices.hear(e)),
+            Ok(Heard::Overrun) => {
+                tracing::warn!("the kernel had to throw events away; looking for what there is");
+                look(devices, true);
+            }
+            // The message is gone; what it told is found by looking.
+            Err(NetlinkError::Protocol(e)) => {
+                tracing::error!("an event that makes no sense: {e}");
+                look(devices, true);
+            }
+            Err(e) => {
+                tracing::error!("{e}");
+                return;
+            }
+        }
+    }
+}
+
+fn look(devices: &mut Devices, lost: bool) {
+    if let Err(e) = devices.look(lost) {
+        tracing::error!("sysfs: {e}");
+    }
+}
+
+/// Ends the kernel's wait for a daemon that died while a device of ours was being removed: nobody knows the number any
+/// more that an answer would have to name. The kernel can only end all waits at once, other daemons' included, so this
+/// is done when such a device is really there, and said.
+fn free_orphans(uio: &Uio, tree: &Real) {
+    let devices = match uio.scan() {
+        Ok(devices) => devices,
+        Err(e) => {
+            tracing::error!("sysfs: {e}");
+            return;
+        }
+    };
+    let gone = |d: &UioDevice| !tree.is_dir(&backstore::path_of(d.name.hba, &d.name.name));
+    for orphan in devices.iter().filter(|d| d.name.subtype == SUBTYPE && gone(d)) {
+        tracing::warn!(name = %orphan.name.name, "was being removed when the last daemon died; ending the kernel's waits");
+        let parameters = Path::new("/sys/module/target_core_user/parameters");
+        for (file, value) in [("block_netlink", "1"), ("reset_netlink", "1"), ("block_netlink", "0")] {
+            if let Err(e) = std::fs::write(parameters.join(file), value) {
+                tracing::error!("{file}: {e}");
+            }
+        }
+        return;
+    }
+}

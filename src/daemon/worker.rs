@@ -1,0 +1,387 @@
+//! One device's worker: a thread that may wait, between the daemon's loop, which may not, and the LUN.
+//!
+//! It opens the image, carries out what the kernel asks for in order, answers, and keeps the LUN's state file. When it
+//! ends, the LUN has let go of the device. A LUN that fails or panics fails alone: its worker says so in the state file
+//! and goes on answering.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError},
+    },
+    time::Duration,
+};
+
+use super::rundir::{LastChange, LunState, Phase, RunDir, now_ms};
+use crate::{
+    kernel::{
+        netlink::{Change, Pending},
+        uio::UioDevice,
+    },
+    lun::config::{DeviceConfig, pi_word},
+};
+
+/// How often a worker looks whether its LUN still lives.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A failure of a LUN, as the kernel and the administrator are told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// A positive errno, for the kernel.
+    pub errno: i32,
+    /// In words, the whole chain.
+    pub reason: String,
+    /// What the administrator does next.
+    pub next: Option<String>,
+}
+
+impl Failure {
+    /// A failure without a next step.
+    pub fn new(errno: i32, reason: impl Into<String>) -> Failure {
+        Failure { errno, reason: reason.into(), next: None }
+    }
+
+    /// From a panic's payload.
+    fn panicked(payload: &(dyn Any + Send)) -> Failure {
+        let words = payload.downcast_ref::<&str>().map(|s| (*s).to_owned());
+        let words = words.or_else(|| payload.downcast_ref::<String>().cloned());
+        Failure::new(libc::EIO, format!("the LUN's thread panicked: {}", words.unwrap_or_default()))
+    }
+}
+
+/// What the kernel's configfs knows of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Bytes.
+    pub capacity: u64,
+    /// Bytes of a block.
+    pub block_size: u64,
+    /// `wwn/vpd_unit_serial`, empty if it isn't set.
+    pub serial: String,
+    /// The write cache is on.
+    pub write_cache: bool,
+    /// The number by which netlink names the device.
+    pub device_id: u32,
+    /// The kernel waits for answers to what it tells of this device.
+    pub wants_answers: bool,
+    /// The kernel has the device running; until then it waits for the answer to ADDED.
+    pub enabled: bool,
+}
+
+/// What the worker finds out and the daemon's loop wants to know.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// [`Identity::device_id`], once it is known.
+    pub device_id: OnceLock<u32>,
+    /// The kernel is known not to wait for answers.
+    pub wants_no_answers: AtomicBool,
+    /// The kernel was told that the device failed as it came; it takes it down, and the worker has ended.
+    pub refused: AtomicBool,
+}
+
+/// What a LUN says of itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// The image's format.
+    pub format: String,
+    /// The way of its I/O.
+    pub io: String,
+    /// What it has counted.
+    pub counters: serde_json::Value,
+}
+
+/// A LUN that serves, as the worker sees it.
+pub trait Lun: Send {
+    /// Changes the capacity to that many bytes.
+    ///
+    /// # Errors
+    /// The image's.
+    fn resize(&self, bytes: u64) -> Result<(), Failure>;
+    /// Turns the write cache on or off.
+    ///
+    /// # Errors
+    /// The LUN's.
+    fn set_write_cache(&self, on: bool) -> Result<(), Failure>;
+    /// How it does.
+    fn report(&self) -> Report;
+    /// Why it serves no more, if it doesn't.
+    fn failure(&self) -> Option<Failure>;
+    /// Finishes what is in flight, closes the image and lets go of the device.
+    ///
+    /// # Errors
+    /// The image's; the device is let go of all the same.
+    fn stop(self: Box<Self>) -> Result<(), Failure>;
+}
+
+/// What starts LUNs and looks them up: the real thing, or a test's.
+pub trait Host: Send + Sync + 'static {
+    /// What configfs knows of a device.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn identify(&self, device: &UioDevice) -> Result<Identity, Failure>;
+    /// Opens the image and serves the device; waits until the LUN is up or has failed.
+    ///
+    /// # Errors
+    /// Why it isn't up.
+    fn start(
+        &self,
+        device: &UioDevice,
+        config: &DeviceConfig,
+        identity: &Identity,
+    ) -> Result<Box<dyn Lun>, Failure>;
+}
+
+/// What a worker is told.
+pub enum Order {
+    /// The kernel changes the device.
+    Reconfigure(Change, Option<Pending>),
+    /// Write the state file with fresh counters.
+    Report,
+    /// Try again to start, if that failed; else, if messages were `lost`, look whether the kernel has the device otherwise.
+    Check {
+        /// Messages were lost.
+        lost: bool,
+    },
+    /// The device goes, or the daemon does: stop the LUN and end. The state file goes with a device.
+    End {
+        /// The kernel's wait, if it waits.
+        pending: Option<Pending>,
+        /// The device is gone: so is its state file.
+        removed: bool,
+    },
+}
+
+/// The worker of one device.
+pub struct Worker {
+    host: Arc<dyn Host>,
+    run: RunDir,
+    device: UioDevice,
+    known: Arc<Known>,
+    lun: Option<Box<dyn Lun>>,
+    state: LunState,
+}
+
+impl Worker {
+    /// A worker for a device, which has done nothing yet.
+    pub fn new(host: Arc<dyn Host>, run: RunDir, device: UioDevice, known: Arc<Known>) -> Worker {
+        let state = LunState {
+            name: device.name.name.clone(),
+            state: Phase::Starting,
+            reason: None,
+            next: None,
+            image: device.name.config.clone(),
+            format: None,
+            pi: "off".to_owned(),
+            block_size: 0,
+            capacity_bytes: 0,
+            io: None,
+            counters: serde_json::Value::Null,
+            last_change: None,
+            hba: device.name.hba,
+            minor: device.minor,
+            written_ms: 0,
+        };
+        Worker { host, run, device, known, lun: None, state }
+    }
+
+    /// Starts the LUN, then does as it is told until [`Order::End`] or until nobody is left to tell it anything. `added`
+    /// is the kernel's wait for this device; `answers` makes one where configfs says that it waits and no event told us.
+    pub fn work(
+        mut self,
+        added: Option<Pending>,
+        orders: &Receiver<Order>,
+        answers: impl Fn(u32) -> Pending,
+    ) {
+        let (identity, started) = self.start();
+        let waits = identity.as_ref().is_none_or(|i| i.wants_answers);
+        let added = match (added, &identity) {
+            (Some(pending), _) if !waits => {
+                pending.forgo();
+                None
+            }
+            (None, Some(i)) if i.wants_answers && !i.enabled => Some(answers(i.device_id)),
+            (added, _) => added,
+        };
+        if let Some(pending) = added {
+            self.known.refused.store(started.is_err(), Ordering::Release);
+            pending.answer(started.as_ref().err().map_or(0, |f| -f.errno));
+            if started.is_err() {
+                // The kernel takes the device down again, and tells nobody.
+                return;
+            }
+        }
+        loop {
+            match orders.recv_timeout(LOOK) {
+                Ok(Order::Reconfigure(change, pending)) => {
+                    let done = self.reconfigure(&change);
+                    if let Some(pending) = pending {
+                        pending.answer(done.err().map_or(0, |f| -f.errno));
+                    }
+                }
+                Ok(Order::Report) => self.write(),
+                Ok(Order::Check { lost }) => self.check(lost),
+                Ok(Order::End { pending, removed }) => {
+                    self.end(removed);
+                    if let Some(pending) = pending {
+                        pending.answer(0);
+                    }
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) => self.look(),
+                Err(RecvTimeoutError::Disconnected) => return self.end(false),
+            }
+        }
+    }
+
+    /// Starts the LUN, and gives what configfs says of the device. The same failure is logged once, however often it is tried.
+    fn start(&mut self) -> (Option<Identity>, Result<(), Failure>) {
+        let (host, device) = (self.host.clone(), self.device.clone());
+        let before = self.state.reason.take();
+        self.state.next = None;
+        if before.is_none() {
+            self.state.state = Phase::Starting;
+            self.write();
+        }
+        let identity = guarded(|| host.identify(&device));
+        if let Ok(identity) = &identity {
+            self.known.device_id.get_or_init(|| identity.device_id);
+            self.known.wants_no_answers.store(!identity.wants_answers, Ordering::Release);
+            self.state.capacity_bytes = identity.capacity;
+            self.state.block_size = identity.block_size;
+        }
+        let started = identity.clone().and_then(|identity| {
+            let config = DeviceConfig::parse(&device.name.config).map_err(|e| Failure {
+                next: Some(format!(
+                    "make the device with `tcmu-dif create {} --image PATH`",
+                    device.name.name
+                )),
+                ..Failure::new(libc::EINVAL, e.to_string())
+            })?;
+            self.state.image = config.image.display().to_string();
+            self.state.pi = config.pi.map_or("off", pi_word).to_owned();
+            guarded(|| host.start(&device, &config, &identity))
+        });
+        let started = match started {
+            Ok(lun) => {
+                tracing::info!(name = %self.state.name, image = %self.state.image, "the LUN is up");
+                self.state.state = Phase::Online;
+                self.lun = Some(lun);
+                self.write();
+                Ok(())
+            }
+            Err(failure) => {
+                if before.as_ref() != Some(&failure.reason) {
+                    tracing::error!(name = %self.state.name, "{}", failure.reason);
+                }
+                self.fail(failure.clone());
+                Err(failure)
+            }
+        };
+        (identity.ok(), started)
+    }
+
+    /// Catches up with the kernel.
+    fn check(&mut self, lost: bool) {
+        if self.lun.is_none() {
+            self.start().1.ok();
+            return;
+        }
+        let (host, device) = (self.host.clone(), self.device.clone());
+        let Some(identity) = lost.then(|| guarded(|| host.identify(&device)).ok()).flatten() else { return };
+        if identity.capacity != self.state.capacity_bytes {
+            self.reconfigure(&Change::Size(identity.capacity)).ok();
+        }
+        self.reconfigure(&Change::WriteCache(identity.write_cache)).ok();
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.state.state = Phase::Failed;
+        self.state.reason = Some(failure.reason);
+        self.state.next = failure.next;
+        self.write();
+    }
+
+    fn reconfigure(&mut self, change: &Change) -> Result<(), Failure> {
+        let (what, value) = match change {
+            Change::Size(bytes) => ("capacity", *bytes),
+            Change::WriteCache(on) => ("write_cache", u64::from(*on)),
+            Change::Config(_) => ("dev_config", 0),
+            Change::Unknown => ("unknown", 0),
+        };
+        let done = match (&self.lun, change) {
+            (None, _) => Err(Failure::new(libc::EIO, "the LUN is not up")),
+            (Some(lun), Change::Size(bytes)) => guarded(|| lun.resize(*bytes)),
+            (Some(lun), Change::WriteCache(on)) => guarded(|| lun.set_write_cache(*on)),
+            (Some(_), Change::Config(_)) => {
+                Err(Failure::new(libc::EOPNOTSUPP, "the image of a LUN is not changed while it is up"))
+            }
+            (Some(_), Change::Unknown) => Err(Failure::new(libc::EOPNOTSUPP, "an unknown change")),
+        };
+        match &done {
+            Ok(()) => {
+                tracing::info!(name = %self.state.name, what, value, "changed");
+                if what == "capacity" {
+                    self.state.capacity_bytes = value;
+                }
+            }
+            Err(failure) => tracing::error!(name = %self.state.name, what, value, "{}", failure.reason),
+        }
+        let error = done.as_ref().err().map(|f| f.reason.clone());
+        self.state.last_change = Some(LastChange { what: what.to_owned(), value, error });
+        self.write();
+        done
+    }
+
+    /// Notices a LUN that has died.
+    fn look(&mut self) {
+        let failed = self.lun.as_ref().and_then(|lun| lun.failure());
+        if let Some(failure) = failed.filter(|_| self.state.state != Phase::Failed) {
+            tracing::error!(name = %self.state.name, "{}", failure.reason);
+            self.fail(failure);
+        }
+    }
+
+    fn end(&mut self, removed: bool) {
+        if let Some(lun) = self.lun.take() {
+            match guarded(|| lun.stop()) {
+                Ok(()) => tracing::info!(name = %self.state.name, "the LUN is down"),
+                Err(failure) => {
+                    tracing::error!(name = %self.state.name, "while stopping: {}", failure.reason)
+                }
+            }
+        }
+        // A device that came back under the same name has a file of its own by now.
+        let mine = |s: &LunState| s.hba == self.state.hba && s.minor == self.state.minor;
+        let there = self.run.read(&self.state.name).ok().flatten();
+        if (removed || there.as_ref().is_some_and(|s| s.state != Phase::Failed))
+            && there.as_ref().is_some_and(mine)
+        {
+            if let Err(e) = self.run.remove(&self.state.name) {
+                tracing::warn!(name = %self.state.name, "state file: {e}");
+            }
+        }
+    }
+
+    fn write(&mut self) {
+        if let Some(lun) = &self.lun {
+            if let Ok(report) = guarded(|| Ok(lun.report())) {
+                self.state.format = Some(report.format);
+                self.state.io = Some(report.io);
+                self.state.counters = report.counters;
+            }
+        }
+        self.state.written_ms = now_ms();
+        if let Err(e) = self.run.write(&self.state) {
+            tracing::warn!(name = %self.state.name, "state file: {e}");
+        }
+    }
+}
+
+/// Runs something of a LUN's; a panic is its failure, and not the worker's end.
+fn guarded<T>(call: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(Failure::panicked(&*payload)))
+}

@@ -1,0 +1,134 @@
+//! What a LUN's loop serves: commands through the SCSI target over the stack, and messages from outside.
+
+use std::{cell::RefCell, rc::Rc};
+
+use tracing::{error, info};
+
+use super::{
+    LunError, LunParams, PublicStats, Stats,
+    event_loop::{Load, Service},
+    inbox::Message,
+    stack::Stack,
+};
+use crate::{
+    ring::{Command, Completion},
+    scsi::{self, Status, Target, TargetConfig},
+    sys::io::Backend,
+    volume::Volume,
+};
+
+pub(super) struct Lun {
+    target: Target<Rc<Stack>>,
+    stack: Rc<Stack>,
+    backend: Backend,
+    counted: RefCell<PublicStats>,
+}
+
+impl Lun {
+    pub(super) fn new(params: &LunParams, stack: Stack, backend: Backend) -> Lun {
+        let stack = Rc::new(stack);
+        let serial = params.serial.clone().or_else(|| params.config.serial.clone());
+        let serial = serial.unwrap_or_else(|| fallback_serial(&params.name));
+        let config = TargetConfig {
+            read_only: params.config.read_only,
+            write_cache: params.write_cache,
+            ..TargetConfig::new(params.block_size, &serial)
+        };
+        let target = Target::new(config, stack.clone());
+        Lun { target, stack, backend, counted: RefCell::default() }
+    }
+
+    pub(super) fn stack(&self) -> &Rc<Stack> {
+        &self.stack
+    }
+
+    pub(super) fn stats(&self, load: Load) -> Stats {
+        Stats {
+            commands: load.commands,
+            aborted: load.aborted,
+            batches: load.batches,
+            sleeps: load.sleeps,
+            in_flight: load.in_flight as u64,
+            io: self.backend.to_string(),
+            format: self.stack.image().format().to_string(),
+            capacity_bytes: self.stack.limits().capacity,
+            write_cache: self.target.write_cache(),
+            counted: self.counted.borrow().clone(),
+            pi: self.stack.pi_counters(),
+        }
+    }
+
+    async fn resize(&self, capacity: u64) -> Result<(), LunError> {
+        if capacity == 0 || !capacity.is_multiple_of(self.target.block_size().bytes()) {
+            let block_size = self.target.block_size();
+            return Err(LunError::Size { capacity, block_size });
+        }
+        self.stack.resize(capacity).await?;
+        self.target.capacity_changed();
+        info!(capacity, "resized");
+        Ok(())
+    }
+
+    /// Write-back to write-through: what was acknowledged before is flushed too.
+    async fn set_write_cache(&self, on: bool) -> Result<(), LunError> {
+        self.target.set_write_cache(on);
+        if !on {
+            self.stack.flush().await?;
+        }
+        info!(on, "write cache");
+        Ok(())
+    }
+}
+
+/// A serial number where neither the kernel nor the configuration has one: the same at every start, by the name.
+fn fallback_serial(name: &str) -> String {
+    format!("{:016x}", scsi::naa_from_serial(name))
+}
+
+impl Service for Lun {
+    async fn execute(self: Rc<Self>, command: Command) -> Completion {
+        let room = command.data.len();
+        let command = scsi::Command {
+            cdb: command.cdb.iter().copied().collect(),
+            data: command.data,
+            bidi: command.bidi,
+            dif: command.dif,
+        };
+        let response = self.target.execute(command).await;
+        let mut counted = self.counted.borrow_mut();
+        match response.status {
+            Status::Good if response.data_in > 0 => counted.bytes_in += response.data_in as u64,
+            Status::Good => counted.bytes_out += room as u64,
+            Status::CheckCondition => counted.check_conditions += 1,
+            _ => counted.other_statuses += 1,
+        }
+        if response.sense.is_some() {
+            return Completion::check_condition(&response.sense_bytes());
+        }
+        let mut completion = Completion::status(response.status as u8);
+        if response.data_in > 0 && response.data_in < room {
+            completion.read_len = Some(response.data_in as u32);
+        }
+        completion
+    }
+
+    async fn background(self: Rc<Self>) {
+        self.target.background().await
+    }
+
+    async fn message(self: Rc<Self>, message: Message, load: Load) {
+        // Whoever asked may have stopped waiting; then nobody is to be told.
+        match message {
+            Message::Resize(capacity, back) => {
+                let result = self.resize(capacity).await;
+                if let Err(e) = &result {
+                    error!(capacity, "resize failed: {e}");
+                }
+                let _ = back.send(result);
+            }
+            Message::WriteCache(on, back) => drop(back.send(self.set_write_cache(on).await)),
+            Message::Stats(back) => drop(back.send(self.stats(load))),
+            Message::Stop => {}
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What a LUN stands on: an image, or an image with protection over it. One enum, so that the data path is one `match` and
+//! no virtual call.
+
+use tracing::info;
+
+use super::{LunError, LunParams};
+use crate::{
+    image::{
+        Image,
+        open::{OpenOptions, open},
+    },
+    pi::{Counters, Protected, Protection, protected::sidecar_path, store::Stamp},
+    sys::{io::Io, mem::Sg},
+    units::ByteOffset,
+    volume::{Extent, IoError, IoOp, Limits, Result, Volume, WriteFlags},
+};
+
+/// The layers of a LUN below SCSI.
+pub(super) enum Stack {
+    /// The image alone.
+    Plain(Image),
+    /// The image, with a tuple for every block in its sidecar.
+    Protected(Box<Protected<Image>>),
+}
+
+impl Stack {
+    /// Opens the image and, if asked for, its sidecar. What fails leaves nothing open.
+    pub(super) async fn open(io: &Io, params: &LunParams) -> std::result::Result<Stack, LunError> {
+        let config = &params.config;
+        let options = OpenOptions { read_only: config.read_only, format: None, lock: true };
+        let image = open(io, &config.image, &options).await?;
+        image.check_block_size(params.block_size)?;
+        let capacity = image.limits().capacity;
+        if capacity < params.capacity {
+            return Err(LunError::Shrunk {
+                image: config.image.clone(),
+                capacity,
+                expected: params.capacity,
+            });
+        }
+        if capacity > params.capacity {
+            // A resize that was cut short after the image had grown. Initiators are told what there is.
+            info!(capacity, kernel = params.capacity, "the image is larger than the kernel knows");
+        }
+        let Some(kind) = config.pi else { return Ok(Stack::Plain(image)) };
+        let stamp = image.stamp().map_err(|e| IoError::from_io(IoOp::Open, e).path(&config.image))?;
+        let protection = Protection {
+            image: config.image.clone(),
+            sidecar: sidecar_path(&config.image, config.sidecar.as_deref()),
+            kind,
+            block_size: params.block_size,
+            read_only: config.read_only,
+            found: Stamp { size: stamp.size, mtime: stamp.mtime },
+        };
+        Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?)))
+    }
+
+    /// The image at the bottom.
+    pub(super) fn image(&self) -> &Image {
+        match self {
+            Stack::Plain(image) => image,
+            Stack::Protected(protected) => protected.volume(),
+        }
+    }
+
+    /// What the protection has counted, if there is any.
+    pub(super) fn pi_counters(&self) -> Option<Counters> {
+        match self {
+            Stack::Plain(_) => None,
+            Stack::Protected(protected) => Some(protected.counters()),
+        }
+    }
+}
+
+macro_rules! layers {
+    ($self:ident, $v:ident => $call:expr) => {
+        match $self {
+            Stack::Plain($v) => $call,
+            Stack::Protected($v) => $call,
+        }
+    };
+}
+
+impl Volume for Stack {
+    fn limits(&self) -> Limits {
+        layers!(self, v => v.limits())
+    }
+
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        layers!(self, v => v.read(at, to).await)
+    }
+
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        layers!(self, v => v.write(at, from, flags).await)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        layers!(self, v => v.flush().await)
+    }
+
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
+        layers!(self, v => v.discard(at, len).await)
+    }
+
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
+        layers!(self, v => v.write_zeroes(at, len, may_unmap).await)
+    }
+
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
+        layers!(self, v => v.map_extents(at, len).await)
+    }
+
+    async fn resize(&self, capacity: u64) -> Result<()> {
+        layers!(self, v => v.resize(capacity).await)
+    }
+
+    async fn close(&self) -> Result<()> {
+        layers!(self, v => v.close().await)
+    }
+}

@@ -1,0 +1,493 @@
+//! A volume whose blocks are protected: every write leaves a tuple, every read is checked.
+//!
+//! [`Protected`] stands between the SCSI room and the image, and is a [`Volume`] itself. Data and tuples are read side by
+//! side and written side by side; a lock on the blocks keeps a read from seeing new data with old tuples.
+//!
+//! Crashes (mode "bitmap"): the region of a write is marked in the sidecar's intent map, durably, before the write begins,
+//! and is cleared only after a flush of both. So after `kill -9` or power loss only marked regions can hold blocks that do
+//! not match, and opening makes those tuples anew and says how many. There is never a false alarm; what bitmap mode cannot
+//! see is damage done to a marked region between its last write and the reopening.
+//!
+//! A write that fails half-way leaves each block old, new or torn, and so its tuples. While the range is still locked its
+//! data are read back: blocks that match keep their tuple, others get one for what the medium holds now (the initiator was
+//! told that the write failed, so this is not passed off as what it wrote). If even that cannot be done the range is kept
+//! as "in doubt": every operation on it tries again first, and fails with a medium error rather than with a false alarm,
+//! and its region stays marked for the next open.
+//!
+//! Changes of the image by somebody else are told by its stamp (size and time of modification) after a clean close. After
+//! a crash there is no stamp to compare: outside marked regions such a change shows as a mismatch when it is read.
+//!
+//! A read-only volume writes nothing to the sidecar. If that was not closed cleanly, mismatches in marked regions are
+//! taken for what they most likely are, writes cut off by the crash, and count as unprotected.
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use super::{
+    check::Checker,
+    error::{PiOpenError, PiOpenErrorKind},
+    guard::Guard,
+    recompute::{Mode, Recomputed, recompute},
+    store::{Sidecar, Stamp, open_file},
+    tuple::PiType,
+};
+use crate::{
+    storage::{FileStorage, Storage},
+    sync::{RangeGuard, RangeLock},
+    sys::{exec::join, io::Io, mem::Sg},
+    units::{BlockSize, Blocks, ByteOffset, Lba},
+    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, PiTag, Result, Volume, WriteFlags},
+};
+
+/// How an image is protected.
+#[derive(Debug, Clone)]
+pub struct Protection {
+    /// The image's file: for messages, and for the stamp at close.
+    pub image: PathBuf,
+    /// The sidecar's file.
+    pub sidecar: PathBuf,
+    /// The type asked for.
+    pub kind: PiType,
+    /// The LUN's block size.
+    pub block_size: BlockSize,
+    /// The volume is not written.
+    pub read_only: bool,
+    /// The image's stamp, taken when its lock was held and before anything of ours was written to it.
+    pub found: Stamp,
+}
+
+/// What the protection of a LUN has seen so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Counters {
+    /// Blocks read that match their tuple.
+    pub verified: u64,
+    /// Tuples made for blocks written.
+    pub generated: u64,
+    /// Reads that failed on a guard.
+    pub guard_errors: u64,
+    /// Reads that failed on an application tag.
+    pub app_errors: u64,
+    /// Reads that failed on a reference tag.
+    pub ref_errors: u64,
+    /// Blocks read that have no tuple.
+    pub unprotected: u64,
+    /// Tuples made anew after a crash or a failed write.
+    pub recomputed: u64,
+}
+
+/// A volume under protection. `S` is the sidecar's storage.
+pub struct Protected<V, S = FileStorage> {
+    volume: V,
+    sidecar: Sidecar<S>,
+    checker: Checker,
+    capacity: Cell<Blocks>,
+    read_only: bool,
+    lock: RangeLock,
+    /// Ranges of blocks of which it is not known whether they match.
+    doubt: RefCell<Vec<Range<u64>>>,
+    failed: Cell<bool>,
+    counters: Cell<Counters>,
+    sidecar_path: PathBuf,
+    stamp: Box<dyn Fn() -> io::Result<Stamp>>,
+}
+
+impl<V: Volume> Protected<V> {
+    /// Opens the sidecar of an image that is open and locked, and rechecks what a crash has left marked.
+    ///
+    /// # Errors
+    /// [`PiOpenError`], which knows the next step. The volume is dropped.
+    pub async fn open(io: &Io, volume: V, how: &Protection) -> std::result::Result<Self, PiOpenError> {
+        let fault = |what| PiOpenError::new(&how.sidecar, &how.image, what);
+        let storage = match open_file(io, &how.sidecar, how.read_only).await {
+            Ok(storage) => storage,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(fault(PiOpenErrorKind::Missing)),
+            Err(e) => return Err(fault(PiOpenErrorKind::Store(e.into()))),
+        };
+        let image = how.image.clone();
+        Protected::attach(volume, storage, how, Box::new(move || Stamp::of(&image))).await
+    }
+}
+
+impl<V: Volume, S: Storage> Protected<V, S> {
+    /// [`Protected::open`] over any storage; `stamp` tells the image's stamp after it is closed.
+    pub async fn attach(
+        volume: V,
+        storage: S,
+        how: &Protection,
+        stamp: Box<dyn Fn() -> io::Result<Stamp>>,
+    ) -> std::result::Result<Self, PiOpenError> {
+        let fault = |what| PiOpenError::new(&how.sidecar, &how.image, what);
+        let store = |e: io::Error| fault(PiOpenErrorKind::Store(e.into()));
+        let sidecar = Sidecar::open(storage).await.map_err(|e| fault(PiOpenErrorKind::Store(e)))?;
+        let info = sidecar.info();
+        if info.pi != how.kind {
+            return Err(fault(PiOpenErrorKind::Type { has: info.pi, wanted: how.kind }));
+        }
+        if info.block_size != how.block_size.bytes() {
+            let (has, wanted) = (info.block_size, how.block_size.bytes());
+            return Err(fault(PiOpenErrorKind::BlockSize { has, wanted }));
+        }
+        let capacity = how.block_size.blocks_in(volume.limits().capacity);
+        if !info.in_use {
+            if info.stamp != how.found {
+                return Err(fault(PiOpenErrorKind::ImageChanged { left: info.stamp, found: how.found }));
+            }
+            if info.blocks != capacity.0 {
+                return Err(fault(PiOpenErrorKind::Capacity { has: info.blocks, image: capacity.0 }));
+            }
+        }
+        let me = Protected {
+            volume,
+            sidecar,
+            checker: Checker { guard: Guard::best(), kind: how.kind, block_size: how.block_size },
+            capacity: Cell::new(capacity),
+            read_only: how.read_only,
+            lock: RangeLock::new(),
+            doubt: RefCell::default(),
+            failed: Cell::new(false),
+            counters: Cell::default(),
+            sidecar_path: how.sidecar.clone(),
+            stamp,
+        };
+        if !how.read_only {
+            me.sidecar.begin_use().await.map_err(store)?;
+            if info.blocks != capacity.0 {
+                // A resize that a crash cut off. Beyond the smaller of the two no tuple is of any worth.
+                me.sidecar.forget_beyond(capacity.min(Blocks(info.blocks))).await.map_err(store)?;
+                me.sidecar.set_capacity(capacity).await.map_err(store)?;
+            }
+            me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(e)))?;
+        }
+        Ok(me)
+    }
+
+    /// Looks at the regions that the last session left marked, makes the tuples anew that do not match, and clears them.
+    async fn recheck(&self) -> Result<()> {
+        let marked = self.sidecar.marked();
+        if marked.is_empty() {
+            return Ok(());
+        }
+        let mut done = Recomputed::default();
+        for blocks in &marked {
+            let part =
+                recompute(&self.volume, &self.sidecar, &self.checker, blocks.clone(), Mode::Mend, |_| ());
+            done.add(part.await.map_err(|e| e.path(&self.sidecar_path))?);
+        }
+        self.count(|c| c.recomputed += done.recomputed + done.protected);
+        tracing::info!(
+            sidecar = %self.sidecar_path.display(),
+            regions = marked.len(),
+            blocks_read = done.read,
+            recomputed = done.recomputed,
+            protected_anew = done.protected,
+            unreadable = done.unreadable,
+            "not closed cleanly: regions that were being written have been rechecked"
+        );
+        // What was read came from the page cache, maybe; it has to stay as it is before the marks may go.
+        self.flush().await?;
+        self.sidecar.end_flush(self.sidecar.begin_flush(), true).await;
+        Ok(())
+    }
+
+    /// The volume beneath. What is done to it past the protection will not match.
+    pub fn volume(&self) -> &V {
+        &self.volume
+    }
+
+    /// The sidecar.
+    pub fn sidecar(&self) -> &Sidecar<S> {
+        &self.sidecar
+    }
+
+    /// What was seen so far.
+    pub fn counters(&self) -> Counters {
+        self.counters.get()
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counters)) {
+        let mut counters = self.counters.get();
+        change(&mut counters);
+        self.counters.set(counters);
+    }
+
+    /// The blocks of a range of bytes, if it lies inside and is made of blocks.
+    fn blocks(&self, op: IoOp, at: ByteOffset, len: u64) -> Result<(Lba, u64)> {
+        let size = self.checker.block_size;
+        let end = at.checked_add(len);
+        let inside =
+            end.is_some_and(|end| end.0 >> size.shift() <= self.capacity.get().0 && size.is_aligned(end));
+        if !inside || !size.is_aligned(at) {
+            return Err(IoError::new(IoErrorKind::OutOfRange, op).at(at));
+        }
+        Ok((size.lba_of(at), size.blocks_in(len).0))
+    }
+
+    fn sidecar_error(&self, op: IoOp, at: ByteOffset, e: io::Error) -> IoError {
+        IoError::from_io(op, e).path(&self.sidecar_path).at(at).detail("protection information")
+    }
+
+    fn writable(&self, op: IoOp) -> Result<()> {
+        if self.read_only {
+            return Err(IoError::new(IoErrorKind::ReadOnly, op));
+        }
+        if self.failed.get() {
+            return Err(IoError::new(IoErrorKind::Failed, op));
+        }
+        Ok(())
+    }
+
+    /// Locks a range of which nothing is in doubt: what is, is settled first, or the operation fails.
+    async fn locked(&self, op: IoOp, lba: Lba, blocks: u64, exclusive: bool) -> Result<RangeGuard> {
+        let overlap = |r: &Range<u64>| r.start < lba.0 + blocks && lba.0 < r.end;
+        loop {
+            let guard = match exclusive {
+                true => self.lock.exclusive(lba.0, blocks).await,
+                false => self.lock.shared(lba.0, blocks).await,
+            };
+            // Looked at under the lock: a write that we waited for may have failed.
+            let Some(range) = self.doubt.borrow().iter().find(|r| overlap(r)).cloned() else {
+                return Ok(guard);
+            };
+            drop(guard);
+            let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
+            if !self.doubt.borrow().contains(&range) {
+                continue;
+            }
+            if let Err(e) = self.settle(&range).await {
+                let why = "a failed write left this range in doubt, and that could not be mended";
+                let kind = IoErrorKind::Medium;
+                return Err(IoError { source: e.source, ..IoError::new(kind, op) }
+                    .at(ByteOffset(lba.0 << self.checker.block_size.shift()))
+                    .detail(why));
+            }
+            self.doubt.borrow_mut().retain(|r| *r != range);
+        }
+    }
+
+    /// After a failed write, with the range locked: gives every block a tuple that matches.
+    async fn settle(&self, range: &Range<u64>) -> Result<()> {
+        let done =
+            recompute(&self.volume, &self.sidecar, &self.checker, range.clone(), Mode::Mend, |_| ()).await?;
+        self.count(|c| c.recomputed += done.recomputed + done.protected);
+        tracing::warn!(
+            sidecar = %self.sidecar_path.display(),
+            first_lba = range.start,
+            blocks = range.end - range.start,
+            recomputed = done.recomputed,
+            unreadable = done.unreadable,
+            "a write failed; the tuples of its blocks have been made to match what the medium holds"
+        );
+        Ok(())
+    }
+
+    /// Does something to a range of data and tuples, under the lock and with its regions marked. If it fails the range is
+    /// settled, or stays in doubt; so it does if the future is dropped half-way.
+    async fn change(
+        &self,
+        op: IoOp,
+        at: ByteOffset,
+        (lba, blocks): (Lba, u64),
+        work: impl AsyncFnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let _alone = self.locked(op, lba, blocks, true).await?;
+        let writing = self.sidecar.intend(lba, blocks).await.map_err(|e| self.sidecar_error(op, at, e))?;
+        let range = lba.0..lba.0 + blocks;
+        let mut doubt = InDoubt { list: &self.doubt, range: Some(range.clone()) };
+        let done = work().await;
+        if done.is_ok() || self.settle(&range).await.is_ok() {
+            doubt.range = None;
+            writing.finish();
+        }
+        done
+    }
+
+    async fn zero(&self, at: ByteOffset, len: u64, keep_space: Option<bool>) -> Result<()> {
+        let op = IoOp::Discard;
+        let (lba, blocks) = self.blocks(op, at, len)?;
+        self.writable(op)?;
+        if blocks == 0 {
+            return Ok(());
+        }
+        self.change(op, at, (lba, blocks), async || {
+            match keep_space {
+                None => self.volume.discard(at, len).await?,
+                Some(keep) => self.volume.write_zeroes(at, len, !keep).await?,
+            }
+            let cleared = self.sidecar.clear_tuples(lba, blocks, keep_space == Some(true)).await;
+            cleared.map_err(|e| self.sidecar_error(op, at, e))
+        })
+        .await
+    }
+}
+
+/// Puts its range on the list of those in doubt when it is dropped, unless it was taken out.
+struct InDoubt<'a> {
+    list: &'a RefCell<Vec<Range<u64>>>,
+    range: Option<Range<u64>>,
+}
+
+impl Drop for InDoubt<'_> {
+    fn drop(&mut self) {
+        if let Some(range) = self.range.take() {
+            self.list.borrow_mut().push(range);
+        }
+    }
+}
+
+impl<V: Volume, S: Storage> Volume for Protected<V, S> {
+    fn limits(&self) -> Limits {
+        let size = self.checker.block_size.bytes();
+        let inner = self.volume.limits();
+        Limits {
+            capacity: self.capacity.get().0 * size,
+            alignment: inner.alignment.max(size as u32),
+            read_only: inner.read_only || self.read_only,
+            ..inner
+        }
+    }
+
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
+        let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
+        let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
+        data?;
+        let tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
+        let mut seen = self.counters.get();
+        let mut wrong = None;
+        self.checker.check(to, lba, &tuples, |_, _, found| match found {
+            Ok(true) => seen.verified += 1,
+            Ok(false) => seen.unprotected += 1,
+            Err(m) if self.read_only && self.sidecar.is_marked(m.lba) => seen.unprotected += 1,
+            Err(m) => wrong = wrong.or(Some(m)),
+        });
+        match wrong.map(|m| m.tag) {
+            None => (),
+            Some(PiTag::Guard) => seen.guard_errors += 1,
+            Some(PiTag::Application) => seen.app_errors += 1,
+            Some(PiTag::Reference) => seen.ref_errors += 1,
+        }
+        self.counters.set(seen);
+        match wrong {
+            None => Ok(()),
+            Some(m) => {
+                let place = m.lba.to_bytes(self.checker.block_size).unwrap_or(at);
+                Err(IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place))
+            }
+        }
+    }
+
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        let op = IoOp::Write;
+        let (lba, blocks) = self.blocks(op, at, from.len() as u64)?;
+        self.writable(op)?;
+        if blocks == 0 {
+            return Ok(());
+        }
+        let tuples = self.checker.generate(from, lba);
+        self.change(op, at, (lba, blocks), async || {
+            let data = self.volume.write(at, from, flags);
+            let has_space = self.sidecar.has_space(lba, blocks);
+            let tuples = self.sidecar.write_tuples(lba, tuples, flags.fua);
+            if has_space {
+                let (data, tuples) = join(data, tuples).await;
+                data?;
+                tuples.map_err(|e| self.sidecar_error(op, at, e))
+            } else {
+                // The first tuples in a page may find the disk full: before the data are touched, then.
+                tuples.await.map_err(|e| self.sidecar_error(op, at, e))?;
+                data.await
+            }
+        })
+        .await?;
+        self.count(|c| c.generated += blocks);
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return self.volume.flush().await;
+        }
+        if self.failed.get() {
+            return Err(IoError::new(IoErrorKind::Failed, IoOp::Flush));
+        }
+        let epoch = self.sidecar.begin_flush();
+        let (data, tuples) = join(self.volume.flush(), self.sidecar.sync()).await;
+        let tuples = tuples.map_err(|e| {
+            let source = self.sidecar_error(IoOp::Flush, ByteOffset(0), e);
+            IoError { kind: IoErrorKind::Failed, at: None, ..source }
+        });
+        if data.is_err() || tuples.is_err() {
+            self.failed.set(true);
+        }
+        data?;
+        tuples?;
+        self.sidecar.end_flush(epoch, false).await;
+        Ok(())
+    }
+
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
+        self.zero(at, len, None).await
+    }
+
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
+        self.zero(at, len, Some(!may_unmap)).await
+    }
+
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
+        self.blocks(IoOp::Map, at, len)?;
+        self.volume.map_extents(at, len).await
+    }
+
+    /// Shrinking gives up the tuples of the tail first and for good: if the image then cannot be cut off, its tail is
+    /// without protection, and never with the wrong one.
+    async fn resize(&self, capacity: u64) -> Result<()> {
+        self.writable(IoOp::Resize)?;
+        let _alone = self.lock.exclusive(0, u64::MAX).await;
+        let new = self.checker.block_size.blocks_in(capacity);
+        if new.to_bytes(self.checker.block_size) != Some(capacity) || !self.sidecar.can_cover(new) {
+            return Err(IoError::new(IoErrorKind::OutOfRange, IoOp::Resize));
+        }
+        let store = |e| self.sidecar_error(IoOp::Resize, ByteOffset(0), e);
+        if new < self.capacity.get() {
+            self.sidecar.forget_beyond(new).await.map_err(store)?;
+        }
+        self.volume.resize(capacity).await?;
+        self.sidecar.set_capacity(new).await.map_err(store)?;
+        self.capacity.set(new);
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<()> {
+        if self.read_only {
+            return self.volume.close().await;
+        }
+        let epoch = self.sidecar.begin_flush();
+        let flushed = self.flush().await;
+        if flushed.is_ok() {
+            self.sidecar.end_flush(epoch, true).await;
+        }
+        // Closing may change the image once more, and gives up its lock; the stamp is taken right after.
+        let closed = self.volume.close().await;
+        flushed?;
+        closed?;
+        let stamp = (self.stamp)().map_err(|e| IoError::from_io(IoOp::Close, e))?;
+        let clean = self.sidecar.end_use(stamp).await;
+        clean.map_err(|e| self.sidecar_error(IoOp::Close, ByteOffset(0), e))
+    }
+}
+
+/// The sidecar's path for an image: the one named, or the one beside it.
+pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
+    named.map_or_else(|| super::store::default_path(image), Path::to_owned)
+}
+
+#[cfg(test)]
+mod cuts;
+#[cfg(test)]
+mod tests;

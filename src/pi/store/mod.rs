@@ -1,0 +1,516 @@
+//! The sidecar: the file that keeps a LUN's tuples, `IMAGE.pi` beside the image.
+//!
+//! ```text
+//! 0        header, first copy    (header.rs has its fields)
+//! 4 KiB    header, second copy
+//! 64 KiB   intent map: bit i (bit i % 8 of byte i / 8) is set while region i, 64 MiB of data, may hold blocks that do
+//!          not match their tuples; room for 480 TiB
+//! 1 MiB    tuples: 8 bytes a block, every bit inverted
+//! ```
+//!
+//! The file is sparse: a hole in the tuples reads as zeros, which inverted is the escape, "no protection information".
+//! A sidecar covers the blocks of one LUN as its guest sees them. A block that was not written through this handler
+//! since the sidecar was made (data of a backing file, say) has the escape until `pi rebuild`, and is not checked.
+//!
+//! What holds at any instant, power loss included:
+//! - A block whose region is not marked in the map matches its durable tuple, or its tuple is the escape.
+//! - While the header says "clean", nobody of ours has written since the stamp was taken.
+//!
+//! The intent map has no checksum: a bit lost to bit rot could turn a crash into a false alarm, one gained costs a
+//! look at a region. Torn writes of it are harmless, which a checksum would end.
+//!
+//! Kept free for later: type 2 is a value of the type field; initiators' application tags stand in the tuples as they
+//! are; a journal gets an incompatible feature bit and a place between map and tuples, whose offset is in the header.
+//!
+//! [`super::protected`] and [`super::tools`] are the callers; the lock on image and sidecar is the image room's.
+
+mod file;
+mod header;
+mod intent;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::MetadataExt,
+    path::Path,
+};
+
+use rustix::fs::{SeekFrom, seek};
+use serde::Serialize;
+use uuid::Uuid;
+
+pub use file::{create_file, default_path, open_file};
+pub use header::ImageFormat;
+pub use intent::{CLEAR_EVERY, Writing};
+
+use super::tuple::{PiType, TUPLE_LEN, invert};
+use crate::{
+    storage::Storage,
+    sync::AsyncMutex,
+    sys::{io::Fallocate, mem::Buffer},
+    units::{BlockSize, Blocks, Lba},
+};
+use header::{COPIES, Copy, HEADER_LEN, Header};
+use intent::Intent;
+
+const REGION_SHIFT: u32 = 26;
+const MAP_OFFSET: u64 = 64 << 10;
+const TUPLE_OFFSET: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+
+/// What of a file changes when somebody writes to it and stays when `cp -p` or `rsync -a` copies it. A write within the
+/// tick of the file system's clock (some milliseconds) in which the stamp was taken, and to the same size, is not seen
+/// by it; nor is one to a block device, which has no time of modification of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Stamp {
+    /// Bytes.
+    pub size: u64,
+    /// Time of the last modification: seconds since 1970, and nanoseconds. (0, 0) for a block device.
+    pub mtime: (i64, u32),
+}
+
+impl Stamp {
+    /// The stamp of a file or block device.
+    ///
+    /// # Errors
+    /// Those of `stat`, or of opening a block device to ask for its size.
+    pub fn of(path: &Path) -> io::Result<Stamp> {
+        let meta = std::fs::metadata(path)?;
+        if meta.is_file() {
+            return Ok(Stamp { size: meta.len(), mtime: (meta.mtime(), meta.mtime_nsec() as u32) });
+        }
+        let size = seek(File::open(path)?, SeekFrom::End(0))?;
+        Ok(Stamp { size, mtime: (0, 0) })
+    }
+}
+
+impl std::fmt::Display for Stamp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes, modified at {}.{:09}", self.size, self.mtime.0, self.mtime.1)
+    }
+}
+
+/// Why a file is no sidecar that can be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The file could not be read or written.
+    #[error("cannot read or write the sidecar")]
+    Io(#[from] io::Error),
+    /// Neither copy of the header has the magic.
+    #[error("not a sidecar: the magic is missing")]
+    NotASidecar,
+    /// No copy of the header is whole.
+    #[error("both copies of the sidecar's header are damaged")]
+    Damaged,
+    /// Of a later version.
+    #[error("the sidecar has version {0}, and this program knows version 1")]
+    Version(u32),
+    /// Features that change the format.
+    #[error("the sidecar has features that this program does not know: {0:#x}")]
+    Features(u64),
+    /// A type of protection that is not served.
+    #[error("the sidecar holds protection of type {0}, which this program does not serve")]
+    UnknownType(u8),
+    /// A new sidecar where there is something.
+    #[error("the file is not empty")]
+    NotEmpty,
+    /// More blocks than the map has room for.
+    #[error("a sidecar cannot cover {0} blocks")]
+    TooLarge(u64),
+}
+
+/// What a new sidecar is for.
+#[derive(Debug, Clone, Copy)]
+pub struct NewSidecar {
+    /// The LUN's block size.
+    pub block_size: BlockSize,
+    /// The type of protection.
+    pub kind: PiType,
+    /// The LUN's capacity.
+    pub capacity: Blocks,
+    /// The image's format.
+    pub format: ImageFormat,
+    /// The image as it is now.
+    pub stamp: Stamp,
+}
+
+/// What a sidecar says of itself.
+#[derive(Debug, Clone, Serialize)]
+pub struct SidecarInfo {
+    /// Its identity.
+    pub uuid: String,
+    /// Type of protection.
+    pub pi: PiType,
+    /// Block size in bytes.
+    pub block_size: u64,
+    /// Capacity of the LUN in blocks.
+    pub blocks: u64,
+    /// Whether it was not closed cleanly, or is in use.
+    pub in_use: bool,
+    /// The image at the last clean close.
+    pub stamp: Stamp,
+    /// Regions that are marked in the intent map.
+    pub marked_regions: u64,
+    /// Bytes of data in a region.
+    pub region_bytes: u64,
+}
+
+/// An open sidecar.
+pub struct Sidecar<S> {
+    storage: S,
+    header: RefCell<Header>,
+    header_turn: AsyncMutex,
+    intent: Intent,
+    /// Pages of tuples that are known to have their space, 64 a word.
+    pages: RefCell<HashMap<u64, u64>>,
+    written: Cell<u64>,
+    synced: Cell<u64>,
+    failed: Cell<bool>,
+}
+
+impl<S: Storage> Sidecar<S> {
+    /// Makes a sidecar in an empty file: every block has the escape, and it is clean with the stamp given.
+    ///
+    /// # Errors
+    /// [`StoreError::NotEmpty`], [`StoreError::TooLarge`], or what the file says.
+    pub async fn create(storage: S, new: NewSidecar) -> Result<Sidecar<S>, StoreError> {
+        if storage.len().await? != 0 {
+            return Err(StoreError::NotEmpty);
+        }
+        let header = Header {
+            compatible: 0,
+            generation: 1,
+            block_size: new.block_size,
+            kind: new.kind,
+            in_use: false,
+            format: new.format,
+            capacity: new.capacity,
+            uuid: Uuid::new_v4(),
+            stamp: new.stamp,
+            region_shift: REGION_SHIFT,
+            map_offset: MAP_OFFSET,
+            map_len: TUPLE_OFFSET - MAP_OFFSET,
+            tuple_offset: TUPLE_OFFSET,
+        };
+        let sidecar = Sidecar::new(storage, header);
+        sidecar.reserve_map(new.capacity).await?;
+        sidecar.storage.sync().await?;
+        for _ in COPIES {
+            sidecar.write_header(|_| ()).await?;
+        }
+        Ok(sidecar)
+    }
+
+    /// Opens a sidecar: the newest whole copy of its header, and its map. Changes nothing.
+    ///
+    /// # Errors
+    /// Anything of [`StoreError`] but what only creation has.
+    pub async fn open(storage: S) -> Result<Sidecar<S>, StoreError> {
+        let mut best: Option<Header> = None;
+        let (mut refused, mut foreign) = (None, 0);
+        for at in COPIES {
+            let buffer = Buffer::zeroed(HEADER_LEN);
+            storage.read(at, &buffer.sg()).await?;
+            let mut bytes = [0; HEADER_LEN];
+            buffer.sg().copy_out(0, &mut bytes);
+            match Header::from_bytes(&bytes) {
+                Copy::Good(h) => {
+                    if best.as_ref().is_none_or(|b| b.generation < h.generation) {
+                        best = Some(h);
+                    }
+                }
+                Copy::Refused(e) => refused = Some(e),
+                Copy::Foreign => foreign += 1,
+                Copy::Damaged => (),
+            }
+        }
+        if let Some(e) = refused {
+            // A whole copy of a later make: the other one, even if we understand it, is not the last word.
+            return Err(e);
+        }
+        let Some(header) = best else {
+            return Err(if foreign == COPIES.len() { StoreError::NotASidecar } else { StoreError::Damaged });
+        };
+        let regions = regions_of(&header, header.capacity)?;
+        let sidecar = Sidecar::new(storage, header);
+        sidecar.intent.load(&sidecar.storage, regions).await?;
+        Ok(sidecar)
+    }
+
+    fn new(storage: S, header: Header) -> Sidecar<S> {
+        let intent = Intent::new(header.map_offset, header.region_shift);
+        Sidecar {
+            storage,
+            header: RefCell::new(header),
+            header_turn: AsyncMutex::new(),
+            intent,
+            pages: RefCell::default(),
+            written: Cell::new(0),
+            synced: Cell::new(0),
+            failed: Cell::new(false),
+        }
+    }
+
+    /// What it says of itself.
+    pub fn info(&self) -> SidecarInfo {
+        let h = self.header.borrow();
+        SidecarInfo {
+            uuid: h.uuid.to_string(),
+            pi: h.kind,
+            block_size: h.block_size.bytes(),
+            blocks: h.capacity.0,
+            in_use: h.in_use,
+            stamp: h.stamp,
+            marked_regions: self.intent.marked().len() as u64,
+            region_bytes: 1 << h.region_shift,
+        }
+    }
+
+    /// The type of protection.
+    pub fn kind(&self) -> PiType {
+        self.header.borrow().kind
+    }
+
+    /// The block size.
+    pub fn block_size(&self) -> BlockSize {
+        self.header.borrow().block_size
+    }
+
+    /// The capacity of the LUN.
+    pub fn capacity(&self) -> Blocks {
+        self.header.borrow().capacity
+    }
+
+    /// The format of the image.
+    pub fn format(&self) -> ImageFormat {
+        self.header.borrow().format
+    }
+
+    /// Whether the last session did not close it.
+    pub fn in_use(&self) -> bool {
+        self.header.borrow().in_use
+    }
+
+    /// The file beneath.
+    pub fn storage(&self) -> &S {
+        &self.storage
+    }
+
+    /// Durable writes of the intent map so far.
+    pub fn intent_commits(&self) -> u64 {
+        self.intent.commits()
+    }
+
+    /// Writes the other copy of the header, durably, after a change.
+    async fn write_header(&self, change: impl FnOnce(&mut Header)) -> io::Result<()> {
+        let _turn = self.header_turn.lock().await;
+        let mut new = self.header.borrow().clone();
+        change(&mut new);
+        new.generation += 1;
+        let at = COPIES[(new.generation % 2) as usize];
+        self.storage.write(at, &Buffer::from_slice(&new.to_bytes()).sg(), true).await?;
+        *self.header.borrow_mut() = new;
+        Ok(())
+    }
+
+    /// Says in the header, durably, that somebody is writing. Before the first write.
+    pub async fn begin_use(&self) -> io::Result<()> {
+        self.write_header(|h| h.in_use = true).await
+    }
+
+    /// Says that everything is written, and what the image looks like. Everything must be durable.
+    pub async fn end_use(&self, stamp: Stamp) -> io::Result<()> {
+        self.sync().await?;
+        // The clearing of the map was written after the data were durable, and need not be durable itself.
+        self.write_header(|h| (h.in_use, h.stamp) = (false, stamp)).await
+    }
+
+    /// Sets another capacity in the header and keeps nothing for blocks beyond it.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the map has no room for it, or what the file says.
+    pub async fn set_capacity(&self, capacity: Blocks) -> io::Result<()> {
+        let regions = regions_of(&self.header.borrow(), capacity)
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        if capacity < self.capacity() {
+            self.forget_beyond(capacity).await?;
+            self.intent.forget_beyond(regions);
+        } else {
+            self.reserve_map(capacity).await?;
+        }
+        self.write_header(|h| h.capacity = capacity).await
+    }
+
+    /// Whether the map has room for so many blocks.
+    pub fn can_cover(&self, capacity: Blocks) -> bool {
+        regions_of(&self.header.borrow(), capacity).is_ok()
+    }
+
+    /// Gives every block from `capacity` on the escape, durably.
+    pub async fn forget_beyond(&self, capacity: Blocks) -> io::Result<()> {
+        let end = self.tuple_at(Lba(capacity.0));
+        if self.storage.len().await? > end {
+            self.storage.set_len(end).await?;
+            self.wrote();
+            self.pages.borrow_mut().clear();
+        }
+        self.sync().await
+    }
+
+    /// Keeps space for the map, so that an intent cannot fail for want of it.
+    async fn reserve_map(&self, capacity: Blocks) -> Result<(), io::Error> {
+        let (offset, regions) = {
+            let h = self.header.borrow();
+            let regions =
+                regions_of(&h, capacity).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+            (h.map_offset, regions)
+        };
+        let len = regions.div_ceil(8).next_multiple_of(PAGE).max(PAGE);
+        match self.storage.fallocate(Fallocate::Allocate, offset, len).await {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            done => done,
+        }
+    }
+
+    fn tuple_at(&self, lba: Lba) -> u64 {
+        self.header.borrow().tuple_offset + lba.0 * TUPLE_LEN as u64
+    }
+
+    /// The tuples of `blocks` blocks, in the form that travels.
+    pub async fn read_tuples(&self, lba: Lba, blocks: u64) -> io::Result<Vec<u8>> {
+        let buffer = Buffer::zeroed(blocks as usize * TUPLE_LEN);
+        self.storage.read(self.tuple_at(lba), &buffer.sg()).await?;
+        let mut bytes = buffer.to_vec();
+        invert(&mut bytes);
+        Ok(bytes)
+    }
+
+    /// Writes tuples in the form that travels. The region must be marked.
+    pub async fn write_tuples(&self, lba: Lba, mut bytes: Vec<u8>, dsync: bool) -> io::Result<()> {
+        invert(&mut bytes);
+        let at = self.tuple_at(lba);
+        let done = self.storage.write(at, &Buffer::from_slice(&bytes).sg(), dsync).await;
+        self.wrote();
+        done?;
+        let mut pages = self.pages.borrow_mut();
+        for page in at / PAGE..(at + bytes.len() as u64).div_ceil(PAGE) {
+            *pages.entry(page / 64).or_default() |= 1 << (page % 64);
+        }
+        Ok(())
+    }
+
+    /// Whether the tuples of those blocks are known to have their space, so that writing them cannot fail for want of it
+    /// (on a file system that writes in place).
+    pub fn has_space(&self, lba: Lba, blocks: u64) -> bool {
+        let at = self.tuple_at(lba);
+        let pages = self.pages.borrow();
+        (at / PAGE..(at + blocks * TUPLE_LEN as u64).div_ceil(PAGE))
+            .all(|page| pages.get(&(page / 64)).is_some_and(|word| word >> (page % 64) & 1 == 1))
+    }
+
+    /// Gives the blocks the escape: frees the space of their tuples, or keeps it if later writes shall need none.
+    pub async fn clear_tuples(&self, lba: Lba, blocks: u64, keep_space: bool) -> io::Result<()> {
+        let (at, len) = (self.tuple_at(lba), blocks * TUPLE_LEN as u64);
+        let end = at + len;
+        let how = if keep_space { Fallocate::ZeroRange } else { Fallocate::PunchHole };
+        self.pages.borrow_mut().retain(|word, _| !(at / PAGE / 64..=end / PAGE / 64).contains(word));
+        let done = self.storage.fallocate(how, at, len).await;
+        self.wrote();
+        match done {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => (),
+            done => return done,
+        }
+        let zeros = Buffer::zeroed(len.min(1 << 20) as usize).sg();
+        let mut pos = at;
+        while pos < end {
+            let n = (end - pos).min(zeros.len() as u64);
+            self.storage.write(pos, &zeros.slice(0, n as usize), false).await?;
+            pos += n;
+        }
+        self.wrote();
+        Ok(())
+    }
+
+    /// The first run of blocks at or after `lba` whose tuples may be other than the escape.
+    pub async fn next_tuples(&self, lba: Lba) -> io::Result<Option<Range<u64>>> {
+        let base = self.tuple_at(Lba(0));
+        let found = self.storage.next_data(self.tuple_at(lba)).await?;
+        let size = TUPLE_LEN as u64;
+        Ok(found
+            .map(|run| ((run.start - base) / size).max(lba.0)..(run.end - base).div_ceil(size))
+            .filter(|run| run.start < run.end))
+    }
+
+    /// Marks the regions of those blocks, durably, before they are written; they stay marked while the guard lives, and
+    /// beyond it until a flush has covered them.
+    pub async fn intend(&self, lba: Lba, blocks: u64) -> io::Result<Writing<'_>> {
+        let shift = self.block_size().shift();
+        let regions = self.intent.regions(lba.0 << shift, blocks << shift);
+        self.intent.enter(&self.storage, regions).await
+    }
+
+    /// The blocks of the marked regions, region by region.
+    pub fn marked(&self) -> Vec<Range<u64>> {
+        let (shift, capacity) = self.region_blocks();
+        let all = self.intent.marked().into_iter();
+        all.map(|r| (r << shift).min(capacity)..((r + 1) << shift).min(capacity)).collect()
+    }
+
+    /// Whether a block lies in a marked region.
+    pub fn is_marked(&self, lba: Lba) -> bool {
+        self.intent.is_marked(lba.0 >> self.region_blocks().0)
+    }
+
+    fn region_blocks(&self) -> (u32, u64) {
+        let h = self.header.borrow();
+        (h.region_shift - h.block_size.shift(), h.capacity.0)
+    }
+
+    fn wrote(&self) {
+        self.written.set(self.written.get() + 1);
+    }
+
+    /// Brings all that was written to stable storage. Once it has failed it fails for good.
+    pub async fn sync(&self) -> io::Result<()> {
+        if self.failed.get() {
+            return Err(io::Error::other("an earlier flush of the sidecar has failed"));
+        }
+        let written = self.written.get();
+        if self.synced.get() >= written {
+            return Ok(());
+        }
+        let done = self.storage.sync().await;
+        match &done {
+            Ok(()) => self.synced.set(self.synced.get().max(written)),
+            Err(_) => self.failed.set(true),
+        }
+        done
+    }
+
+    /// A flush of data and tuples begins.
+    pub fn begin_flush(&self) -> u64 {
+        self.intent.begin_flush()
+    }
+
+    /// The flush that began so has succeeded, for data and tuples: idle regions (with `all`, every region without a writer)
+    /// may be cleared. If that fails they stay marked, which costs a look at the next open and nothing else.
+    pub async fn end_flush(&self, epoch: u64, all: bool) {
+        if let Err(e) = self.intent.end_flush(&self.storage, epoch, all).await {
+            tracing::warn!(error = %e, "the intent map of the protection information could not be cleared");
+        }
+    }
+}
+
+/// Regions that so many blocks make, if the map has room for them.
+fn regions_of(h: &Header, capacity: Blocks) -> Result<u64, StoreError> {
+    let bytes = capacity.to_bytes(h.block_size).ok_or(StoreError::TooLarge(capacity.0))?;
+    let regions = bytes.div_ceil(1 << h.region_shift);
+    if regions > h.map_len * 8 { Err(StoreError::TooLarge(capacity.0)) } else { Ok(regions) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,275 @@
+//! A whole LUN, black box: the real thread over the embedded kernel's ring, on images in a temporary folder.
+
+#![allow(clippy::unwrap_used)] // A test may panic.
+
+use std::{
+    collections::VecDeque,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tcmu_dif::{
+    lun::{LunError, LunHandle, LunParams, State, config::DeviceConfig, start},
+    peer::kernel::{Data, Kernel, KernelError, Options},
+    sys::backend_from_env,
+    units::BlockSize,
+};
+
+const MIB: u64 = 1 << 20;
+
+struct Rig {
+    kernel: Kernel,
+    lun: Option<LunHandle>,
+    image: PathBuf,
+    capacity: u64,
+    block_size: BlockSize,
+    _dir: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(capacity: u64, block_size: BlockSize) -> Rig {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("disk.raw");
+        std::fs::File::create(&image).unwrap().set_len(capacity).unwrap();
+        // Iovecs cut anywhere: what the real kernel cuts at pages must not matter.
+        let options =
+            Options { cmdr_size: 128 << 10, data_size: 32 << 20, cut: Some(7), ..Options::default() };
+        let kernel = Kernel::new(options).unwrap();
+        let mut rig = Rig { kernel, lun: None, image, capacity, block_size, _dir: dir };
+        rig.start().unwrap();
+        // POWER ON, RESET, OR BUS DEVICE RESET OCCURRED
+        assert_eq!(rig.run(&[0; 6], Data::None).key_asc_ascq(), (6, 0x29, 0));
+        rig
+    }
+
+    fn params(&self) -> LunParams {
+        LunParams {
+            name: "test".into(),
+            config: DeviceConfig::new(&self.image),
+            block_size: self.block_size,
+            capacity: self.capacity,
+            write_cache: true,
+            serial: Some("0123456789".into()),
+            backend: Some(backend_from_env()),
+            device: self.kernel.device().unwrap(),
+        }
+    }
+
+    fn start(&mut self) -> Result<(), LunError> {
+        self.lun = Some(start(self.params())?);
+        Ok(())
+    }
+
+    fn lun(&self) -> &LunHandle {
+        self.lun.as_ref().unwrap()
+    }
+
+    fn stop(&mut self) -> Result<(), LunError> {
+        self.lun.take().unwrap().stop()
+    }
+
+    fn run(&mut self, cdb: &[u8], data: Data<'_>) -> tcmu_dif::peer::kernel::Ended {
+        self.kernel.execute(cdb, data).unwrap()
+    }
+}
+
+fn rw16(opcode: u8, lba: u64, blocks: u32) -> [u8; 16] {
+    let mut cdb = [0; 16];
+    cdb[0] = opcode;
+    cdb[2..10].copy_from_slice(&lba.to_be_bytes());
+    cdb[10..14].copy_from_slice(&blocks.to_be_bytes());
+    cdb
+}
+
+const READ16: u8 = 0x88;
+const WRITE16: u8 = 0x8a;
+
+#[test]
+fn what_is_written_is_read_back_at_both_block_sizes_and_lies_in_the_image() {
+    for block_size in [BlockSize::B512, BlockSize::B4096] {
+        let mut rig = Rig::new(8 * MIB, block_size);
+        let bs = block_size.bytes() as usize;
+        let data: Vec<u8> = (0..100 * bs).map(|i| (i / 7) as u8).collect();
+        assert_eq!(rig.run(&rw16(WRITE16, 5, 100), Data::Out(&data)).status, 0);
+        let ended = rig.run(&rw16(READ16, 5, 100), Data::In(data.len()));
+        assert_eq!((ended.status, ended.data == data), (0, true));
+        rig.stop().unwrap();
+        assert_eq!(std::fs::read(&rig.image).unwrap()[5 * bs..105 * bs], data);
+    }
+}
+
+#[test]
+fn a_range_outside_the_disk_is_refused_before_any_io() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    for (lba, blocks) in [(2048, 1), (2047, 2), (u64::MAX, 1), (1 << 32, 1)] {
+        let ended = rig.run(&rw16(WRITE16, lba, blocks), Data::Out(&vec![1; blocks as usize * 512]));
+        assert_eq!((ended.status, ended.key_asc_ascq()), (2, (5, 0x21, 0)), "{lba}+{blocks}");
+    }
+    rig.stop().unwrap();
+    assert!(std::fs::read(&rig.image).unwrap().iter().all(|b| *b == 0));
+}
+
+/// Reads and writes at depth 32, each block with one command under way at most, against a model in memory.
+#[test]
+fn a_random_load_at_depth_32_reads_back_as_the_model_says() {
+    let mut rig = Rig::new(4 * MIB, BlockSize::B512);
+    let mut model = vec![0u8; 4 * MIB as usize];
+    let mut busy: VecDeque<(u16, u64, u64, Option<Vec<u8>>)> = VecDeque::new();
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = move || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    let (mut sent, total) = (0, 4000);
+    while sent < total || !busy.is_empty() {
+        while sent < total && busy.len() < 32 {
+            let blocks = next() % 64 + 1;
+            let lba = next() % (8192 - blocks);
+            if busy.iter().any(|(_, l, b, _)| lba < l + b && *l < lba + blocks) {
+                break;
+            }
+            let range = lba as usize * 512..(lba + blocks) as usize * 512;
+            let submitted = if next() % 2 == 0 {
+                let bytes: Vec<u8> = range.clone().map(|i| (i as u64 ^ next()) as u8).collect();
+                let id = rig.kernel.queue(&rw16(WRITE16, lba, blocks as u32), Data::Out(&bytes));
+                if id.is_ok() {
+                    model[range].copy_from_slice(&bytes);
+                }
+                id.map(|id| (id, None))
+            } else {
+                let id = rig.kernel.queue(&rw16(READ16, lba, blocks as u32), Data::In(range.len()));
+                id.map(|id| (id, Some(model[range].to_vec())))
+            };
+            match submitted {
+                Ok((id, expected)) => busy.push_back((id, lba, blocks, expected)),
+                Err(KernelError::Full) => break,
+                Err(e) => panic!("{e}"),
+            }
+            sent += 1;
+        }
+        rig.kernel.ring_doorbell().unwrap();
+        for ended in rig.kernel.wait(Duration::from_secs(30)).unwrap() {
+            let at = busy.iter().position(|(id, ..)| *id == ended.id).unwrap();
+            let (_, lba, _, expected) = busy.remove(at).unwrap();
+            assert_eq!(ended.status, 0, "lba {lba}");
+            assert!(expected.is_none_or(|e| e == ended.data), "lba {lba} reads back something else");
+        }
+    }
+    rig.stop().unwrap();
+    assert!(std::fs::read(&rig.image).unwrap() == model);
+}
+
+#[test]
+fn a_resize_is_told_as_a_unit_attention_and_the_new_blocks_read_as_zeros() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.lun().resize(2 * MIB).unwrap();
+    assert_eq!(rig.run(&[0; 6], Data::None).key_asc_ascq(), (6, 0x2a, 9));
+    let ended = rig.run(&[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], Data::In(8));
+    assert_eq!(ended.data, [0, 0, 0x0f, 0xff, 0, 0, 2, 0]);
+    assert_eq!(rig.run(&rw16(READ16, 4095, 1), Data::In(512)).data, [0; 512]);
+    assert!(matches!(rig.lun().resize(1000), Err(LunError::Size { .. })));
+    rig.stop().unwrap();
+}
+
+#[test]
+fn the_write_cache_can_be_turned_off_and_initiators_are_told() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.lun().set_write_cache(false).unwrap();
+    assert_eq!(rig.run(&[0; 6], Data::None).key_asc_ascq(), (6, 0x2a, 1));
+    let ended = rig.run(&[0x1a, 8, 8, 0, 255, 0], Data::In(255));
+    assert_eq!((ended.data[4] & 0x3f, ended.data[6] & 4), (8, 0));
+    rig.stop().unwrap();
+}
+
+#[test]
+fn the_lun_is_the_same_disk_after_a_restart() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    let inquiry = |rig: &mut Rig, page: u8| rig.run(&[0x12, 1, page, 0, 255, 0], Data::In(255)).data;
+    let before = [inquiry(&mut rig, 0x80), inquiry(&mut rig, 0x83)];
+    assert!(before[0].ends_with(b"0123456789"));
+    rig.run(&rw16(WRITE16, 9, 1), Data::Out(&[3; 512]));
+    rig.stop().unwrap();
+    rig.start().unwrap();
+    assert_eq!([inquiry(&mut rig, 0x80), inquiry(&mut rig, 0x83)], before);
+    rig.run(&[0; 6], Data::None);
+    assert_eq!(rig.run(&rw16(READ16, 9, 1), Data::In(512)).data, [3; 512]);
+    rig.stop().unwrap();
+}
+
+#[test]
+fn an_image_in_use_is_refused_and_the_refusal_leaves_the_user_alone() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    let second = start(LunParams {
+        device: Kernel::new(Options::default()).unwrap().device().unwrap(),
+        ..rig.params()
+    });
+    let error = second.unwrap_err();
+    assert!(error.to_string().contains(&*rig.image.to_string_lossy()), "{error}");
+    assert!(error.next_step().is_some());
+    assert_eq!(rig.run(&[0; 6], Data::None).status, 0);
+    rig.stop().unwrap();
+    rig.start().unwrap();
+}
+
+#[test]
+fn an_image_that_has_lost_its_end_is_refused() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.stop().unwrap();
+    std::fs::OpenOptions::new().write(true).open(&rig.image).unwrap().set_len(MIB / 2).unwrap();
+    let error = rig.start().unwrap_err();
+    assert!(matches!(error, LunError::Shrunk { .. }), "{error}");
+}
+
+#[test]
+fn a_broken_ring_fails_its_lun_with_the_reason_and_releases_the_image() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.kernel.submit_raw(&[1, 0, 0, 0, 0, 0, 0, 0], None).unwrap();
+    for _ in 0..200 {
+        if rig.lun().is_finished() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let State::Failed(reason) = rig.lun().state() else { panic!("{:?}", rig.lun().state()) };
+    assert!(reason.contains("broken ring entry") && reason.contains("its length is 0"), "{reason}");
+    assert!(matches!(rig.lun().stats(), Err(LunError::Gone(_))));
+    let lockable = tempfile_lock(&rig.image);
+    assert!(lockable, "the image is still locked");
+    rig.lun.take();
+}
+
+fn tempfile_lock(image: &Path) -> bool {
+    let mut other = Rig::new(MIB, BlockSize::B512);
+    other.stop().unwrap();
+    other.image = image.to_owned();
+    other.start().is_ok() && other.stop().is_ok()
+}
+
+#[test]
+fn data_in_that_no_command_filled_is_never_old_memory() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.run(&rw16(WRITE16, 0, 8), Data::Out(&[0xaa; 4096]));
+    // TEST UNIT READY with room for data-in, as SG_IO can ask for it.
+    let ended = rig.run(&[0; 6], Data::In(4096));
+    assert!(ended.data.iter().all(|b| *b == 0));
+    // INQUIRY with a short allocation length and a long buffer.
+    let ended = rig.run(&[0x12, 0, 0, 0, 5, 0], Data::In(4096));
+    assert!(ended.data[5..].iter().all(|b| *b == 0));
+    rig.stop().unwrap();
+}
+
+#[test]
+fn counters_count() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.run(&rw16(WRITE16, 0, 8), Data::Out(&[1; 4096]));
+    rig.run(&rw16(READ16, 0, 2), Data::In(1024));
+    let stats = rig.lun().stats().unwrap();
+    assert_eq!((stats.commands, stats.in_flight), (3, 0));
+    assert_eq!(
+        (stats.counted.bytes_out, stats.counted.bytes_in, stats.counted.check_conditions),
+        (4096, 1024, 1)
+    );
+    rig.stop().unwrap();
+}

@@ -1,0 +1,10 @@
+//! The SCSI target over a volume in memory: what initiators are promised, command family by command family.
+
+mod compare;
+mod erase;
+mod memory;
+mod modes;
+mod provision;
+mod random;
+mod report;
+mod rw;
