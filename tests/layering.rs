@@ -39,10 +39,11 @@ const ROOMS: &[(&str, &[&str])] = &[
             "storage", "sync", "sys", "units",
         ],
     ),
+    ("demo", &["peer", "lun", "image", "pi", "volume", "storage", "sync", "sys", "units"]),
     (
         "cli",
         &[
-            "daemon", "control", "peer", "lun", "kernel", "ring", "scsi", "pi", "image", "job", "handover",
+            "daemon", "control", "demo", "peer", "lun", "kernel", "ring", "scsi", "pi", "image", "job", "handover",
             "volume", "storage", "sync", "sys", "units",
         ],
     ),
