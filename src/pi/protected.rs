@@ -162,7 +162,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 me.sidecar.forget_beyond(capacity.min(Blocks(info.blocks))).await.map_err(store)?;
                 me.sidecar.set_capacity(capacity).await.map_err(store)?;
             }
-            me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(e)))?;
+            me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
         }
         Ok(me)
     }

@@ -201,13 +201,16 @@ impl SimDisk {
     pub fn peek(&self, at: u64, len: usize) -> Vec<u8> {
         let state = self.0.borrow();
         let mut out = vec![0; len];
-        for (i, byte) in out.iter_mut().enumerate() {
-            let pos = at + i as u64;
-            if pos < state.len_now()
-                && let Some(bytes) = state.sectors.get(&(pos / SECTOR)).and_then(Sector::now)
-            {
-                *byte = bytes[(pos % SECTOR) as usize];
-            }
+        let end = (at + len as u64).min(state.len_now());
+        if at >= end {
+            return out;
+        }
+        for (sector, content) in state.sectors.range(at / SECTOR..end.div_ceil(SECTOR)) {
+            let Some(bytes) = content.now() else { continue };
+            let start = sector * SECTOR;
+            let (from, to) = (start.max(at), (start + SECTOR).min(end));
+            out[(from - at) as usize..(to - at) as usize]
+                .copy_from_slice(&bytes[(from - start) as usize..(to - start) as usize]);
         }
         out
     }
