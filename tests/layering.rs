@@ -40,7 +40,6 @@ const ROOMS: &[(&str, &[&str])] = &[
             "storage", "sync", "sys", "units",
         ],
     ),
-    ("demo", &["peer", "lun", "image", "pi", "volume", "storage", "sync", "sys", "units"]),
     (
         "cli",
         &[
