@@ -518,6 +518,3 @@ fn regions_of(h: &Header, capacity: Blocks) -> Result<u64, StoreError> {
     let regions = bytes.div_ceil(1 << h.region_shift);
     if regions > h.map_len * 8 { Err(StoreError::TooLarge(capacity.0)) } else { Ok(regions) }
 }
-
-#[cfg(test)]
-mod tests;
