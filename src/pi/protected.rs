@@ -135,7 +135,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         }
         let capacity = how.block_size.blocks_in(volume.limits().capacity);
         if !info.in_use {
-            if info.stamp != how.found {
+            if !info.stamp.matches(&how.found) {
                 return Err(fault(PiOpenErrorKind::ImageChanged { left: info.stamp, found: how.found }));
             }
             if info.blocks != capacity.0 {

@@ -151,7 +151,7 @@ pub async fn inspect(
 pub async fn status(io: &Io, image: &Path, sidecar: &Path) -> std::result::Result<StatusReport, PiOpenError> {
     let info = inspect(io, image, sidecar).await?.info();
     let found = stamp_of(image, sidecar)?;
-    let image_changed = (!info.in_use).then_some(info.stamp != found);
+    let image_changed = (!info.in_use).then_some(!info.stamp.matches(&found));
     Ok(StatusReport { info, found, image_changed })
 }
 

@@ -27,6 +27,15 @@ const SCRIPT_LIMIT: Duration = Duration::from_secs(120);
 /// How much longer than the agent's own limit the host waits for its answer.
 const ANSWER_SLACK: Duration = Duration::from_secs(20);
 
+/// Every limit times this, from `TCMU_DIF_VM_PATIENCE`: for a machine that has much else to do.
+pub fn patience() -> u32 {
+    std::env::var("TCMU_DIF_VM_PATIENCE")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .filter(|factor| (1..=20).contains(factor))
+        .unwrap_or(1)
+}
+
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// What every boot of this run has in common.
@@ -164,7 +173,7 @@ impl Guest {
             transcript: File::create(logs.join("transcript.log"))?,
             logs,
             requests: 0,
-            deadline: Instant::now() + limit,
+            deadline: Instant::now() + limit * patience(),
             echo: false,
         })
     }
@@ -186,7 +195,7 @@ impl Guest {
 
     /// The guest's time from now on.
     pub fn set_deadline(&mut self, limit: Duration) {
-        self.deadline = Instant::now() + limit;
+        self.deadline = Instant::now() + limit * patience();
     }
 
     /// Runs a bash script under `set -euo pipefail` and gives back its standard output without the last newline;
@@ -232,7 +241,7 @@ impl Guest {
         if left.is_zero() {
             bail!("the test's time is over");
         }
-        let limit = limit.min(left);
+        let limit = (limit * patience()).min(left);
         self.requests += 1;
         let request = Request { script: script.to_owned(), strict, timeout_s: limit.as_secs().max(1) };
         let started = Instant::now();
@@ -364,7 +373,7 @@ impl Drop for Guest {
 
 /// Waits until QEMU has connected and the agent has said that it is up.
 fn wait_for_hello(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream> {
-    let until = Instant::now() + BOOT_LIMIT;
+    let until = Instant::now() + BOOT_LIMIT * patience();
     let mut channel = loop {
         match listener.accept() {
             Ok((channel, _)) => break channel,

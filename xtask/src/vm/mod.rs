@@ -16,8 +16,8 @@ use cache::Cache;
 use clap::Subcommand;
 use guest::{Guest, Lab, RunDir};
 use qemu::Accel;
-use std::path::PathBuf;
-use std::process::{ExitCode, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 pub use agent::serve;
@@ -55,6 +55,9 @@ pub enum Action {
         /// Files to put into the guest's /host
         #[arg(long, value_name = "PATH")]
         file: Vec<PathBuf>,
+        /// Copy what the script puts into the guest's /host/out here
+        #[arg(long, value_name = "FOLDER")]
+        out: Option<PathBuf>,
         /// Seconds until the script is killed
         #[arg(long, default_value_t = 600)]
         timeout: u64,
@@ -94,10 +97,10 @@ pub fn main(action: Action) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Action::Run { bare, profile, program, file, timeout, script } => {
+        Action::Run { bare, profile, program, file, out, timeout, script } => {
             let mut lab = lab((!bare).then_some(&profile))?;
             lab.programs.extend(program);
-            run(&lab, &file, timeout, script)
+            run(&lab, &file, out.as_deref(), timeout, script)
         }
         Action::Shell { bare, profile } => shell(&lab((!bare).then_some(&profile))?),
     }
@@ -142,7 +145,13 @@ fn build(profile: &str) -> Result<PathBuf> {
     Ok(sh::target_dir().join(folder).join("tcmu-dif"))
 }
 
-fn run(lab: &Lab, files: &[PathBuf], timeout: u64, words: Vec<String>) -> Result<ExitCode> {
+fn run(
+    lab: &Lab,
+    files: &[PathBuf],
+    out: Option<&Path>,
+    timeout: u64,
+    words: Vec<String>,
+) -> Result<ExitCode> {
     let script = if words == ["-"] { std::io::read_to_string(std::io::stdin())? } else { words.join(" ") };
     let limit = Duration::from_secs(timeout);
     let name = format!("run.{}", std::process::id());
@@ -153,7 +162,12 @@ fn run(lab: &Lab, files: &[PathBuf], timeout: u64, words: Vec<String>) -> Result
             .with_context(|| format!("cannot give {} to the guest", file.display()))?;
     }
     guest.set_echo(true);
+    std::fs::create_dir(guest.share().join("out"))?;
     let output = guest.run(&script, false, limit)?;
+    if let Some(out) = out {
+        std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+        sh::quiet(Command::new("cp").args(["-r", "-T"]).arg(guest.share().join("out")).arg(out))?;
+    }
     if output.timed_out {
         bail!("the script was killed after {timeout} s; see {}", guest.logs().display());
     }

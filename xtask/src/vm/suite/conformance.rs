@@ -1,8 +1,10 @@
 //! What others' tools say of the SCSI target: libiscsi's suite, and the reports of sg3-utils as snapshots.
 
+use super::super::guest::Guest;
 use super::lun::{create_on_loopback, daemon_pid, delete, start_daemon};
 use super::{Run, Test, compare_snapshot, iscsi};
 use anyhow::{Context, Result, ensure};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::time::Duration;
@@ -38,19 +40,16 @@ fn iscsi_test_cu(run: &mut Run<'_>) -> Result<()> {
     )?;
     let guest = &mut *run.guest;
     start_daemon(guest, "auto")?;
+    // Small, because SANITIZE goes over all of it within the suite's time limit for one command.
     let lun =
-        create_on_loopback(guest, "suite", "--image /scratch/suite.raw --size 128M --format raw --pi type1")?;
-    // In the guest's memory first: the log is long, and a share is slow.
-    guest.sh_within(
-        Duration::from_secs(540),
-        &format!(
-            "iscsi-test-cu --dataloss --allow-sanitize -V --test=SCSI {} > /tmp/iscsi.log 2>&1 || true; cp /tmp/iscsi.log /host/",
-            lun.sg
-        ),
-    )?;
-    let log = guest.logs().join("iscsi-test-cu.log");
-    fs::copy(guest.share().join("iscsi.log"), &log)?;
-    let ended = iscsi::parse(&String::from_utf8_lossy(&fs::read(&log)?))?;
+        create_on_loopback(guest, "suite", "--image /scratch/suite.raw --size 32M --format raw --pi type1")?;
+    let mut ended = suite(guest, &lun.sg, "SCSI", "")?;
+    // SANITIZE tests run one by one: on an sg device the suite itself crashes in one of them.
+    let sanitize: Vec<String> =
+        ended.keys().filter(|name| name.starts_with("Sanitize.") && *name != CRASHES).cloned().collect();
+    for name in sanitize {
+        ended.extend(suite(guest, &lun.sg, &format!("SCSI.{name}"), "--allow-sanitize")?);
+    }
     let count = |wanted| ended.values().filter(|ended| ended.outcome == wanted).count();
     println!(
         "          iscsi-test-cu: {} tests, {} passed, {} failed, {} skipped",
@@ -63,6 +62,24 @@ fn iscsi_test_cu(run: &mut Run<'_>) -> Result<()> {
     ensure!(differences.is_empty(), "not as {} has it:\n{differences}", path.display());
     daemon_pid(guest)?;
     delete(guest, "suite")
+}
+
+/// A test of the suite that follows a null pointer unless the target is reached by libiscsi's own iSCSI.
+const CRASHES: &str = "Sanitize.OverwriteReserved";
+
+/// Runs one family or test of the suite and reads its log, which is kept.
+fn suite(guest: &mut Guest, sg: &str, test: &str, more: &str) -> Result<BTreeMap<String, iscsi::Ended>> {
+    // In the guest's memory first: the log is long, and a share is slow.
+    let name = format!("iscsi-test-cu.{test}.log");
+    guest.sh_within(
+        Duration::from_secs(400),
+        &format!(
+            "iscsi-test-cu --dataloss {more} -V --test={test} {sg} > /tmp/{name} 2>&1 || true; cp /tmp/{name} /host/"
+        ),
+    )?;
+    let log = guest.logs().join(&name);
+    fs::copy(guest.share().join(&name), &log)?;
+    iscsi::parse(&String::from_utf8_lossy(&fs::read(&log)?)).with_context(|| format!("see {}", log.display()))
 }
 
 /// The snapshots' LUN has a fixed serial number and a fixed name on the fabric, so that nothing in them is volatile.

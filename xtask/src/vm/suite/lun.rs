@@ -1,12 +1,14 @@
 //! tcmu-dif in the guest, through its command line: the daemon, and LUNs on loopback.
 
-use super::super::guest::Guest;
+use super::super::guest::{Guest, patience};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::time::Duration;
 
-/// How long a `create` or a `delete` may take before the test calls it a hang, in seconds.
-const COMMAND_LIMIT: u32 = 60;
+/// How long a command may take before the test calls it a hang, in seconds.
+fn command_limit() -> u32 {
+    60 * patience()
+}
 
 /// A LUN that `tcmu-dif create` made, as its `--json` tells it.
 #[derive(Clone, Debug)]
@@ -59,7 +61,7 @@ pub fn stop_daemon(guest: &mut Guest, signal: &str) -> Result<()> {
 
 /// `tcmu-dif create NAME OPTIONS --json`, which must succeed.
 pub fn create(guest: &mut Guest, name: &str, options: &str) -> Result<Value> {
-    guest.json(&format!("timeout {COMMAND_LIMIT} tcmu-dif create {name} {options} --json"))
+    guest.json(&format!("timeout {} tcmu-dif create {name} {options} --json", command_limit()))
 }
 
 /// [`create`] with an export through loopback, whose disk must be there.
@@ -81,12 +83,12 @@ pub fn create_on_loopback(guest: &mut Guest, name: &str, options: &str) -> Resul
 
 /// `tcmu-dif delete NAME`, which must succeed.
 pub fn delete(guest: &mut Guest, name: &str) -> Result<()> {
-    guest.sh(&format!("timeout {COMMAND_LIMIT} tcmu-dif delete {name}")).map(drop)
+    guest.sh(&format!("timeout {} tcmu-dif delete {name}", command_limit())).map(drop)
 }
 
 /// `tcmu-dif show NAME --json`.
 pub fn show(guest: &mut Guest, name: &str) -> Result<Value> {
-    guest.json(&format!("timeout {COMMAND_LIMIT} tcmu-dif show {name} --json"))
+    guest.json(&format!("timeout {} tcmu-dif show {name} --json", command_limit()))
 }
 
 /// The names that `tcmu-dif list --json` gives.
