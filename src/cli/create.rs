@@ -188,7 +188,7 @@ fn again(places: &Places, args: &Create, config: &DeviceConfig, there: &Backstor
         .next(format!("choose another name, or delete it first: tcmu-dif delete {name}")));
     }
     let views = exports.iter().map(|e| luns::view(&places.tree, e)).collect();
-    let state = places.run.read(name.as_str()).ok().flatten();
+    let state = places.state("create", name.as_str())?;
     print(args, there, config, views, state, false)
 }
 

@@ -45,6 +45,15 @@ impl Places {
         })
     }
 
+    /// What the daemon says of a LUN; nothing, if there is no daemon: what a dead one wrote says nothing any more.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn state(&self, command: &str, name: &str) -> Result<Option<LunState>, CliError> {
+        let read = || if self.run.daemon()?.is_some() { self.run.read(name) } else { Ok(None) };
+        read().map_err(|e| CliError::from(command, name, &e))
+    }
+
     /// The backstore of that name.
     ///
     /// # Errors

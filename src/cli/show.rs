@@ -25,7 +25,7 @@ pub fn list(cli: &Cli, json: bool) -> Done {
     for store in backstore::all(&places.tree).map_err(failed)?.iter().filter(|b| b.is_of(SUBTYPE)) {
         let mine = exports.iter().filter(|((hba, name), _)| *hba == store.hba && *name == store.name);
         let exports = mine.map(|(_, e)| super::luns::view(&places.tree, e)).collect();
-        let state = places.run.read(&store.name).map_err(|e| CliError::from("list", &store.name, &e))?;
+        let state = places.state("list", &store.name)?;
         views.push(LunView::new(store, state, exports));
     }
     if json {
@@ -71,11 +71,10 @@ pub fn show(cli: &Cli, args: &Show) -> Done {
         return output::print(&words.join("\n"));
     }
     // Fresh counters, if the daemon may be asked; what it wrote last, otherwise.
-    let state = places
-        .run
-        .refresh(&store.name, REPORT_PATIENCE)
-        .or_else(|_| places.run.read(&store.name))
-        .map_err(|e| CliError::from("show", &args.name, &e))?;
+    let state = match places.run.refresh(&store.name, REPORT_PATIENCE) {
+        Ok(state) => state,
+        Err(_) => places.state("show", &store.name)?,
+    };
     let view = LunView::new(&store, state, exports);
     if args.json.json {
         return output::json(&view);
