@@ -1,7 +1,5 @@
-//! tmp
-fn main() {
-    if let Err(e) = tcmu_dif::demo::run(&mut std::io::stdout()) {
-        eprintln!("{e} {:?}", std::error::Error::source(&e));
-        std::process::exit(1);
-    }
+//! The binary: everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    tcmu_dif::cli::main()
 }

@@ -32,6 +32,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("control", &["lun", "units"]),
     ("peer", &["ring", "sys", "units", "sync"]),
+    ("demo", &["peer", "lun", "ring", "pi", "image", "volume", "sys", "units"]),
     (
         "daemon",
         &[
@@ -42,8 +43,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "daemon", "control", "peer", "lun", "kernel", "ring", "scsi", "pi", "image", "job", "handover",
-            "volume", "storage", "sync", "sys", "units",
+            "daemon", "control", "demo", "peer", "lun", "kernel", "ring", "scsi", "pi", "image", "job",
+            "handover", "volume", "storage", "sync", "sys", "units",
         ],
     ),
 ];

@@ -100,8 +100,8 @@ impl Lun for TestLun {
         Ok(())
     }
 
-    fn report(&self) -> Report {
-        Report { format: "raw".into(), io: "threads".into(), counters: serde_json::json!({ "reads": 1 }) }
+    fn report(&self) -> Result<Report, Failure> {
+        Ok(Report { format: "raw".into(), io: "threads".into(), counters: serde_json::json!({ "reads": 1 }) })
     }
 
     fn failure(&self) -> Option<Failure> {

@@ -5,6 +5,7 @@
 //! ([`rundir`]), which is how the command line learns of it.
 
 pub mod devices;
+pub mod real;
 pub mod rundir;
 pub mod serve;
 pub mod worker;

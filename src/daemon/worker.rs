@@ -106,7 +106,10 @@ pub trait Lun: Send {
     /// The LUN's.
     fn set_write_cache(&self, on: bool) -> Result<(), Failure>;
     /// How it does.
-    fn report(&self) -> Report;
+    ///
+    /// # Errors
+    /// If it doesn't answer.
+    fn report(&self) -> Result<Report, Failure>;
     /// Why it serves no more, if it doesn't.
     fn failure(&self) -> Option<Failure>;
     /// Finishes what is in flight, closes the image and lets go of the device.
@@ -368,7 +371,7 @@ impl Worker {
 
     fn write(&mut self) {
         if let Some(lun) = &self.lun {
-            if let Ok(report) = guarded(|| Ok(lun.report())) {
+            if let Ok(report) = guarded(|| lun.report()) {
                 self.state.format = Some(report.format);
                 self.state.io = Some(report.io);
                 self.state.counters = report.counters;

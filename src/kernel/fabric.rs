@@ -178,11 +178,20 @@ fn initiator(wwn: &Wwn) -> Wwn {
     Wwn::derived(&["initiator", wwn.as_str()])
 }
 
+/// How far an export was taken down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removed {
+    /// Wholly, or as far as it was nobody else's.
+    Whole,
+    /// The LUN is gone; a guest is still connected to the target, which stays until it goes.
+    TargetInUse,
+}
+
 /// Takes an export down: the LUN, and the portal group and the target if nothing else is in them.
 ///
 /// # Errors
 /// The step that the kernel refused.
-pub fn remove(tree: &dyn Tree, export: &Export) -> Result<(), ConfigfsError> {
+pub fn remove(tree: &dyn Tree, export: &Export) -> Result<Removed, ConfigfsError> {
     let lun = export.lun_path();
     let link = lun.join(&export.link);
     tree.unlink(&link).context("unlink", &link)?;
@@ -190,15 +199,19 @@ pub fn remove(tree: &dyn Tree, export: &Export) -> Result<(), ConfigfsError> {
     let tpg = export.tpg_path();
     let luns = tpg.join("lun");
     if !tree.dirs(&luns).context("list", &luns)?.is_empty() {
-        return Ok(());
+        return Ok(Removed::Whole);
     }
-    tree.remove_dir(&tpg).context("remove", &tpg)?;
+    match tree.remove_dir(&tpg) {
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(Removed::TargetInUse),
+        done => done.context("remove", &tpg)?,
+    }
     let target = export.target_path();
     let others = tree.dirs(&target).context("list", &target)?;
     if others.iter().any(|d| d.starts_with("tpgt_")) {
-        return Ok(());
+        return Ok(Removed::Whole);
     }
-    tree.remove_dir(&target).context("remove", &target)
+    tree.remove_dir(&target).context("remove", &target)?;
+    Ok(Removed::Whole)
 }
 
 /// The disk that a loopback export is on this host.
@@ -258,4 +271,12 @@ pub fn wait_for_disk(sysfs: &Path, address: &str, want_sg: bool, patience: Durat
 /// sysfs' own.
 pub fn set_disk_timeout(sysfs: &Path, address: &str, seconds: u32) -> io::Result<()> {
     fs::write(sysfs.join("class/scsi_device").join(address).join("device/timeout"), seconds.to_string())
+}
+
+/// Has the disk driver ask the disk for its capacity.
+///
+/// # Errors
+/// sysfs' own.
+pub fn rescan_disk(sysfs: &Path, address: &str) -> io::Result<()> {
+    fs::write(sysfs.join("class/scsi_device").join(address).join("device/rescan"), "1")
 }

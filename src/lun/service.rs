@@ -106,7 +106,7 @@ impl Service for Lun {
             return Completion::check_condition(&response.sense_bytes());
         }
         let mut completion = Completion::status(response.status as u8);
-        if response.data_in > 0 && response.data_in < room {
+        if response.gives_data && response.data_in < room {
             completion.read_len = Some(response.data_in as u32);
         }
         completion

@@ -68,7 +68,7 @@ pub enum PiOpenErrorKind {
     },
     /// Reading the image for the recheck after a crash, or its stamp.
     #[error("{0}")]
-    Image(#[source] IoError),
+    Image(#[source] Box<IoError>),
 }
 
 impl PiOpenError {

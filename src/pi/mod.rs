@@ -13,6 +13,7 @@ mod recompute;
 pub mod store;
 #[cfg(test)]
 mod testing;
+pub mod tools;
 pub mod tuple;
 
 pub use error::{PiOpenError, PiOpenErrorKind};

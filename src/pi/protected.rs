@@ -135,7 +135,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         }
         let capacity = how.block_size.blocks_in(volume.limits().capacity);
         if !info.in_use {
-            if info.stamp != how.found {
+            if !info.stamp.matches(&how.found) {
                 return Err(fault(PiOpenErrorKind::ImageChanged { left: info.stamp, found: how.found }));
             }
             if info.blocks != capacity.0 {
@@ -162,7 +162,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 me.sidecar.forget_beyond(capacity.min(Blocks(info.blocks))).await.map_err(store)?;
                 me.sidecar.set_capacity(capacity).await.map_err(store)?;
             }
-            me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(e)))?;
+            me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
         }
         Ok(me)
     }

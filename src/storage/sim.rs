@@ -33,6 +33,7 @@ impl Rng {
     }
 
     /// The next 64 bits.
+    #[allow(clippy::should_implement_trait)] // An iterator without end is no help here.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -201,13 +202,16 @@ impl SimDisk {
     pub fn peek(&self, at: u64, len: usize) -> Vec<u8> {
         let state = self.0.borrow();
         let mut out = vec![0; len];
-        for (i, byte) in out.iter_mut().enumerate() {
-            let pos = at + i as u64;
-            if pos < state.len_now()
-                && let Some(bytes) = state.sectors.get(&(pos / SECTOR)).and_then(Sector::now)
-            {
-                *byte = bytes[(pos % SECTOR) as usize];
-            }
+        let end = (at + len as u64).min(state.len_now());
+        if at >= end {
+            return out;
+        }
+        for (sector, content) in state.sectors.range(at / SECTOR..end.div_ceil(SECTOR)) {
+            let Some(bytes) = content.now() else { continue };
+            let start = sector * SECTOR;
+            let (from, to) = (start.max(at), (start + SECTOR).min(end));
+            out[(from - at) as usize..(to - at) as usize]
+                .copy_from_slice(&bytes[(from - start) as usize..(to - start) as usize]);
         }
         out
     }

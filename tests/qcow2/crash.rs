@@ -140,7 +140,8 @@ async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
     let busy = Cell::new(true);
     let cutter = async {
         while busy.get() {
-            for _ in 0..rng.below(80) {
+            // A larger disk takes longer to judge.
+            for _ in 0..rng.below(80 * (size / SIZE) * (size / SIZE)) {
                 yield_now().await;
             }
             for how in [Cut::Process, Cut::Oldest, Cut::Any, Cut::Any, Cut::Prefix] {
@@ -178,7 +179,7 @@ async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
 fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
     let count = Rc::new(Count { cuts: Cell::new(0), by_qemu: Cell::new(0) });
     for kind in kinds() {
-        for seed in 0..3 * scale() {
+        for seed in 0..(2 * scale()).div_ceil(kind.size / SIZE) {
             sim::run(session(kind.clone(), seed, count.clone()));
         }
     }
@@ -221,7 +222,7 @@ fn every_step_may_fail_and_the_image_stays_sound() {
         // Further and further on, until the work is over before the failure comes.
         let mut step = 0;
         while sim::run(session_with_failure(kind.clone(), step)) {
-            step += 1 + 4 / scale();
+            step += 1 + 8 / scale() * (kind.size / SIZE);
         }
         assert!(step > 20, "{}: only {step} steps", kind.name);
     }

@@ -30,6 +30,8 @@ pub struct Model {
     ops: RefCell<Vec<Op>>,
     /// Operations that touched a block and may still be seen, by index.
     blocks: RefCell<Vec<Vec<u32>>>,
+    /// When the reads under way began.
+    reads: RefCell<Vec<u64>>,
 }
 
 fn value(op: usize, block: u64) -> u64 {
@@ -47,6 +49,7 @@ impl Model {
             clock: Cell::new(1),
             ops: RefCell::default(),
             blocks: RefCell::new(vec![Vec::new(); blocks]),
+            reads: RefCell::default(),
         }
     }
 
@@ -85,6 +88,18 @@ impl Model {
         self.tick()
     }
 
+    /// The moment that a read begins.
+    pub fn read_begins(&self) -> u64 {
+        let began = self.tick();
+        self.reads.borrow_mut().push(began);
+        began
+    }
+
+    /// The read that began then is over.
+    pub fn read_ended(&self, began: u64) {
+        self.reads.borrow_mut().retain(|r| *r != began);
+    }
+
     /// A flush that began then has ended well.
     pub fn flush_ended(&self, began: u64) {
         for op in self.ops.borrow_mut().iter_mut() {
@@ -95,8 +110,11 @@ impl Model {
     /// Forgets operations that can not be seen any more, whatever happens.
     pub fn prune(&self) {
         let ops = self.ops.borrow();
+        let oldest = self.reads.borrow().iter().copied().min().unwrap_or(u64::MAX);
+        let hidden = |b: &Op| b.durable && b.end.is_some_and(|end| end < oldest);
         for seen in self.blocks.borrow_mut().iter_mut() {
-            let hides = |a: &Op| seen.iter().any(|b| ops[*b as usize].durable && after(&ops[*b as usize], a));
+            let hides =
+                |a: &Op| seen.iter().any(|b| hidden(&ops[*b as usize]) && after(&ops[*b as usize], a));
             let keep: Vec<u32> = seen.iter().copied().filter(|a| !hides(&ops[*a as usize])).collect();
             *seen = keep;
         }
@@ -143,7 +161,7 @@ impl Model {
         ))
     }
 
-    /// Judges what a read gave that began at that moment (from [`Model::flush_begins`]).
+    /// Judges what a read gave that began at that moment (from [`Model::read_begins`]).
     pub fn judge_read(&self, first: u64, bytes: &[u8], began: u64) -> Result<(), String> {
         for (i, block) in bytes.chunks(BLOCK as usize).enumerate() {
             self.judge(first + i as u64, block, Settled::Ended, began, false)?;

@@ -224,7 +224,7 @@ impl Storage for SimDisk {
     async fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         self.take_turns().await;
         self.may_fail()?;
-        let end = self.len()?.min(at + len);
+        let end = self.size()?.min(at + len);
         if end > at {
             self.put(at, &vec![0; (end - at) as usize]);
         }
@@ -235,11 +235,11 @@ impl Storage for SimDisk {
         self.punch(at, len).await
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         Ok(self.state.borrow().len.last().map_or(0, |l| l.1))
     }
 
-    async fn set_len(&self, len: u64) -> io::Result<()> {
+    async fn set_size(&self, len: u64) -> io::Result<()> {
         self.take_turns().await;
         self.may_fail()?;
         if len > LARGEST {

@@ -91,12 +91,13 @@ impl<V: Volume> Work<'_, V> {
                 self.ended(op, self.volume.write(at, &sg, WriteFlags { fua }).await, fua);
             }
             45..70 => {
-                let began = self.model.flush_begins();
+                let began = self.model.read_begins();
                 let sg = scattered(&mut self.rng.borrow_mut(), &vec![0xa5; len as usize]);
                 match self.volume.read(at, &sg).await {
                     Ok(()) => self.model.judge_read(first, &sg.to_vec(), began).unwrap(),
                     Err(e) => assert!(self.may_fail, "{e}"),
                 }
+                self.model.read_ended(began);
             }
             70..82 => {
                 let op = self.model.begin(first, count, true);

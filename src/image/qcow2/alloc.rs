@@ -134,7 +134,7 @@ impl<S: Storage> Qcow2<S> {
             self.storage.punch(start, n).await.map_err(|e| self.io_error(op, e))?;
         }
         if end > len {
-            self.storage.set_len(end).await.map_err(|e| self.io_error(op, e))?;
+            self.storage.set_size(end).await.map_err(|e| self.io_error(op, e))?;
             self.file_len.set(end);
         }
         Ok(())
@@ -228,7 +228,7 @@ impl<S: Storage> Qcow2<S> {
                 }
             }
             if end < self.file_len.get() {
-                self.storage.set_len(end).await.map_err(|e| self.io_error(op, e))?;
+                self.storage.set_size(end).await.map_err(|e| self.io_error(op, e))?;
                 self.file_len.set(end);
             }
         }

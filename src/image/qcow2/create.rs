@@ -138,7 +138,7 @@ pub async fn create_on<S: Storage>(
     }
     .encode()?;
 
-    storage.set_len(byte(total)).await.map_err(failed)?;
+    storage.set_size(byte(total)).await.map_err(failed)?;
     if storage.is_fixed() {
         storage.zero(0, byte(total)).await.map_err(failed)?;
     }

@@ -239,7 +239,7 @@ mod tests {
         for order in 0..=6 {
             let g = geometry(3, 16, order);
             let mut bytes = vec![0u8; 256];
-            let count = 256 * 8 >> order;
+            let count = (256 * 8) >> order;
             let value = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) & g.max_refcount();
             for i in (0..count).rev() {
                 g.set_refcount(&mut bytes, i, value(i));

@@ -29,7 +29,7 @@ impl<S: Storage> Qcow2<S> {
     pub async fn open_on(storage: S, path: &Path, read_only: bool, backing: Option<Backing>) -> Result<Self> {
         let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
         let corrupt = |detail: String| IoError::corrupt(IoOp::Open, detail).path(path);
-        let file_len = storage.len().map_err(failed)?;
+        let file_len = storage.size().map_err(failed)?;
         let header = read_header(&storage, file_len, path).await?;
         if !read_only {
             let next = format!("run `qemu-img check -r all {}`", path.display());
@@ -148,7 +148,7 @@ async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &Path) -> Res
     let first = first.to_vec();
     let cluster = match be32(&first, 20) {
         bits @ 9..=21 => 1u64 << bits,
-        _ => return Err(probe_header(&first).err().unwrap_or(HeaderError::Truncated)).map_err(refused),
+        _ => return Err(refused(probe_header(&first).err().unwrap_or(HeaderError::Truncated))),
     };
     if cluster <= first.len() as u64 || file_len <= first.len() as u64 {
         return probe_header(&first).map_err(refused);

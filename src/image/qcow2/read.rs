@@ -45,7 +45,7 @@ impl<V: Volume> ReadBacking for V {
             let limits = self.limits();
             let align = u64::from(limits.alignment.max(1));
             let end = at + to.len() as u64;
-            if at % align == 0 && (end % align == 0 || end == limits.capacity) {
+            if at.is_multiple_of(align) && (end.is_multiple_of(align) || end == limits.capacity) {
                 return Volume::read(self, ByteOffset(at), to).await;
             }
             let start = at / align * align;

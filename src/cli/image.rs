@@ -1,0 +1,239 @@
+//! `tcmu-dif image`, and what `create` does with images: look at one, make one.
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::ExitCode,
+};
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::{
+    CliError, Done,
+    args::{Image, ImageCreate, ImageInfo, Output},
+    output, size,
+};
+use crate::{
+    image::{
+        Format,
+        create::{CreateError, create_qcow2, create_raw},
+        open::{OpenError, OpenOptions, open},
+        qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation},
+    },
+    sys,
+    units::BlockSize,
+    volume::Volume,
+};
+
+/// What a look at an image gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Looked {
+    /// The format.
+    pub format: Format,
+    /// Bytes of the disk in it.
+    pub capacity: u64,
+}
+
+/// Runs `image create` or `image info`.
+pub fn run(args: &Image) -> Done {
+    match args {
+        Image::Create(args) => create(args),
+        Image::Info(args) => info(args),
+    }
+}
+
+fn open_failed(path: &Path, e: &OpenError) -> CliError {
+    CliError::from("image", path.display(), e).maybe_next(e.next_step())
+}
+
+fn create_failed(path: &Path, e: &CreateError) -> CliError {
+    CliError::from("image", path.display(), e).maybe_next(e.next_step())
+}
+
+/// Opens an image as the daemon will, lock and all, and closes it again.
+///
+/// # Errors
+/// Everything that would keep the daemon from serving it.
+pub fn look(path: &Path, read_only: bool, block_size: BlockSize) -> Result<Looked, CliError> {
+    let at = path.to_owned();
+    let looked = sys::run(async move |io| {
+        let image = open(&io, &at, &OpenOptions { read_only, ..OpenOptions::default() }).await?;
+        image.check_block_size(block_size)?;
+        let looked = Looked { format: image.format(), capacity: image.limits().capacity };
+        Ok((looked, image.close().await))
+    });
+    let (looked, closed) = looked.map_err(|e: OpenError| open_failed(path, &e))?;
+    closed.map_err(|e| CliError::from("image", path.display(), &e))?;
+    Ok(looked)
+}
+
+/// Makes an image with the usual options.
+///
+/// # Errors
+/// Nothing is left behind then.
+pub fn create_new(path: &Path, format: Format, size: u64) -> Result<(), CliError> {
+    make(path, format, CreateOptions::new(size))
+}
+
+fn make(path: &Path, format: Format, options: CreateOptions) -> Result<(), CliError> {
+    let at = path.to_owned();
+    let made = sys::run(async move |io| match format {
+        Format::Raw => create_raw(&io, &at, options.size).await,
+        Format::Qcow2 => create_qcow2(&io, &at, &options).await,
+    });
+    made.map_err(|e| create_failed(path, &e))
+}
+
+fn create(args: &ImageCreate) -> Done {
+    let mut options = CreateOptions::new(args.size.unwrap_or(0));
+    let words: Vec<&str> = args.options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()).collect();
+    if args.format == Format::Raw {
+        let only_qcow2 = |what: &str, value: &str| {
+            CliError::usage(what, value, "raw images have none").next("choose -f qcow2")
+        };
+        if let Some(word) = words.first() {
+            return Err(only_qcow2("-o", word));
+        }
+        if let Some(backing) = &args.backing {
+            return Err(only_qcow2("-b", backing));
+        }
+    }
+    for word in words {
+        option(&mut options, word)?;
+    }
+    options.backing_file = args.backing.clone();
+    options.backing_format = args.backing_format.map(|f| f.to_string());
+    make(&args.path, args.format, options)?;
+    let capacity = look_without_lock(&args.path)?.capacity;
+    output::print(&format!(
+        "{}: {}, {} ({capacity} bytes)",
+        args.path.display(),
+        args.format,
+        size::human(capacity)
+    ))
+}
+
+/// One `key=value` of `-o`.
+fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
+    let wrong = |reason: &str| {
+        CliError::usage("-o", word, reason).next("see what there is: tcmu-dif image create --help")
+    };
+    let (key, value) = word.split_once('=').ok_or_else(|| wrong("an option has the form key=value"))?;
+    match key {
+        "cluster_size" => options.cluster_size = size::parse(value).map_err(|e| wrong(&e))?,
+        "refcount_bits" => options.refcount_bits = value.parse().map_err(|_| wrong("not a number"))?,
+        "compat" => {
+            options.version = match value {
+                "0.10" | "v2" => 2,
+                "1.1" | "v3" => 3,
+                _ => return Err(wrong("compat is 0.10 or 1.1")),
+            }
+        }
+        "preallocation" => {
+            options.preallocation = match value {
+                "off" => Preallocation::Off,
+                "metadata" => Preallocation::Metadata,
+                _ => return Err(wrong("preallocation is off or metadata")),
+            }
+        }
+        _ => return Err(wrong("there is no such option")),
+    }
+    Ok(())
+}
+
+fn look_without_lock(path: &Path) -> Result<Looked, CliError> {
+    let at = path.to_owned();
+    let looked = sys::run(async move |io| {
+        let options = OpenOptions { read_only: true, format: None, lock: false };
+        let image = open(&io, &at, &options).await?;
+        Ok(Looked { format: image.format(), capacity: image.limits().capacity })
+    });
+    looked.map_err(|e: OpenError| open_failed(path, &e))
+}
+
+/// `image info`, in the words and the JSON of `qemu-img info`.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Info {
+    filename: String,
+    format: String,
+    virtual_size: u64,
+    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<String>,
+    dirty_flag: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format_specific: Option<serde_json::Value>,
+}
+
+fn info(args: &ImageInfo) -> Done {
+    let path = &args.path;
+    let looked = look_without_lock(path)?;
+    let header = match looked.format {
+        Format::Raw => None,
+        Format::Qcow2 => Some(header(path)?),
+    };
+    let meta = fs::metadata(path).map_err(|e| CliError::from("image", path.display(), &e))?;
+    let info = Info {
+        filename: path.display().to_string(),
+        format: looked.format.to_string(),
+        virtual_size: looked.capacity,
+        // st_blocks counts 512 bytes whatever the file system's block is (stat(2)).
+        actual_size: meta.blocks() * 512,
+        cluster_size: header.as_ref().map(|h| 1 << h.cluster_bits),
+        backing_filename: header.as_ref().and_then(|h| h.backing_file.clone()),
+        backing_filename_format: header.as_ref().and_then(|h| h.backing_format.clone()),
+        dirty_flag: header.as_ref().is_some_and(|h| h.dirty),
+        format_specific: header.as_ref().map(|h| {
+            json!({ "type": "qcow2", "data": {
+                "compat": if h.version == 2 { "0.10" } else { "1.1" },
+                "refcount-bits": 1u64 << h.refcount_order,
+                "lazy-refcounts": h.lazy_refcounts,
+                "corrupt": h.corrupt,
+            }})
+        }),
+    };
+    if args.json || args.output == Output::Json {
+        return output::json(&info);
+    }
+    output::print(&text(&info, header.as_ref()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn header(path: &Path) -> Result<HeaderInfo, CliError> {
+    let mut first = Vec::new();
+    let file = File::open(path).map_err(|e| CliError::from("image", path.display(), &e))?;
+    file.take(MAX_CLUSTER as u64)
+        .read_to_end(&mut first)
+        .map_err(|e| CliError::from("image", path.display(), &e))?;
+    qcow2::probe_header(&first).map_err(|e| CliError::from("image", path.display(), &e))
+}
+
+fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
+    let yes = |b: bool| if b { "true" } else { "false" };
+    let bytes = |n: u64| format!("{} ({n} bytes)", size::human(n));
+    let mut out = vec![
+        format!("image: {}", info.filename),
+        format!("file format: {}", info.format),
+        format!("virtual size: {}", bytes(info.virtual_size)),
+        format!("disk size: {}", size::human(info.actual_size)),
+    ];
+    out.extend(info.cluster_size.map(|c| format!("cluster_size: {c}")));
+    out.extend(info.backing_filename.as_ref().map(|b| format!("backing file: {b}")));
+    out.extend(info.backing_filename_format.as_ref().map(|f| format!("backing file format: {f}")));
+    if let Some(h) = header {
+        out.push("format specific information:".to_owned());
+        out.push(format!("    compat: {}", if h.version == 2 { "0.10" } else { "1.1" }));
+        out.push(format!("    lazy refcounts: {}", yes(h.lazy_refcounts)));
+        out.push(format!("    refcount bits: {}", 1u64 << h.refcount_order));
+        out.push(format!("    corrupt: {}", yes(h.corrupt)));
+    }
+    out.join("\n")
+}

@@ -1,0 +1,178 @@
+//! The daemon's host as it really is: configfs, /dev/uioN and LUN threads.
+
+use std::{path::PathBuf, time::Duration};
+
+use super::worker::{Failure, Host, Identity, Lun, Report};
+use crate::{
+    kernel::{
+        backstore,
+        tree::Real,
+        uio::{Uio, UioDevice},
+    },
+    lun::{self, LunError, LunHandle, LunParams, State, config::DeviceConfig},
+    ring::Device,
+    sys::io::Backend,
+    units::BlockSize,
+};
+
+/// How long a device's node may take to come up.
+const NODE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The kernel's devices, served by real LUNs.
+#[derive(Debug, Clone)]
+pub struct RealHost {
+    /// Where configfs is mounted.
+    pub configfs: PathBuf,
+    /// The way of I/O; the best that the kernel permits if none is given.
+    pub backend: Option<Backend>,
+}
+
+/// An error and everything under it, in one line.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(e) = next {
+        text = format!("{text}: {e}");
+        next = e.source();
+    }
+    text
+}
+
+/// The errno in a chain of errors.
+fn errno(e: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut next = Some(e);
+    while let Some(e) = next {
+        if let Some(number) = e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error) {
+            return Some(number);
+        }
+        next = e.source();
+    }
+    None
+}
+
+impl From<LunError> for Failure {
+    fn from(e: LunError) -> Failure {
+        let errno = errno(&e).unwrap_or(match e {
+            LunError::Size { .. } => libc::EINVAL,
+            _ => libc::EIO,
+        });
+        Failure { errno, reason: chain(&e), next: e.next_step() }
+    }
+}
+
+impl Host for RealHost {
+    fn identify(&self, device: &UioDevice) -> Result<Identity, Failure> {
+        let tree = Real::at(&self.configfs);
+        let failed = |e: backstore::ConfigfsError| {
+            Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
+        };
+        let found = backstore::read(&tree, device.name.hba, &device.name.name).map_err(failed)?;
+        let found = found.ok_or_else(|| Failure::new(libc::ENODEV, "configfs has no such device"))?;
+        Ok(Identity {
+            capacity: found.capacity,
+            block_size: found.block_size,
+            device_id: found.device_id(&tree).map_err(failed)?,
+            serial: found.serial,
+            write_cache: found.write_cache,
+            wants_answers: found.wants_answers,
+            enabled: found.enabled,
+        })
+    }
+
+    fn start(
+        &self,
+        device: &UioDevice,
+        config: &DeviceConfig,
+        identity: &Identity,
+    ) -> Result<Box<dyn Lun>, Failure> {
+        let node = device.node.display();
+        let io = |e: std::io::Error| {
+            Failure::new(e.raw_os_error().unwrap_or(libc::EIO), format!("{node} can't be opened: {e}"))
+        };
+        let block_size = BlockSize::new(identity.block_size).ok_or_else(|| Failure {
+            errno: libc::EINVAL,
+            reason: format!("a block size of {} bytes isn't served", identity.block_size),
+            next: Some("create the device with hw_block_size=512 or 4096".to_owned()),
+        })?;
+        Uio::default().wait_for_node(device, NODE_PATIENCE).map_err(io)?;
+        let handle = lun::start(LunParams {
+            name: device.name.name.clone(),
+            config: config.clone(),
+            block_size,
+            capacity: identity.capacity,
+            write_cache: identity.write_cache,
+            serial: Some(identity.serial.clone()).filter(|s| !s.is_empty()).or_else(|| config.serial.clone()),
+            backend: self.backend,
+            device: Device::open_uio(&device.node, device.map_size).map_err(io)?,
+        })?;
+        Ok(Box::new(handle))
+    }
+}
+
+impl Lun for LunHandle {
+    fn resize(&self, bytes: u64) -> Result<(), Failure> {
+        Ok(LunHandle::resize(self, bytes)?)
+    }
+
+    fn set_write_cache(&self, on: bool) -> Result<(), Failure> {
+        Ok(LunHandle::set_write_cache(self, on)?)
+    }
+
+    fn report(&self) -> Result<Report, Failure> {
+        let stats = self.stats()?;
+        let mut counters = serde_json::to_value(&stats).unwrap_or_default();
+        if let Some(map) = counters.as_object_mut() {
+            // These stand beside the counters.
+            for key in ["io", "format", "capacity_bytes"] {
+                map.remove(key);
+            }
+        }
+        Ok(Report { format: stats.format, io: stats.io, counters })
+    }
+
+    fn failure(&self) -> Option<Failure> {
+        match self.state() {
+            State::Failed(reason) => Some(Failure::new(libc::EIO, reason)),
+            State::Stopped => Some(Failure::new(libc::EIO, "the LUN's thread has ended")),
+            State::Online => None,
+        }
+    }
+
+    fn stop(self: Box<Self>) -> Result<(), Failure> {
+        Ok(LunHandle::stop(*self)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_told_the_errno_at_the_bottom_of_the_chain() {
+        let e = LunError::Thread(std::io::Error::from_raw_os_error(libc::ENOMEM));
+        let failure = Failure::from(e);
+        assert_eq!(failure.errno, libc::ENOMEM);
+        assert!(failure.reason.starts_with("the LUN's thread cannot run: "), "{}", failure.reason);
+        let e = LunError::Size { capacity: 5, block_size: BlockSize::B512 };
+        assert_eq!(Failure::from(e).errno, libc::EINVAL);
+    }
+
+    #[test]
+    fn a_block_size_that_no_lun_has_is_refused_before_the_device_is_opened() {
+        let host = RealHost { configfs: "/none".into(), backend: None };
+        let name = crate::kernel::uio::UioName::parse("tcm-user/0/a/dif//a").unwrap();
+        let device = UioDevice { minor: 0, name, map_size: 4096, node: "/dev/none".into() };
+        let identity = Identity {
+            capacity: 1 << 20,
+            block_size: 1024,
+            serial: String::new(),
+            write_cache: true,
+            device_id: 0,
+            wants_answers: true,
+            enabled: true,
+        };
+        let failed = host.start(&device, &DeviceConfig::new("/a"), &identity).err().unwrap();
+        assert_eq!(failed.errno, libc::EINVAL);
+        assert!(failed.reason.contains("1024"), "{}", failed.reason);
+    }
+}

@@ -1,0 +1,54 @@
+//! `--help` of every command, as it was when it was last looked at: a change is seen, and meant.
+#![allow(clippy::unwrap_used)] // A test may panic.
+
+use std::process::Command;
+
+fn help(words: &[&str]) -> String {
+    let out = Command::new(env!("CARGO_BIN_EXE_tcmu-dif"))
+        .args(words)
+        .arg("--help")
+        .env("COLUMNS", "100")
+        .env_remove("TCMU_DIF_LOG")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{words:?}");
+    assert_eq!(out.stderr, b"", "{words:?}");
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn the_help_of_every_command_is_as_it_was() {
+    for words in [
+        &[][..],
+        &["daemon"],
+        &["create"],
+        &["delete"],
+        &["list"],
+        &["show"],
+        &["resize"],
+        &["image"],
+        &["image", "create"],
+        &["image", "info"],
+        &["pi"],
+        &["pi", "verify"],
+        &["pi", "rebuild"],
+        &["pi", "status"],
+        &["check-host"],
+        &["demo"],
+    ] {
+        let name = ["tcmu-dif"].iter().chain(words).copied().collect::<Vec<_>>().join("_");
+        insta::assert_snapshot!(name, help(words));
+    }
+}
+
+#[test]
+fn the_hidden_command_is_not_in_the_help_and_works() {
+    assert!(!help(&[]).contains("peer-vhost"));
+    assert!(help(&["peer-vhost"]).contains("--depth"));
+}
+
+#[test]
+fn the_version_is_the_packages() {
+    let out = Command::new(env!("CARGO_BIN_EXE_tcmu-dif")).arg("--version").output().unwrap();
+    assert_eq!(String::from_utf8(out.stdout).unwrap(), format!("tcmu-dif {}\n", env!("CARGO_PKG_VERSION")));
+}
