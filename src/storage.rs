@@ -25,7 +25,6 @@ use crate::sys::{
 /// caller must not take a later success for an answer.
 #[allow(clippy::len_without_is_empty)] // An empty file is nothing special here.
 #[allow(async_fn_in_trait)] // One thread owns a storage; its futures need not be Send.
-#[allow(clippy::len_without_is_empty)] // A length is asked of the system, and nobody wants to know just that.
 pub trait Storage {
     /// Fills `to` from the bytes at `at`; what lies beyond the end reads as zeros.
     async fn read(&self, at: u64, to: &Sg) -> io::Result<()>;
