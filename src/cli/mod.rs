@@ -62,7 +62,9 @@ pub fn main() -> ExitCode {
 fn logging(cli: &Cli) -> Result<(), CliError> {
     let usual = if matches!(cli.command, Command::Daemon(_)) { "info" } else { "warn" };
     let words = cli.log.as_deref().unwrap_or(usual);
-    let filter = EnvFilter::try_new(words).map_err(|e| CliError::usage("--log", words, e.to_string()))?;
+    let filter = EnvFilter::try_new(words).map_err(|e| {
+        CliError::usage("--log", words, e.to_string()).next("choose error, warn, info or debug")
+    })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
