@@ -1,7 +1,7 @@
 //! What others' tools say of the SCSI target: libiscsi's suite, and the reports of sg3-utils as snapshots.
 
 use super::super::guest::Guest;
-use super::lun::{create_on_loopback, daemon_pid, delete, start_daemon};
+use super::lun::{assert_image_clean, create_on_loopback, daemon_pid, delete, start_daemon};
 use super::{Run, Test, compare_snapshot, iscsi};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
@@ -11,11 +11,18 @@ use std::time::Duration;
 
 pub const TESTS: &[Test] = &[
     Test {
-        name: "conformance.iscsi-test-cu",
-        promise: "libiscsi's SCSI suite fails and skips nothing but what the expectations name with a reason",
+        name: "conformance.iscsi-test-cu-512",
+        promise: "libiscsi's SCSI suite, raw and 512 bytes: nothing fails or is skipped but what is named with a reason",
         limit: 600,
         group: None,
-        run: iscsi_test_cu,
+        run: |run| iscsi_test_cu(run, "raw", 512),
+    },
+    Test {
+        name: "conformance.iscsi-test-cu-4096",
+        promise: "libiscsi's SCSI suite, qcow2 and 4096 bytes: nothing fails or is skipped but what is named with a reason",
+        limit: 600,
+        group: None,
+        run: |run| iscsi_test_cu(run, "qcow2", 4096),
     },
     Test {
         name: "conformance.sg-raw-512",
@@ -33,16 +40,18 @@ pub const TESTS: &[Test] = &[
     },
 ];
 
-fn iscsi_test_cu(run: &mut Run<'_>) -> Result<()> {
-    let path = run.files.join("expect/iscsi-test-cu.txt");
+/// The whole suite on a LUN of `format` and `block`, compared with the expectations for that block size.
+fn iscsi_test_cu(run: &mut Run<'_>, format: &str, block: u32) -> Result<()> {
+    let path = run.files.join(format!("expect/iscsi-test-cu-{block}.txt"));
     let expected = iscsi::expectations(
         &fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?,
     )?;
     let guest = &mut *run.guest;
     start_daemon(guest, "auto")?;
     // Small, because SANITIZE goes over all of it within the suite's time limit for one command.
-    let lun =
-        create_on_loopback(guest, "suite", "--image /scratch/suite.raw --size 32M --format raw --pi type1")?;
+    let image = format!("/scratch/suite.{format}");
+    let options = format!("--image {image} --block-size {block} --pi type1");
+    let lun = create_on_loopback(guest, "suite", &format!("{options} --size 32M --format {format}"))?;
     let mut ended = suite(guest, &lun.sg, "SCSI", "")?;
     // SANITIZE tests run one by one: on an sg device the suite itself crashes in one of them.
     let sanitize: Vec<String> =
@@ -50,6 +59,12 @@ fn iscsi_test_cu(run: &mut Run<'_>) -> Result<()> {
     for name in sanitize {
         ended.extend(suite(guest, &lun.sg, &format!("SCSI.{name}"), "--allow-sanitize")?);
     }
+    delete(guest, "suite")?;
+    assert_image_clean(guest, &image, format, true)?;
+    let lun = create_on_loopback(guest, "suite", &format!("{options} --read-only"))?;
+    ended.extend(suite(guest, &lun.sg, "SCSI.ReadOnly", "")?);
+    delete(guest, "suite")?;
+
     let count = |wanted| ended.values().filter(|ended| ended.outcome == wanted).count();
     println!(
         "          iscsi-test-cu: {} tests, {} passed, {} failed, {} skipped",
@@ -60,8 +75,7 @@ fn iscsi_test_cu(run: &mut Run<'_>) -> Result<()> {
     );
     let differences = iscsi::differences(&ended, &expected);
     ensure!(differences.is_empty(), "not as {} has it:\n{differences}", path.display());
-    daemon_pid(guest)?;
-    delete(guest, "suite")
+    daemon_pid(guest).map(drop)
 }
 
 /// A test of the suite that follows a null pointer unless the target is reached by libiscsi's own iSCSI.

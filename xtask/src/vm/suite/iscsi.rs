@@ -205,7 +205,11 @@ Run Summary:    Type  Total    Ran Passed Failed Inactive
 
     #[test]
     fn the_checked_in_expectations_can_be_read() {
-        let text = include_str!("../../../expect/iscsi-test-cu.txt");
-        assert!(expectations(text).is_ok());
+        for text in [
+            include_str!("../../../expect/iscsi-test-cu-512.txt"),
+            include_str!("../../../expect/iscsi-test-cu-4096.txt"),
+        ] {
+            assert!(expectations(text).is_ok());
+        }
     }
 }
