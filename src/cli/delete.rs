@@ -34,13 +34,13 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     let exports = fabric::of(&places.tree, &store).map_err(|e| refused("delete", name, &e))?;
     if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {
         return Err(CliError::new("delete", name, foreign.to_string())
-            .next("take that export down first, with the tool that made it: targetcli"));
+            .then("take that export down first, with the tool that made it: targetcli"));
     }
     require_root("delete")?;
     let users: Vec<User> = exports.iter().flat_map(|e| users_of(&places, e)).collect();
     if !args.force && !users.is_empty() {
         let users = users.iter().map(User::to_string).collect::<Vec<_>>().join("; ");
-        return Err(CliError::new("delete", name, users).next(format!(
+        return Err(CliError::new("delete", name, users).then(format!(
             "let go of it first, or take it away from its users: tcmu-dif delete --force {name}"
         )));
     }
