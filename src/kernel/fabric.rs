@@ -283,3 +283,12 @@ pub fn set_disk_timeout(sysfs: &Path, address: &str, seconds: u32) -> io::Result
 pub fn rescan_disk(sysfs: &Path, address: &str) -> io::Result<()> {
     fs::write(sysfs.join("class/scsi_device").join(address).join("device/rescan"), "1")
 }
+
+/// Has the disk driver fail everything at once, for a disk that nobody serves and that is to go.
+///
+/// # Errors
+/// sysfs' own.
+pub fn set_disk_offline(sysfs: &Path, address: &str) -> io::Result<()> {
+    // The kernel compares up to the newline.
+    fs::write(sysfs.join("class/scsi_device").join(address).join("device/state"), "offline\n")
+}
