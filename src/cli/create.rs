@@ -62,7 +62,7 @@ pub fn run(cli: &Cli, args: &Create) -> Done {
     require_root("create")?;
     places.daemon()?;
     let unready = |e: modules::ModuleError| {
-        CliError::from("create", &args.name, &e).next("see what this host lacks: tcmu-dif check-host")
+        CliError::from("create", &args.name, &e).then("see what this host lacks: tcmu-dif check-host")
     };
     modules::mount_configfs(&cli.configfs).map_err(unready)?;
     modules::load("target_core_user").map_err(unready)?;
@@ -85,7 +85,7 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
             bytes,
             format!("not a multiple of the block size of {block} bytes"),
         )
-        .next(format!("choose --size {up}")));
+        .then(format!("choose --size {up}")));
     }
     if args.sidecar.is_some() && args.pi.0.is_none() {
         let path = args.sidecar.as_deref().unwrap_or(Path::new("")).display();
@@ -94,11 +94,11 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
             path,
             "there is no protection information to keep with --pi off",
         )
-        .next("add --pi type1, or leave --sidecar out"));
+        .then("add --pi type1, or leave --sidecar out"));
     }
     if args.size.is_some() && args.read_only {
         return Err(CliError::usage("--read-only", "", "a new image that can't be written is of no use")
-            .next("leave out --size or --read-only"));
+            .then("leave out --size or --read-only"));
     }
     for (i, export) in args.export.iter().enumerate() {
         if args.export[..i].contains(export) {
@@ -108,7 +108,7 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
                 export.wwn.as_ref().map_or(String::new(), |w| format!(":{w}"))
             );
             return Err(CliError::usage("--export", text, "it is there twice")
-                .next("give each export once, or each a world wide name of its own"));
+                .then("give each export once, or each a world wide name of its own"));
         }
     }
     let config = DeviceConfig {
@@ -123,7 +123,7 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
             ConfigError::TooLong(..) => "give the image a shorter path, with a symbolic link for instance",
             _ => "choose another path",
         };
-        CliError::usage("--image", config.image.display(), e.to_string()).next(next)
+        CliError::usage("--image", config.image.display(), e.to_string()).then(next)
     })?;
     Ok(config)
 }
@@ -140,7 +140,7 @@ fn look_at_image(args: &Create, config: &DeviceConfig) -> Result<Option<Looked>,
                 path.display(),
                 "the image is there already, and --size makes a new one",
             )
-            .next("leave --size out to use it as it is, or choose another path"));
+            .then("leave --size out to use it as it is, or choose another path"));
         }
         if sidecar_there {
             return Err(CliError::new(
@@ -148,14 +148,14 @@ fn look_at_image(args: &Create, config: &DeviceConfig) -> Result<Option<Looked>,
                 sidecar.display(),
                 "protection information is there already, of an image that isn't",
             )
-            .next(format!("remove it, or choose another path: rm {}", sidecar.display())));
+            .then(format!("remove it, or choose another path: rm {}", sidecar.display())));
         }
         return Ok(None);
     }
     let looked = image::look(path, args.read_only, args.block_size)?;
     if let Some(wanted) = args.format.filter(|f| *f != looked.format) {
         return Err(CliError::new("--format", wanted, format!("{} is {}", path.display(), looked.format))
-            .next("leave --format out"));
+            .then("leave --format out"));
     }
     if config.pi.is_none() && sidecar_there && !args.read_only {
         return Err(CliError::new(
@@ -166,7 +166,7 @@ fn look_at_image(args: &Create, config: &DeviceConfig) -> Result<Option<Looked>,
                 sidecar.display()
             ),
         )
-        .next(format!(
+        .then(format!(
             "add --pi as it was made with (tcmu-dif pi status {}), or remove the sidecar",
             path.display()
         )));
@@ -185,7 +185,7 @@ fn again(places: &Places, args: &Create, config: &DeviceConfig, there: &Backstor
             name,
             format!("it is there already, with {}", differences.join(", ")),
         )
-        .next(format!("choose another name, or delete it first: tcmu-dif delete {name}")));
+        .then(format!("choose another name, or delete it first: tcmu-dif delete {name}")));
     }
     let views = exports.iter().map(|e| luns::view(&places.tree, e)).collect();
     let state = places.state("create", name.as_str())?;
@@ -270,7 +270,7 @@ fn build(places: &Places, args: &Create, config: &DeviceConfig, looked: Option<L
     let path = backstore::create(&places.tree, &spec, &mut undo).map_err(failed)?;
     let there = backstore::find(&places.tree, SUBTYPE, name.as_str()).map_err(failed)?;
     let there = there.filter(|b| b.path == path).ok_or_else(|| {
-        CliError::new("create", name, "another `create` of the same name was faster").next("tcmu-dif list")
+        CliError::new("create", name, "another `create` of the same name was faster").then("tcmu-dif list")
     })?;
     let state = wait_until_up(places, args, &there)?;
     let mut views = Vec::new();
@@ -279,7 +279,7 @@ fn build(places: &Places, args: &Create, config: &DeviceConfig, looked: Option<L
             if e.source.kind() == std::io::ErrorKind::AlreadyExists {
                 let text = format!("{}:{wwn}", export.fabric.word());
                 return CliError::new("--export", text, "another target has that world wide name")
-                    .next(format!("choose one: --export {}:naa.5001405XXXXXXXXX", export.fabric.word()));
+                    .then(format!("choose one: --export {}:naa.5001405XXXXXXXXX", export.fabric.word()));
             }
             failed(e)
         })?;
@@ -327,7 +327,7 @@ fn wait_until_up(places: &Places, args: &Create, there: &Backstore) -> Result<Lu
             Some(_) => {}
             None if began.elapsed() > NOTICE_PATIENCE => {
                 return Err(CliError::new("create", name, "the daemon hasn't noticed the device")
-                    .next("look at the daemon's log"));
+                    .then("look at the daemon's log"));
             }
             None => {}
         }
@@ -343,7 +343,7 @@ fn wait_for_disk(places: &Places, args: &Create, export: &Export) -> Result<Expo
     // Without sg there is a disk all the same.
     let want_sg = modules::load("sg").is_ok();
     let disk = fabric::wait_for_disk(sysfs, &address, want_sg, DISK_PATIENCE).ok_or_else(|| {
-        CliError::new("create", &args.name, format!("no disk has come up at SCSI address {address}")).next(
+        CliError::new("create", &args.name, format!("no disk has come up at SCSI address {address}")).then(
             "see whether the disk driver is there: modprobe sd_mod; and look at the kernel's messages: dmesg",
         )
     })?;

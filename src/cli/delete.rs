@@ -11,6 +11,7 @@ use super::{
     output, require_root,
 };
 use crate::kernel::{
+    backstore::{Backstore, ConfigfsError},
     fabric::{self, Export, Fabric, Removed},
     usage::{self, User},
 };
@@ -34,15 +35,30 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     let exports = fabric::of(&places.tree, &store).map_err(|e| refused("delete", name, &e))?;
     if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {
         return Err(CliError::new("delete", name, foreign.to_string())
-            .next("take that export down first, with the tool that made it: targetcli"));
+            .then("take that export down first, with the tool that made it: targetcli"));
     }
     require_root("delete")?;
     let users: Vec<User> = exports.iter().flat_map(|e| users_of(&places, e)).collect();
     if !args.force && !users.is_empty() {
         let users = users.iter().map(User::to_string).collect::<Vec<_>>().join("; ");
-        return Err(CliError::new("delete", name, users).next(format!(
+        return Err(CliError::new("delete", name, users).then(format!(
             "let go of it first, or take it away from its users: tcmu-dif delete --force {name}"
         )));
+    }
+    let alive = places.run.daemon().map_err(|e| CliError::from("delete", name, &e))?.is_some();
+    if !alive && !exports.is_empty() {
+        if !args.force {
+            // The disk driver would wait for an answer to SYNCHRONIZE CACHE that nobody gives.
+            return Err(CliError::new(
+                "delete",
+                name,
+                "the daemon isn't running, and the disk's cache can't be flushed",
+            )
+            .then(format!(
+                "start it: tcmu-dif daemon; or give up what isn't flushed: tcmu-dif delete --force {name}"
+            )));
+        }
+        give_up(&places, &store, &exports).map_err(|e| refused("delete", name, &e))?;
     }
     let mut left = Vec::new();
     for export in &exports {
@@ -53,7 +69,6 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     }
     store.remove(&places.tree).map_err(|e| refused("delete", name, &e))?;
     // Until the daemon has let go of the image, nobody else can have it.
-    let alive = places.run.daemon().ok().flatten().is_some();
     if alive && !gone(&places, name.as_str(), store.hba) {
         tracing::warn!("the daemon still closes the image of {name}");
     }
@@ -65,6 +80,17 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     }
     output::print(&format!("{name} is deleted; its image stays"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ends what waits for a daemon that isn't there.
+fn give_up(places: &Places, store: &Backstore, exports: &[Export]) -> Result<(), ConfigfsError> {
+    for export in exports.iter().filter(|e| e.kind() == Some(Fabric::Loopback)) {
+        let address = fabric::scsi_address(&places.tree, export)?;
+        if let Err(e) = fabric::set_disk_offline(Path::new(SYSFS), &address) {
+            tracing::warn!("the disk at {address} could not be put offline: {e}");
+        }
+    }
+    store.abandon(&places.tree)
 }
 
 fn users_of(places: &Places, export: &Export) -> Vec<User> {

@@ -46,7 +46,7 @@ impl CliError {
     }
 
     /// With the next step.
-    pub fn next(mut self, step: impl Into<String>) -> CliError {
+    pub fn then(mut self, step: impl Into<String>) -> CliError {
         self.next = Some(step.into());
         self
     }
@@ -116,7 +116,7 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
     let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();
     let chosen: Vec<_> = chosen.into_iter().take_while(|w| commands.contains(w)).collect();
     let help = ["tcmu-dif"].into_iter().chain(chosen).chain(["--help"]).collect::<Vec<_>>().join(" ");
-    CliError::usage(what, value, reason).next(help)
+    CliError::usage(what, value, reason).then(help)
 }
 
 impl fmt::Display for CliError {
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_message_has_what_value_reason_and_next_step() {
-        let e = CliError::new("image", "/a", "no such file").next("create it");
+        let e = CliError::new("image", "/a", "no such file").then("create it");
         assert_eq!(e.to_string(), "tcmu-dif: image: /a: no such file\n  next: create it");
         assert_eq!(CliError::new("daemon", "", "gone").to_string(), "tcmu-dif: daemon: gone");
         assert_eq!(CliError::new("image", "/a", "/a: gone").to_string(), "tcmu-dif: image: /a: gone");

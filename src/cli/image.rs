@@ -92,7 +92,7 @@ fn create(args: &ImageCreate) -> Done {
     let words: Vec<&str> = args.options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()).collect();
     if args.format == Format::Raw {
         let only_qcow2 = |what: &str, value: &str| {
-            CliError::usage(what, value, "raw images have none").next("choose -f qcow2")
+            CliError::usage(what, value, "raw images have none").then("choose -f qcow2")
         };
         if let Some(word) = words.first() {
             return Err(only_qcow2("-o", word));
@@ -119,7 +119,7 @@ fn create(args: &ImageCreate) -> Done {
 /// One `key=value` of `-o`.
 fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
     let wrong = |reason: &str| {
-        CliError::usage("-o", word, reason).next("see what there is: tcmu-dif image create --help")
+        CliError::usage("-o", word, reason).then("see what there is: tcmu-dif image create --help")
     };
     let (key, value) = word.split_once('=').ok_or_else(|| wrong("an option has the form key=value"))?;
     match key {

@@ -41,7 +41,7 @@ impl Places {
         let found = self.run.daemon().map_err(|e| CliError::from("daemon", self.run.path().display(), &e))?;
         found.ok_or_else(|| {
             CliError::new("daemon", "", "it isn't running")
-                .next("start it: tcmu-dif daemon (as root, in the foreground)")
+                .then("start it: tcmu-dif daemon (as root, in the foreground)")
         })
     }
 
@@ -61,7 +61,7 @@ impl Places {
     pub fn lun(&self, command: &str, name: &Name) -> Result<Backstore, CliError> {
         let found = self.find(command, name)?;
         found.ok_or_else(|| {
-            CliError::new(command, name, "no such LUN").next("see which there are: tcmu-dif list")
+            CliError::new(command, name, "no such LUN").then("see which there are: tcmu-dif list")
         })
     }
 
@@ -86,7 +86,7 @@ impl Places {
 /// What the kernel refused, as the administrator reads it.
 pub fn refused(command: &str, name: impl std::fmt::Display, e: &ConfigfsError) -> CliError {
     CliError::new(command, name, format!("the kernel refused: {}", chain(e)))
-        .next("look at the kernel's messages: dmesg")
+        .then("look at the kernel's messages: dmesg")
 }
 
 /// One export, as it is printed.

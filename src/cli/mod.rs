@@ -62,7 +62,9 @@ pub fn main() -> ExitCode {
 fn logging(cli: &Cli) -> Result<(), CliError> {
     let usual = if matches!(cli.command, Command::Daemon(_)) { "info" } else { "warn" };
     let words = cli.log.as_deref().unwrap_or(usual);
-    let filter = EnvFilter::try_new(words).map_err(|e| CliError::usage("--log", words, e.to_string()))?;
+    let filter = EnvFilter::try_new(words).map_err(|e| {
+        CliError::usage("--log", words, e.to_string()).then("choose error, warn, info or debug")
+    })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -104,7 +106,7 @@ fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
             }
             _ => "look at the kernel's messages: dmesg".to_owned(),
         };
-        CliError::from("daemon", "", &e).next(next)
+        CliError::from("daemon", "", &e).then(next)
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -132,6 +134,6 @@ fn peer_vhost(args: &args::PeerVhost) -> Done {
 /// Refuses anybody but root.
 fn require_root(command: &str) -> Result<(), CliError> {
     usage::require_root().map_err(|e| {
-        CliError::new(command, "", e.to_string()).next(format!("run it as root: sudo tcmu-dif {command} …"))
+        CliError::new(command, "", e.to_string()).then(format!("run it as root: sudo tcmu-dif {command} …"))
     })
 }

@@ -129,7 +129,7 @@ fn verify(args: &PiImage) -> Done {
     if report.unreadable > 0 {
         wrong.push(format!("{} blocks cannot be read", report.unreadable));
     }
-    Err(CliError::new("pi verify", args.image.display(), wrong.join(", ")).next(format!(
+    Err(CliError::new("pi verify", args.image.display(), wrong.join(", ")).then(format!(
         "bring these blocks back from a backup, or take the data as they are: tcmu-dif pi rebuild {}",
         args.image.display()
     )))

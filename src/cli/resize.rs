@@ -53,7 +53,7 @@ pub fn run(cli: &Cli, args: &Resize) -> Done {
             args.size,
             format!("not a multiple of the block size of {} bytes", store.block_size),
         )
-        .next(format!("choose {up}: tcmu-dif resize {name} {up}")));
+        .then(format!("choose {up}: tcmu-dif resize {name} {up}")));
     }
     require_root("resize")?;
     places.daemon()?;
@@ -78,7 +78,7 @@ pub fn run(cli: &Cli, args: &Resize) -> Done {
             if let Err(e) = store.set_capacity(&places.tree, store.capacity) {
                 tracing::warn!("the old size could not be put back: {e}");
             }
-            return Err(CliError::new("resize", name, reason).next("look at the daemon's log"));
+            return Err(CliError::new("resize", name, reason).then("look at the daemon's log"));
         }
         look_again(&places, &store);
     }

@@ -63,7 +63,7 @@ pub fn show(cli: &Cli, args: &Show) -> Done {
             exports.iter().filter_map(|e| if args.libvirt { e.libvirt.clone() } else { e.qemu.clone() });
         let words: Vec<_> = words.collect();
         if words.is_empty() {
-            return Err(CliError::new("show", &args.name, "it has no export on vhost").next(format!(
+            return Err(CliError::new("show", &args.name, "it has no export on vhost").then(format!(
                 "delete it, and create it again with --export vhost: tcmu-dif delete {}",
                 args.name
             )));

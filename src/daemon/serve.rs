@@ -17,7 +17,7 @@ use crate::{
         backstore,
         modules::{self, ModuleError},
         netlink::{Events, Family, Heard, NetlinkError, Replies},
-        tree::{Real, Tree},
+        tree::Real,
         uio::{Uio, UioDevice},
     },
     lun::config::SUBTYPE,
@@ -74,7 +74,7 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
     free_orphans(&uio, &tree);
 
     let in_configfs =
-        move |device: &UioDevice| tree.is_dir(&backstore::path_of(device.name.hba, &device.name.name));
+        move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
     let mut devices = Devices::new(host, run, uio, Arc::new(replies), in_configfs);
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
@@ -94,7 +94,7 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
         // Both are read empty every turn: mio tells of edges.
         hear(&events, &mut devices);
         loop {
-            match signals.next() {
+            match signals.take_next() {
                 Ok(Some(Signal::Stop)) => {
                     tracing::info!(devices = devices.len(), "stopping");
                     devices.stop(STOP_PATIENCE);
@@ -157,15 +157,13 @@ fn free_orphans(uio: &Uio, tree: &Real) {
             return;
         }
     };
-    let gone = |d: &UioDevice| !tree.is_dir(&backstore::path_of(d.name.hba, &d.name.name));
-    for orphan in devices.iter().filter(|d| d.name.subtype == SUBTYPE && gone(d)) {
-        tracing::warn!(name = %orphan.name.name, "was being removed when the last daemon died; ending the kernel's waits");
-        let parameters = Path::new("/sys/module/target_core_user/parameters");
-        for (file, value) in [("block_netlink", "1"), ("reset_netlink", "1"), ("block_netlink", "0")] {
-            if let Err(e) = std::fs::write(parameters.join(file), value) {
-                tracing::error!("{file}: {e}");
-            }
+    let gone = |d: &UioDevice| !tree.has_now(&backstore::path_of(d.name.hba, &d.name.name));
+    let Some(orphan) = devices.iter().find(|d| d.name.subtype == SUBTYPE && gone(d)) else { return };
+    tracing::warn!(name = %orphan.name.name, "was being removed when the last daemon died; ending the kernel's waits");
+    let parameters = Path::new("/sys/module/target_core_user/parameters");
+    for (file, value) in [("block_netlink", "1"), ("reset_netlink", "1"), ("block_netlink", "0")] {
+        if let Err(e) = std::fs::write(parameters.join(file), value) {
+            tracing::error!("{file}: {e}");
         }
-        return;
     }
 }

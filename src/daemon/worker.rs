@@ -360,22 +360,21 @@ impl Worker {
         // A device that came back under the same name has a file of its own by now.
         let mine = |s: &LunState| s.hba == self.state.hba && s.minor == self.state.minor;
         let there = self.run.read(&self.state.name).ok().flatten();
-        if (removed || there.as_ref().is_some_and(|s| s.state != Phase::Failed))
-            && there.as_ref().is_some_and(mine)
+        let goes = |s: &LunState| mine(s) && (removed || s.state != Phase::Failed);
+        if there.as_ref().is_some_and(goes)
+            && let Err(e) = self.run.remove(&self.state.name)
         {
-            if let Err(e) = self.run.remove(&self.state.name) {
-                tracing::warn!(name = %self.state.name, "state file: {e}");
-            }
+            tracing::warn!(name = %self.state.name, "state file: {e}");
         }
     }
 
     fn write(&mut self) {
-        if let Some(lun) = &self.lun {
-            if let Ok(report) = guarded(|| lun.report()) {
-                self.state.format = Some(report.format);
-                self.state.io = Some(report.io);
-                self.state.counters = report.counters;
-            }
+        if let Some(lun) = &self.lun
+            && let Ok(report) = guarded(|| lun.report())
+        {
+            self.state.format = Some(report.format);
+            self.state.io = Some(report.io);
+            self.state.counters = report.counters;
         }
         self.state.written_ms = now_ms();
         if let Err(e) = self.run.write(&self.state) {

@@ -87,11 +87,14 @@ impl Export {
     }
 }
 
+/// `user_N` and the name of a backstore.
+pub type BackstoreKey = (u32, String);
+
 /// Every export of every backstore of target_core_user, with the `user_N` and the name that its link points to.
 ///
 /// # Errors
 /// The kernel's.
-pub fn all(tree: &dyn Tree) -> Result<Vec<((u32, String), Export)>, ConfigfsError> {
+pub fn all(tree: &dyn Tree) -> Result<Vec<(BackstoreKey, Export)>, ConfigfsError> {
     let root = Path::new("target");
     let mut out = Vec::new();
     let list = |path: &Path| tree.dirs(path).context("list", path);
@@ -122,7 +125,7 @@ pub fn all(tree: &dyn Tree) -> Result<Vec<((u32, String), Export)>, ConfigfsErro
 }
 
 /// `user_N` and the name at the end of a link's target.
-fn backstore_of(to: &Path) -> Option<(u32, String)> {
+fn backstore_of(to: &Path) -> Option<BackstoreKey> {
     let name = to.file_name()?.to_str()?;
     let hba = to.parent()?.file_name()?.to_str()?;
     Some((hba.strip_prefix("user_")?.parse().ok()?, name.to_owned()))
@@ -133,7 +136,7 @@ fn backstore_of(to: &Path) -> Option<(u32, String)> {
 /// # Errors
 /// The kernel's.
 pub fn of(tree: &dyn Tree, backstore: &Backstore) -> Result<Vec<Export>, ConfigfsError> {
-    let mine = |(hba, name): &(u32, String)| *hba == backstore.hba && *name == backstore.name;
+    let mine = |(hba, name): &BackstoreKey| *hba == backstore.hba && *name == backstore.name;
     Ok(all(tree)?.into_iter().filter(|(of, _)| mine(of)).map(|(_, export)| export).collect())
 }
 
@@ -279,4 +282,13 @@ pub fn set_disk_timeout(sysfs: &Path, address: &str, seconds: u32) -> io::Result
 /// sysfs' own.
 pub fn rescan_disk(sysfs: &Path, address: &str) -> io::Result<()> {
     fs::write(sysfs.join("class/scsi_device").join(address).join("device/rescan"), "1")
+}
+
+/// Has the disk driver fail everything at once, for a disk that nobody serves and that is to go.
+///
+/// # Errors
+/// sysfs' own.
+pub fn set_disk_offline(sysfs: &Path, address: &str) -> io::Result<()> {
+    // The kernel compares up to the newline.
+    fs::write(sysfs.join("class/scsi_device").join(address).join("device/state"), "offline\n")
 }

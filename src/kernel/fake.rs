@@ -64,11 +64,13 @@ impl Fake {
         let text = path.to_string_lossy();
         let attr = |name: &str, value: &str| self.put(path.join(name), Node::Attr(value.to_owned()));
         if text.starts_with("target/core/user_") && depth == 4 {
-            for dir in ["attrib", "wwn", "statistics", "statistics/scsi_dev"] {
+            for dir in ["action", "attrib", "wwn", "statistics", "statistics/scsi_dev"] {
                 self.put(path.join(dir), Node::Default);
             }
             attr("control", "");
             attr("enable", "0");
+            attr("action/block_dev", "0");
+            attr("action/reset_ring", "0");
             attr("attrib/dev_config", "");
             attr("attrib/dev_size", "0");
             attr("attrib/hw_block_size", "512");

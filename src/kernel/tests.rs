@@ -96,6 +96,20 @@ fn each_backstore_has_a_directory_of_its_own_in_core() {
 }
 
 #[test]
+fn an_abandoned_device_takes_no_new_commands_before_the_old_ones_end() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    let store = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
+    tree.changes_left.set(Some(1));
+    assert!(store.abandon(&tree).is_err());
+    let action = |name: &str| tree.read(&store.path.join("action").join(name)).unwrap();
+    assert_eq!((action("block_dev").as_str(), action("reset_ring").as_str()), ("1", "0"));
+    tree.changes_left.set(None);
+    store.abandon(&tree).unwrap();
+    assert_eq!(action("reset_ring"), "2");
+}
+
+#[test]
 fn another_subtypes_device_of_the_same_name_is_not_ours() {
     let tree = Fake::new();
     build(&tree, "vm1").unwrap();

@@ -4,7 +4,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{MetadataExt, symlink},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
@@ -50,7 +50,7 @@ pub trait Tree {
     /// # Errors
     /// The kernel's.
     fn links(&self, path: &Path) -> io::Result<Vec<(String, PathBuf)>>;
-    /// Whether there is such a directory, and the kernel isn't about to remove it.
+    /// Whether there is such a directory.
     fn is_dir(&self, path: &Path) -> bool;
 }
 
@@ -64,6 +64,20 @@ impl Real {
     /// The tree that is mounted there.
     pub fn at(root: impl Into<PathBuf>) -> Real {
         Real { root: root.into() }
+    }
+
+    /// Whether there is such an object, and the kernel isn't about to remove it; answered without waiting. While a device
+    /// is removed, and its daemon asked, anything else that names it would wait for the end of that, the daemon included.
+    /// Kernels before 5.12 can't tell, and are believed to have it.
+    pub fn has_now(&self, path: &Path) -> bool {
+        use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        // configfs keeps the names of its objects in the cache of names until their removal begins.
+        match openat2(CWD, self.root.join(path), flags, Mode::empty(), ResolveFlags::CACHED) {
+            Ok(_) => true,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::NOENT) => false,
+            Err(_) => true,
+        }
     }
 
     fn entries(&self, path: &Path) -> io::Result<Vec<fs::DirEntry>> {
@@ -129,8 +143,6 @@ impl Tree for Real {
     }
 
     fn is_dir(&self, path: &Path) -> bool {
-        // A directory that is being removed keeps its name until the removal is through, but no links. And only its own
-        // inode is looked at: anything under it would wait for the removal.
-        fs::metadata(self.root.join(path)).is_ok_and(|m| m.is_dir() && m.nlink() > 0)
+        self.root.join(path).is_dir()
     }
 }

@@ -51,7 +51,7 @@ impl Signals {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn next(&self) -> io::Result<Option<Signal>> {
+    pub fn take_next(&self) -> io::Result<Option<Signal>> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         match (&self.0).read(&mut info) {
             Ok(n) if n == info.len() => {}
@@ -78,10 +78,10 @@ mod tests {
     #[test]
     fn a_signal_to_the_thread_arrives_as_a_value() {
         let signals = Signals::take().unwrap();
-        assert_eq!(signals.next().unwrap(), None);
+        assert_eq!(signals.take_next().unwrap(), None);
         // SAFETY: the signal is blocked on this thread, so that no handler runs.
         unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR1) };
-        assert_eq!(signals.next().unwrap(), Some(Signal::Report));
-        assert_eq!(signals.next().unwrap(), None);
+        assert_eq!(signals.take_next().unwrap(), Some(Signal::Report));
+        assert_eq!(signals.take_next().unwrap(), None);
     }
 }
