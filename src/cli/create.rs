@@ -33,9 +33,9 @@ use crate::{
 };
 
 /// How long the daemon may take to notice a new device.
-const NOTICE_PATIENCE: Duration = Duration::from_secs(20);
+const NOTICE_PATIENCE: Duration = Duration::from_secs(120);
 /// How long a disk may take to come up.
-const DISK_PATIENCE: Duration = Duration::from_secs(20);
+const DISK_PATIENCE: Duration = Duration::from_secs(60);
 
 /// What `create` prints.
 #[derive(Serialize)]
@@ -319,6 +319,8 @@ fn protect(config: &DeviceConfig, args: &Create, undo: &mut Undo<'_>) -> Result<
 fn wait_until_up(places: &Places, args: &Create, there: &Backstore) -> Result<LunState, CliError> {
     let name = &args.name;
     let began = Instant::now();
+    // Many that wait at the same time must not keep the daemon from its work.
+    let mut pause = Duration::from_millis(5);
     loop {
         let state = places.run.read(name.as_str()).map_err(|e| CliError::from("create", name, &e))?;
         match state.filter(|s| s.hba == there.hba) {
@@ -336,7 +338,8 @@ fn wait_until_up(places: &Places, args: &Create, there: &Backstore) -> Result<Lu
             None => {}
         }
         places.daemon()?;
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(pause);
+        pause = (pause * 3 / 2).min(Duration::from_millis(300));
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use tracing::info;
+
 use super::worker::{Failure, Host, Identity, Lun, Report};
 use crate::{
     kernel::{
         backstore,
-        tree::Real,
+        tree::{Real, Tree},
         uio::{Uio, UioDevice},
     },
     lun::{self, LunError, LunHandle, LunParams, State, config::DeviceConfig},
@@ -25,6 +27,30 @@ pub struct RealHost {
     pub configfs: PathBuf,
     /// The way of I/O; the best that the kernel permits if none is given.
     pub backend: Option<Backend>,
+}
+
+impl RealHost {
+    /// After a crash the ring holds commands of which nobody knows whether they were answered, and to answer one
+    /// again would break the ring for good. The kernel gives them back as BUSY, and their initiators send them again.
+    fn give_back_unreleased(&self, device: &UioDevice, ring: &Device) -> Result<(), Failure> {
+        if !ring.has_unreleased_entries().map_err(|e| Failure::new(libc::EIO, chain(&e)))? {
+            return Ok(());
+        }
+        let name = &device.name.name;
+        let action = backstore::path_of(device.name.hba, name).join("action");
+        let tree = Real::at(&self.configfs);
+        let write = |attribute: &str, value: &str| {
+            tree.write(&action.join(attribute), value).map_err(|e| {
+                let errno = e.raw_os_error().unwrap_or(libc::EIO);
+                Failure::new(errno, format!("configfs: cannot write {value} to {attribute}: {e}"))
+            })
+        };
+        info!(%name, "commands that another daemon left are given back to be sent again");
+        write("block_dev", "1")?;
+        let reset = write("reset_ring", "1");
+        write("block_dev", "0")?;
+        reset
+    }
 }
 
 /// An error and everything under it, in one line.
@@ -95,6 +121,8 @@ impl Host for RealHost {
             next: Some("create the device with hw_block_size=512 or 4096".to_owned()),
         })?;
         Uio::default().wait_for_node(device, NODE_PATIENCE).map_err(io)?;
+        let ring = Device::open_uio(&device.node, device.map_size).map_err(io)?;
+        self.give_back_unreleased(device, &ring)?;
         let handle = lun::start(LunParams {
             name: device.name.name.clone(),
             config: config.clone(),
@@ -103,7 +131,7 @@ impl Host for RealHost {
             write_cache: identity.write_cache,
             serial: Some(identity.serial.clone()).filter(|s| !s.is_empty()).or_else(|| config.serial.clone()),
             backend: self.backend,
-            device: Device::open_uio(&device.node, device.map_size).map_err(io)?,
+            device: ring,
         })?;
         Ok(Box::new(handle))
     }
