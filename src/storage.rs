@@ -23,6 +23,7 @@ use crate::sys::{
 /// written with `dsync`. Until then each sector of 512 bytes may come back as it was or as any write since has left it,
 /// in no order. A `sync` that failed says nothing about later ones: the kernel forgets the error with the pages, so the
 /// caller must not take a later success for an answer.
+#[allow(clippy::len_without_is_empty)] // A length is asked of the system, and nobody wants to know just that.
 #[allow(async_fn_in_trait)] // One thread owns a storage; its futures need not be Send.
 pub trait Storage {
     /// Fills `to` from the bytes at `at`; what lies beyond the end reads as zeros.

@@ -99,8 +99,8 @@ fn code(text: &str) -> String {
         let rest = &text[at..];
         if rest.starts_with("//") {
             while chars.next_if(|(_, c)| *c != '\n').is_some() {}
-        } else if rest.starts_with("r#\"") {
-            let len = rest[3..].find("\"#").map_or(rest.len(), |n| n + 5);
+        } else if let Some(raw) = rest.strip_prefix("r#\"") {
+            let len = raw.find("\"#").map_or(rest.len(), |n| n + 5);
             while chars.next_if(|(i, _)| *i < at + len).is_some() {}
         } else if rest.starts_with("'\"'") || rest.starts_with("b'\"'") {
             let len = if c == 'b' { 4 } else { 3 };

@@ -213,6 +213,30 @@ fn an_image_in_use_is_refused_and_the_refusal_leaves_the_user_alone() {
     rig.start().unwrap();
 }
 
+/// A guest may put a qcow2 image onto its disk. Where the format is set, that changes nothing; where it is probed at each
+/// start, it would change what the disk is, so it is refused.
+#[test]
+fn a_guest_cannot_change_the_format_of_its_disk() {
+    let mut magic = vec![0u8; 512];
+    magic[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    assert_ne!(rig.run(&rw16(WRITE16, 0, 1), Data::Out(&magic)).status, 0);
+    rig.stop().unwrap();
+    let raw = |rig: &Rig| {
+        let mut params = rig.params();
+        params.config.format = Some(tcmu_dif::image::Format::Raw);
+        start(params).unwrap()
+    };
+    rig.lun = Some(raw(&rig));
+    rig.run(&[0; 6], Data::None);
+    assert_eq!(rig.run(&rw16(WRITE16, 0, 1), Data::Out(&magic)).status, 0);
+    rig.stop().unwrap();
+    rig.lun = Some(raw(&rig));
+    rig.run(&[0; 6], Data::None);
+    assert_eq!(rig.run(&rw16(READ16, 0, 1), Data::In(512)).data, magic);
+    rig.stop().unwrap();
+}
+
 #[test]
 fn an_image_that_has_lost_its_end_is_refused() {
     let mut rig = Rig::new(MIB, BlockSize::B512);

@@ -1,4 +1,5 @@
 //! Protection over real files, on the backend that `TCMU_DIF_IO` names: made, used, verified, rebuilt.
+#![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::{
     os::unix::fs::{FileExt, MetadataExt},

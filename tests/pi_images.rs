@@ -1,4 +1,5 @@
 //! Protection over the real images, raw and qcow2: a clean close is recognised, a crash is rechecked, a change is refused.
+#![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::path::{Path, PathBuf};
 

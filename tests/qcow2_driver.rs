@@ -1,5 +1,6 @@
 //! The qcow2 driver, from outside: random work against a model on files and on a simulated disk that is cut, failed and
 //! damaged, with qemu-img as the judge. `TCMU_DIF_SCALE` (quick, default, full) sets how long.
+#![allow(clippy::unwrap_used)] // A test may panic.
 #![allow(missing_docs)]
 
 #[path = "qcow2/crash.rs"]

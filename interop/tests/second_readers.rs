@@ -48,12 +48,13 @@ fn write_with_our_driver(dir: &Path, case: &Case) -> (PathBuf, Vec<u8>) {
     let mut model = vec![0u8; SIZE as usize];
     if case.backing {
         let base = dir.join("base.qcow2");
+        // By its whole path: qcow2-rs looks for relative names in the current directory.
+        options.backing_file = Some(base.display().to_string());
         let below = sys::run(async move |io| {
             create_qcow2(&io, &base, &CreateOptions::new(SIZE)).await.unwrap();
             fill(&io, &base, vec![0; SIZE as usize], 11).await
         });
         model = below;
-        options.backing_file = Some("base.qcow2".into());
         options.backing_format = Some("qcow2".into());
     }
     let model = sys::run(async move |io| {

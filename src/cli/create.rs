@@ -59,6 +59,8 @@ pub fn run(cli: &Cli, args: &Create) -> Done {
         return again(&places, args, &config, &there);
     }
     let looked = look_at_image(args, &config)?;
+    let format = looked.as_ref().map_or(args.format.unwrap_or(Format::Raw), |l| l.format);
+    let config = DeviceConfig { format: Some(format), ..config };
     require_root("create")?;
     places.daemon()?;
     let unready = |e: modules::ModuleError| {
@@ -113,6 +115,8 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
     }
     let config = DeviceConfig {
         image: absolute(&args.image)?,
+        // The longest word, for the check of the length; what the image is comes when it has been looked at.
+        format: Some(args.format.unwrap_or(Format::Qcow2)),
         pi: args.pi.0,
         read_only: args.read_only,
         sidecar: args.sidecar.as_deref().map(absolute).transpose()?,

@@ -1,6 +1,6 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
-//! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;pi=type1`, `;ro`,
+//! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`, `;ro`,
 //! `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
@@ -14,7 +14,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::pi::PiType;
+use crate::{image::Format, pi::PiType};
 
 /// Our subtype: the first part of `dev_config`.
 pub const SUBTYPE: &str = "dif";
@@ -28,6 +28,9 @@ pub const MAX_DEV_CONFIG: usize = 255;
 pub struct DeviceConfig {
     /// The image, an absolute path.
     pub image: PathBuf,
+    /// The image's format. Without it the first bytes decide at every start, and a guest of a raw image may not write what
+    /// looks like another format there.
+    pub format: Option<Format>,
     /// Protection information at rest.
     pub pi: Option<PiType>,
     /// The LUN refuses writes.
@@ -69,7 +72,14 @@ pub enum ConfigError {
 impl DeviceConfig {
     /// The settings of an image that is writable and unprotected.
     pub fn new(image: impl Into<PathBuf>) -> DeviceConfig {
-        DeviceConfig { image: image.into(), pi: None, read_only: false, sidecar: None, serial: None }
+        DeviceConfig {
+            image: image.into(),
+            format: None,
+            pi: None,
+            read_only: false,
+            sidecar: None,
+            serial: None,
+        }
     }
 
     /// Parses what stands after `dif/`.
@@ -83,6 +93,10 @@ impl DeviceConfig {
         for part in parts {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
             match (key, value) {
+                ("format", Some(v)) => {
+                    let unknown = ConfigError::Value { key: "format", value: v.to_owned() };
+                    once("format", &mut out.format, v.parse().map_err(|_| unknown)?)?;
+                }
                 ("pi", Some(v)) => {
                     let kind = pi_type(v).ok_or(ConfigError::Value { key: "pi", value: v.to_owned() })?;
                     once("pi", &mut out.pi, kind)?;
@@ -125,6 +139,9 @@ impl DeviceConfig {
 impl fmt::Display for DeviceConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&encode(self.image.as_os_str().as_bytes()))?;
+        if let Some(format) = self.format {
+            write!(f, ";format={format}")?;
+        }
         if let Some(pi) = self.pi {
             write!(f, ";pi={}", pi_word(pi))?;
         }
@@ -213,12 +230,13 @@ mod tests {
     prop_compose! {
         fn any_config()(
             image in any_path(),
+            format in prop::option::of(prop::sample::select(vec![Format::Raw, Format::Qcow2])),
             pi in prop::option::of(prop::sample::select(vec![PiType::Type1, PiType::Type3])),
             read_only: bool,
             sidecar in prop::option::of(any_path()),
             serial in prop::option::of("\\PC{1,20}|[;%,=\n]{1,5}"),
         ) -> DeviceConfig {
-            DeviceConfig { image, pi, read_only, sidecar, serial }
+            DeviceConfig { image, format, pi, read_only, sidecar, serial }
         }
     }
 

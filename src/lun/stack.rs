@@ -27,7 +27,7 @@ impl Stack {
     /// Opens the image and, if asked for, its sidecar. What fails leaves nothing open.
     pub(super) async fn open(io: &Io, params: &LunParams) -> std::result::Result<Stack, LunError> {
         let config = &params.config;
-        let options = OpenOptions { read_only: config.read_only, format: None, lock: true };
+        let options = OpenOptions { read_only: config.read_only, format: config.format, lock: true };
         let image = open(io, &config.image, &options).await?;
         image.check_block_size(params.block_size)?;
         let capacity = image.limits().capacity;

@@ -101,7 +101,7 @@ impl Sector {
     fn settle(&mut self, upto: u64) {
         // What a failed sync forgot is never settled, but what was written over it is.
         let n = self.newer.iter().rposition(|(seq, _)| *seq <= upto).map_or(0, |last| last + 1);
-        if let Some((_, bytes)) = self.newer.drain(..n).last() {
+        if let Some((_, bytes)) = self.newer.drain(..n).next_back() {
             self.durable = bytes;
         }
     }
@@ -334,7 +334,7 @@ impl State {
 
     fn settle_len(&mut self, upto: u64) {
         let n = self.newer_len.iter().take_while(|(seq, _)| *seq <= upto).count();
-        if let Some((_, len)) = self.newer_len.drain(..n).last() {
+        if let Some((_, len)) = self.newer_len.drain(..n).next_back() {
             self.durable_len = len;
         }
     }

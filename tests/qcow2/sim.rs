@@ -121,7 +121,7 @@ impl SimDisk {
             let pos = at + done as u64;
             let within = (pos % SECTOR) as usize;
             let n = (SECTOR as usize - within).min(bytes.len() - done);
-            let versions = state.sectors.entry(pos / SECTOR).or_insert_with(Vec::new);
+            let versions = state.sectors.entry(pos / SECTOR).or_default();
             let mut sector = versions.last().map_or([0; SECTOR as usize], |(_, s)| *s);
             if versions.is_empty() {
                 // A hole. Whether it was durably one is for the cut to say.

@@ -48,10 +48,11 @@ fn iscsi_test_cu(run: &mut Run<'_>, format: &str, block: u32) -> Result<()> {
     )?;
     let guest = &mut *run.guest;
     start_daemon(guest, "auto")?;
-    // Small, because SANITIZE goes over all of it within the suite's time limit for one command.
+    // Small, because SANITIZE goes over all of it within the suite's time limit for one command, and because a LUN of more
+    // than 65535 blocks is read in one piece, which is more than an sg device transfers.
     let image = format!("/scratch/suite.{format}");
     let options = format!("--image {image} --block-size {block} --pi type1");
-    let lun = create_on_loopback(guest, "suite", &format!("{options} --size 32M --format {format}"))?;
+    let lun = create_on_loopback(guest, "suite", &format!("{options} --size 24M --format {format}"))?;
     let mut ended = suite(guest, &lun.sg, "SCSI", "")?;
     // SANITIZE tests run one by one: on an sg device the suite itself crashes in one of them.
     let sanitize: Vec<String> =
@@ -64,6 +65,11 @@ fn iscsi_test_cu(run: &mut Run<'_>, format: &str, block: u32) -> Result<()> {
     let lun = create_on_loopback(guest, "suite", &format!("{options} --read-only"))?;
     ended.extend(suite(guest, &lun.sg, "SCSI.ReadOnly", "")?);
     delete(guest, "suite")?;
+    // MAXIMUM WRITE SAME LENGTH shows only on a LUN that is longer.
+    let large = format!("--image /scratch/large.{format} --size 40G --format {format} --block-size {block}");
+    let lun = create_on_loopback(guest, "large", &large)?;
+    ended.extend(suite(guest, &lun.sg, "SCSI.WriteSame16.ZeroBlocks", "")?);
+    delete(guest, "large")?;
 
     let count = |wanted| ended.values().filter(|ended| ended.outcome == wanted).count();
     println!(

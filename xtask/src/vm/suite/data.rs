@@ -80,10 +80,9 @@ fn keeps(run: &mut Run<'_>, disk: &Disk) -> Result<()> {
         ),
     )?;
 
-    // A second life of the same image: same size, same identity, same bytes.
+    // A second life of the same image: same size, same bytes.
     let again = create_on_loopback(guest, "disk", &options)?;
     ensure!(geometry(guest, &again.device)? == (SIZE, *block));
-    ensure!(again.report["serial"] == lun.report["serial"], "the serial number changed: {}", again.report);
     guest.sh_within(
         Duration::from_secs(120),
         &format!("cmp <(dd if={} iflag=direct bs=1M status=none) /scratch/copy", again.device),

@@ -250,6 +250,10 @@ fn late_daemon(run: &mut Run<'_>) -> Result<()> {
          dd if=/scratch/model of={} bs=1M oflag=direct status=none",
         lun.device
     ))?;
+    let identity = format!("sg_vpd --page=sn {0}; sg_vpd --page=di {0}", lun.sg);
+    let before = guest.sh(&identity)?;
+    let serial = lun.report["serial"].as_str().unwrap_or("?");
+    ensure!(before.contains(serial), "{serial} is not what the initiator sees:\n{before}");
     stop_daemon(guest, "TERM")?;
     // One that was made by hand while nobody listened.
     guest.sh(
@@ -274,6 +278,7 @@ fn late_daemon(run: &mut Run<'_>) -> Result<()> {
         "cmp -n $((8 << 20)) /scratch/model <(dd if={} bs=1M iflag=direct status=none)",
         lun.device
     ))?;
+    ensure!(guest.sh(&identity)? == before, "the disk's identity changed with the restart");
     let hand = guest.sh(&format!("{LOOPBACK} export_loopback user_90/hand naa.5001405000000091"))?;
     guest.sh(&format!(
         "dd if=/scratch/model of={hand} bs=1M oflag=direct status=none

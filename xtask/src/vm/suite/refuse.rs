@@ -65,13 +65,13 @@ const WRONG: &[(&str, &str, i32, &str)] = &[
     ("a path that is not there", "create w --image /scratch/nowhere.raw", 1, "/scratch/nowhere.raw"),
     ("a directory", "create w --image /scratch", 1, "/scratch"),
     ("an image that a LUN has", "create w --image /scratch/good.raw", 1, "/scratch/good.raw"),
-    ("an image that QEMU has", "create w --image /scratch/locked.raw", 1, "/scratch/locked.raw"),
+    ("an image that QEMU has", "create w --image /scratch/locked.qcow2", 1, "/scratch/locked.qcow2"),
     ("an unknown option", "create w --image /scratch/free.raw --sise 3", 2, "--sise"),
     ("no image", "create w", 2, "--image"),
     (
         "a size that is no multiple of the block size",
         "create w --image /scratch/new.raw --size 1000",
-        1,
+        2,
         "1000",
     ),
     (
@@ -97,7 +97,8 @@ const WRONG: &[(&str, &str, i32, &str)] = &[
 
 const WRONG_IMAGES: &str = r#"
 cd /scratch
-truncate -s 16M free.raw locked.raw
+truncate -s 16M free.raw
+qemu-img create -q -f qcow2 locked.qcow2 16M
 truncate -s 16777000 odd.raw
 qemu-img create -q -f qcow2 corrupt.qcow2 16M
 printf '\377\377\377\377\377\377\377\377' | dd of=corrupt.qcow2 bs=1 seek=40 conv=notrunc status=none
@@ -109,9 +110,9 @@ qemu-img create -q -f qcow2 -b /scratch/loop.qcow2 -F qcow2 loop2.qcow2
 qemu-img rebase -u -f qcow2 -b /scratch/loop2.qcow2 -F qcow2 loop.qcow2
 qemu-img create -q -f qcow2 future.qcow2 16M
 printf '\200' | dd of=future.qcow2 bs=1 seek=72 conv=notrunc status=none
-(setsid sleep 600 | setsid qemu-io -f raw locked.raw > /dev/null 2>&1 &)
+(setsid sleep 600 | setsid qemu-io -f qcow2 locked.qcow2 > /dev/null 2>&1 &)
 for _ in $(seq 50); do
-    qemu-img info locked.raw > /dev/null 2>&1 || exit 0
+    qemu-img info locked.qcow2 > /dev/null 2>&1 || exit 0
     sleep 0.1
 done
 echo 'qemu-io did not lock the image' >&2
@@ -139,7 +140,7 @@ fn wrong_words(run: &mut Run<'_>) -> Result<()> {
         }
     }
     let new = guest.try_sh(
-        "ls /scratch/new.raw /scratch/*.raw.pi 2>/dev/null; id nobody > /dev/null; \
+        "ls /scratch/new.raw /scratch/*.raw.pi 2>/dev/null || true; \
         setpriv --reuid=nobody --clear-groups tcmu-dif create w --image /scratch/free.raw 2>&1 >/dev/null",
     )?;
     if new.status != Some(1) || !new.stdout.contains("root") || new.stdout.contains("/scratch/new.raw\n") {
