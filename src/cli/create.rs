@@ -263,6 +263,8 @@ fn build(places: &Places, args: &Create, config: &DeviceConfig, looked: Option<L
         }
     };
     protect(config, args, &mut undo)?;
+    // Undone between the device and the files: the daemon closes them before they are removed.
+    undo.note("the daemon's hold on the image", || luns::wait_until_closed(places, name.as_str(), None));
     let spec = Spec {
         name: name.clone(),
         dev_config: config.dev_config().map_err(|e| CliError::from("create", name, &e))?,

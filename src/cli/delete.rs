@@ -1,23 +1,29 @@
 //! `tcmu-dif delete`: takes a LUN and its exports down, and refuses while somebody uses them.
 
-use std::{path::Path, process::ExitCode, time::Duration};
+use std::{
+    path::Path,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use serde::Serialize;
 
 use super::{
     CliError, Done,
     args::{Cli, Delete},
-    luns::{Places, SYSFS, refused},
+    luns::{self, Places, SYSFS, refused},
     output, require_root,
 };
 use crate::kernel::{
-    backstore::{Backstore, ConfigfsError},
+    backstore::Backstore,
     fabric::{self, Export, Fabric, Removed},
     usage::{self, User},
 };
-
-/// How long the daemon may take to close the image.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Serialize)]
 struct Deleted<'a> {
@@ -46,20 +52,14 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
         )));
     }
     let alive = places.run.daemon().map_err(|e| CliError::from("delete", name, &e))?.is_some();
-    if !alive && !exports.is_empty() {
-        if !args.force {
-            // The disk driver would wait for an answer to SYNCHRONIZE CACHE that nobody gives.
-            return Err(CliError::new(
-                "delete",
-                name,
-                "the daemon isn't running, and the disk's cache can't be flushed",
-            )
-            .then(format!(
-                "start it: tcmu-dif daemon; or give up what isn't flushed: tcmu-dif delete --force {name}"
-            )));
-        }
-        give_up(&places, &store, &exports).map_err(|e| refused("delete", name, &e))?;
+    if !alive && !exports.is_empty() && !args.force {
+        // The disk driver would wait for an answer to SYNCHRONIZE CACHE that nobody gives.
+        let reason = "the daemon isn't running, and the disk's cache can't be flushed";
+        return Err(CliError::new("delete", name, reason).then(format!(
+            "start it: tcmu-dif daemon; or give up what isn't flushed: tcmu-dif delete --force {name}"
+        )));
     }
+    let _failing = if alive { None } else { Some(Failing::start(&places, &store, &exports)) };
     let mut left = Vec::new();
     for export in &exports {
         match fabric::remove(&places.tree, export).map_err(|e| refused("delete", name, &e))? {
@@ -69,8 +69,8 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     }
     store.remove(&places.tree).map_err(|e| refused("delete", name, &e))?;
     // Until the daemon has let go of the image, nobody else can have it.
-    if alive && !gone(&places, name.as_str(), store.hba) {
-        tracing::warn!("the daemon still closes the image of {name}");
+    if alive && let Err(e) = luns::wait_until_closed(&places, name.as_str(), Some(store.hba)) {
+        tracing::warn!("{name}: {e}");
     }
     if args.json.json {
         return output::json(&Deleted { name: name.as_str(), deleted: true, left });
@@ -82,15 +82,40 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Ends what waits for a daemon that isn't there.
-fn give_up(places: &Places, store: &Backstore, exports: &[Export]) -> Result<(), ConfigfsError> {
-    for export in exports.iter().filter(|e| e.kind() == Some(Fabric::Loopback)) {
-        let address = fabric::scsi_address(&places.tree, export)?;
-        if let Err(e) = fabric::set_disk_offline(Path::new(SYSFS), &address) {
-            tracing::warn!("the disk at {address} could not be put offline: {e}");
+/// Fails whatever would wait for a daemon that isn't there, until it is dropped: the kernel sends SYNCHRONIZE CACHE to a
+/// disk that it takes down, and more than once.
+struct Failing {
+    done: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Failing {
+    fn start(places: &Places, store: &Backstore, exports: &[Export]) -> Failing {
+        for export in exports.iter().filter(|e| e.kind() == Some(Fabric::Loopback)) {
+            let address = fabric::scsi_address(&places.tree, export).map_err(|e| e.source);
+            if let Err(e) = address.and_then(|a| fabric::set_disk_offline(Path::new(SYSFS), &a)) {
+                tracing::warn!("the disk of {} could not be put offline: {e}", export.target);
+            }
+        }
+        let done = Arc::new(AtomicBool::new(false));
+        let (end, tree, store) = (done.clone(), places.tree.clone(), store.clone());
+        let thread = std::thread::spawn(move || {
+            // Until the device is gone, and its attribute with it.
+            while !end.load(Ordering::Acquire) && store.fail_commands(&tree).is_ok() {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        Failing { done, thread: Some(thread) }
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
         }
     }
-    store.abandon(&places.tree)
 }
 
 fn users_of(places: &Places, export: &Export) -> Vec<User> {
@@ -103,16 +128,4 @@ fn users_of(places: &Places, export: &Export) -> Vec<User> {
         }
         None => Vec::new(),
     }
-}
-
-/// Waits until the daemon's file for that LUN is gone, or is another LUN's.
-fn gone(places: &Places, name: &str, hba: u32) -> bool {
-    let end = std::time::Instant::now() + CLOSE_PATIENCE;
-    while std::time::Instant::now() < end {
-        if places.run.read(name).is_ok_and(|state| state.is_none_or(|s| s.hba != hba)) {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    false
 }

@@ -1,6 +1,10 @@
 //! What the commands know about LUNs: the kernel's objects and the daemon's state, brought together.
 
-use std::path::Path;
+use std::{
+    io,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
@@ -214,3 +218,25 @@ impl LunView {
 
 /// Lets the disk driver wait longer than the target does: what the kernel's own time limit is, and half as much again.
 pub const DISK_TIMEOUT: u32 = COMMAND_TIMEOUT + COMMAND_TIMEOUT / 2;
+
+/// How long the daemon may take to close an image.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until the daemon has closed the image of a LUN that is gone: its file goes then. A LUN of the same name that
+/// came since, on another `user_N` than `hba`, is none to wait for.
+///
+/// # Errors
+/// If it takes too long; and the file system's.
+pub fn wait_until_closed(places: &Places, name: &str, hba: Option<u32>) -> io::Result<()> {
+    let end = Instant::now() + CLOSE_PATIENCE;
+    while places.run.read(name)?.is_some_and(|s| hba.is_none_or(|hba| s.hba == hba)) {
+        if places.run.daemon()?.is_none() {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the daemon still closes the image"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

@@ -198,18 +198,14 @@ impl Backstore {
         tree.write(&attr, &bytes.to_string()).context("write", &attr)
     }
 
-    /// Ends every command that waits for a daemon that isn't there, with an error, and lets no new one wait. For a
-    /// removal that must not wait itself.
+    /// Ends every command that waits in the ring, with CHECK CONDITION: for a removal that no daemon helps with.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn abandon(&self, tree: &dyn Tree) -> Result<(), ConfigfsError> {
-        // 2: CHECK CONDITION, rather than 1, BUSY, which would only be tried again.
-        for (action, value) in [("action/block_dev", "1"), ("action/reset_ring", "2")] {
-            let action = self.path.join(action);
-            tree.write(&action, value).context("write", &action)?;
-        }
-        Ok(())
+    pub fn fail_commands(&self, tree: &dyn Tree) -> Result<(), ConfigfsError> {
+        // 2 is an error; 1 would be BUSY, which is only tried again.
+        let action = self.path.join("action/reset_ring");
+        tree.write(&action, "2").context("write", &action)
     }
 
     /// Removes the device, and its `user_N` if nothing else is in it. Nothing may be exported.

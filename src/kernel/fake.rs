@@ -69,7 +69,6 @@ impl Fake {
             }
             attr("control", "");
             attr("enable", "0");
-            attr("action/block_dev", "0");
             attr("action/reset_ring", "0");
             attr("attrib/dev_config", "");
             attr("attrib/dev_size", "0");

@@ -96,17 +96,12 @@ fn each_backstore_has_a_directory_of_its_own_in_core() {
 }
 
 #[test]
-fn an_abandoned_device_takes_no_new_commands_before_the_old_ones_end() {
+fn commands_without_a_daemon_end_in_an_error_and_not_in_busy() {
     let tree = Fake::new();
     build(&tree, "vm1").unwrap();
     let store = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
-    tree.changes_left.set(Some(1));
-    assert!(store.abandon(&tree).is_err());
-    let action = |name: &str| tree.read(&store.path.join("action").join(name)).unwrap();
-    assert_eq!((action("block_dev").as_str(), action("reset_ring").as_str()), ("1", "0"));
-    tree.changes_left.set(None);
-    store.abandon(&tree).unwrap();
-    assert_eq!(action("reset_ring"), "2");
+    store.fail_commands(&tree).unwrap();
+    assert_eq!(tree.read(&store.path.join("action/reset_ring")).unwrap(), "2");
 }
 
 #[test]
