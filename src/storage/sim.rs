@@ -60,11 +60,11 @@ impl Rng {
     }
 }
 
-/// The loops of a simulation: `n` by default, a tenth with `TCMU_DIF_SCALE=quick`, twenty times as many with `full`.
+/// The loops of a simulation: `n` by default, a tenth with `TCMU_DIF_SCALE=quick`, five times as many with `full`.
 pub fn scaled(n: u64) -> u64 {
     match std::env::var("TCMU_DIF_SCALE").as_deref() {
         Ok("quick") => n.div_ceil(10),
-        Ok("full") => n * 20,
+        Ok("full") => n * 5,
         _ => n,
     }
 }

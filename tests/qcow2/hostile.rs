@@ -11,7 +11,7 @@ use tcmu_dif::{
 
 use crate::{
     sim::{self, Cut, SimDisk},
-    support::{Rng, qemu_img, qemu_io, scale},
+    support::{FULL, Rng, qemu_img, qemu_io, scale},
     work::read_disk,
 };
 
@@ -138,7 +138,7 @@ fn every_table_entry_pointed_anywhere_is_survived() {
         for at in words(&good) {
             for value in values {
                 // All of them in the long run.
-                if scale() < 50 && !rng.one_in(8 / scale().min(4)) {
+                if scale() < FULL && !rng.one_in(8 / scale().min(4)) {
                     continue;
                 }
                 let mut bytes = good.clone();
@@ -152,7 +152,7 @@ fn every_table_entry_pointed_anywhere_is_survived() {
 #[test]
 fn images_cut_short_or_full_of_rubbish_are_survived() {
     let good = image("cluster_size=4k");
-    for len in (0..good.len()).step_by(if scale() < 50 { 1111 } else { 100 }) {
+    for len in (0..good.len()).step_by(if scale() < FULL { 1111 } else { 100 }) {
         sim::run(use_it(Rc::new(good[..len].to_vec())));
     }
     let mut rng = Rng::new(9);

@@ -38,11 +38,14 @@ impl Rng {
     }
 }
 
+/// [`scale`] of the longest loops.
+pub const FULL: u64 = 8;
+
 /// How much more than the least to do.
 pub fn scale() -> u64 {
     match std::env::var("TCMU_DIF_SCALE").as_deref() {
         Ok("quick") => 1,
-        Ok("full") => 50,
+        Ok("full") => FULL,
         _ => 2,
     }
 }

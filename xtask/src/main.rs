@@ -23,13 +23,13 @@ enum Chore {
         /// Short loops, and no VM
         #[arg(long, conflicts_with = "full")]
         quick: bool,
-        /// Long loops, as CI runs them
+        /// Long loops
         #[arg(long)]
         full: bool,
         /// Only tests whose names contain one of these words, and none of the other checks
         filters: Vec<String>,
     },
-    /// What CI runs: `test --full`
+    /// What CI runs: `test`
     Ci,
     /// The VM with the real target_core_user
     Vm {
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
         Chore::Test { quick: true, filters, .. } => test(Scale::Quick, filters),
         Chore::Test { full: true, filters, .. } => test(Scale::Full, filters),
         Chore::Test { filters, .. } => test(Scale::Default, filters),
-        Chore::Ci => test(Scale::Full, Vec::new()),
+        Chore::Ci => test(Scale::Default, Vec::new()),
         Chore::Vm { action } => vm::main(action),
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };
