@@ -6,6 +6,7 @@ use std::{
     fs, io,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// A configfs: directories are objects, files are attributes, links are relations.
@@ -54,6 +55,10 @@ pub trait Tree {
     fn is_dir(&self, path: &Path) -> bool;
 }
 
+/// How often the cache of names is asked for one that it seems not to have, and how long is waited in between.
+const CACHE_TRIES: usize = 10;
+const CACHE_PAUSE: Duration = Duration::from_millis(1);
+
 /// The kernel's own.
 #[derive(Debug, Clone)]
 pub struct Real {
@@ -72,12 +77,22 @@ impl Real {
     pub fn has_now(&self, path: &Path) -> bool {
         use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        // configfs keeps the names of its objects in the cache of names until their removal begins.
-        match openat2(CWD, self.root.join(path), flags, Mode::empty(), ResolveFlags::CACHED) {
-            Ok(_) => true,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::NOENT) => false,
-            Err(_) => true,
+        // The way to configfs leads through sysfs, whose names the kernel always checks, so it is not asked from the
+        // cache alone. That takes no lock of configfs.
+        let Ok(root) = openat2(CWD, &self.root, flags, Mode::empty(), ResolveFlags::empty()) else {
+            return true;
+        };
+        // configfs keeps the names of its objects in the cache of names until their removal begins. The cache also gives up when
+        // something changes at the same time; a name that is gone for good is gone the next times too.
+        for _ in 0..CACHE_TRIES {
+            match openat2(&root, path, flags, Mode::empty(), ResolveFlags::CACHED) {
+                Ok(_) => return true,
+                Err(rustix::io::Errno::NOENT) => return false,
+                Err(rustix::io::Errno::AGAIN) => std::thread::sleep(CACHE_PAUSE),
+                Err(_) => return true,
+            }
         }
+        false
     }
 
     fn entries(&self, path: &Path) -> io::Result<Vec<fs::DirEntry>> {

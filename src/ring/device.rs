@@ -53,7 +53,8 @@ impl Device {
     /// # Errors
     /// If the region cannot be mapped.
     pub fn has_unreleased_entries(&self) -> Result<bool, RingError> {
-        let len = size_of::<Mailbox>();
+        // The kernel maps the whole region or nothing.
+        let len = self.len;
         let map = Mapping::new(&self.memory, len).map_err(|source| RingError::Map { len, source })?;
         Ok(map.load_acquire(HEAD) != map.load_acquire(TAIL))
     }
