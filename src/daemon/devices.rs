@@ -35,8 +35,6 @@ struct Entry {
     known: Arc<Known>,
     orders: Sender<Order>,
     thread: JoinHandle<()>,
-    /// At the last look, configfs had it no more.
-    suspect: bool,
 }
 
 struct Leaving {
@@ -144,7 +142,7 @@ impl Devices {
         let thread = std::thread::Builder::new().name(format!("device {minor}")).spawn(body);
         match thread {
             Ok(thread) => {
-                let entry = Entry { device, known, orders, thread, suspect: false };
+                let entry = Entry { device, known, orders, thread };
                 self.here.insert(minor, entry);
             }
             // The kernel's wait went with the closure, and was answered.
@@ -178,15 +176,15 @@ impl Devices {
             if found.get(&minor).is_none_or(|d| d.name != entry.device.name) {
                 self.remove(minor, None);
             } else if !(self.in_configfs)(&entry.device) {
-                // Being removed. The event is on its way, unless it was lost.
-                if lost || std::mem::replace(&mut entry.suspect, true) {
+                // Being removed. The event is on its way, unless messages were lost; then alone is this believed, because
+                // the look at configfs may err, and a LUN that is in use must not be stopped for that.
+                if lost {
                     let id = entry.known.device_id.get().copied();
                     let pending = id.map(|id| Pending::new(self.answers.clone(), Kind::Removed, id));
                     let pending = pending.and_then(|p| entry.wait(p));
                     self.remove(minor, pending);
                 }
             } else {
-                entry.suspect = false;
                 entry.orders.send(Order::Check { lost }).ok();
                 if let Some(id) = entry.known.device_id.get().filter(|_| lost && entry.waits()) {
                     // The only wait that it can be in, since it is there and up; whoever waits tries again.
