@@ -26,10 +26,13 @@ enum Chore {
         /// Long loops
         #[arg(long)]
         full: bool,
+        /// Everything but the VM suite
+        #[arg(long)]
+        no_vm: bool,
         /// Only tests whose names contain one of these words, and none of the other checks
         filters: Vec<String>,
     },
-    /// What CI runs: `test`
+    /// What CI runs: `test --no-vm`
     Ci,
     /// The VM with the real target_core_user
     Vm {
@@ -42,12 +45,12 @@ enum Chore {
 }
 
 fn main() -> ExitCode {
-    let test = |scale, filters| steps::run(&steps::Plan { scale, filters });
+    let test = |scale, vm, filters| steps::run(&steps::Plan { scale, vm, filters });
     let done = match Arguments::parse().chore {
-        Chore::Test { quick: true, filters, .. } => test(Scale::Quick, filters),
-        Chore::Test { full: true, filters, .. } => test(Scale::Full, filters),
-        Chore::Test { filters, .. } => test(Scale::Default, filters),
-        Chore::Ci => test(Scale::Default, Vec::new()),
+        Chore::Test { quick: true, filters, .. } => test(Scale::Quick, false, filters),
+        Chore::Test { full: true, no_vm, filters, .. } => test(Scale::Full, !no_vm, filters),
+        Chore::Test { no_vm, filters, .. } => test(Scale::Default, !no_vm, filters),
+        Chore::Ci => test(Scale::Default, false, Vec::new()),
         Chore::Vm { action } => vm::main(action),
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };

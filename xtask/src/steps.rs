@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 
 /// What to run.
 pub struct Plan {
-    /// How long the longer loops go on, and whether the VM is used.
+    /// How long the longer loops go on.
     pub scale: Scale,
+    /// Whether the VM suite is run.
+    pub vm: bool,
     /// Run only tests whose names contain one of these, and none of the other checks.
     pub filters: Vec<String>,
 }
@@ -48,7 +50,7 @@ enum Counts {
 
 /// Runs the plan.
 pub fn run(plan: &Plan) -> Result<ExitCode> {
-    let with_vm = plan.scale != Scale::Quick;
+    let with_vm = plan.vm;
     let mut wanted: Vec<&str> = debian::FOR_TESTS.to_vec();
     if with_vm {
         wanted.extend(debian::FOR_VM);
@@ -109,7 +111,7 @@ fn steps(plan: &Plan) -> Vec<Step> {
         ));
     }
     steps.push(tests("tests on io_uring", suite("uring", &["--workspace"])));
-    steps.push(tests("tests on threads", suite("threads", &["-p", "tcmu-dif"])));
+    steps.push(tests("tests on threads", suite("threads", &["--workspace"])));
     if plan.filters.is_empty() {
         steps.push(tests("doc tests", cargo(&["test", "--workspace", "--doc"])));
     }
