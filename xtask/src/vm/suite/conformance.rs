@@ -68,7 +68,9 @@ fn iscsi_test_cu(run: &mut Run<'_>, format: &str, block: u32) -> Result<()> {
     // MAXIMUM WRITE SAME LENGTH shows only on a LUN that is longer.
     let large = format!("--image /scratch/large.{format} --size 40G --format {format} --block-size {block}");
     let lun = create_on_loopback(guest, "large", &large)?;
-    ended.extend(suite(guest, &lun.sg, "SCSI.WriteSame16.ZeroBlocks", "")?);
+    for family in ["WriteSame10", "WriteSame16"] {
+        ended.extend(suite(guest, &lun.sg, &format!("SCSI.{family}.ZeroBlocks"), "")?);
+    }
     delete(guest, "large")?;
 
     let count = |wanted| ended.values().filter(|ended| ended.outcome == wanted).count();
@@ -89,16 +91,14 @@ const CRASHES: &str = "Sanitize.OverwriteReserved";
 
 /// Runs one family or test of the suite and reads its log, which is kept.
 fn suite(guest: &mut Guest, sg: &str, test: &str, more: &str) -> Result<BTreeMap<String, iscsi::Ended>> {
-    // In the guest's memory first: the log is long, and a share is slow.
     let name = format!("iscsi-test-cu.{test}.log");
-    guest.sh_within(
-        Duration::from_secs(400),
-        &format!(
-            "iscsi-test-cu --dataloss {more} -V --test={test} {sg} > /tmp/{name} 2>&1 || true; cp /tmp/{name} /host/"
-        ),
-    )?;
+    // Straight to the share, so that the log is there when the suite hangs.
+    let command =
+        format!("iscsi-test-cu --dataloss {more} -V --test={test} {sg} > /host/{name} 2>&1 || true");
+    let ran = guest.sh_within(Duration::from_secs(400), &command);
     let log = guest.logs().join(&name);
     fs::copy(guest.share().join(&name), &log)?;
+    ran.with_context(|| format!("see {}", log.display()))?;
     iscsi::parse(&String::from_utf8_lossy(&fs::read(&log)?)).with_context(|| format!("see {}", log.display()))
 }
 
