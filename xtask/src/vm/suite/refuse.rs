@@ -140,7 +140,7 @@ fn wrong_words(run: &mut Run<'_>) -> Result<()> {
         }
     }
     let new = guest.try_sh(
-        "ls /scratch/new.raw /scratch/*.raw.pi 2>/dev/null || true; \
+        "ls /scratch/new.raw /scratch/*.raw.pi 2>/dev/null || true; chmod 666 /scratch/free.raw; \
         setpriv --reuid=nobody --clear-groups tcmu-dif create w --image /scratch/free.raw 2>&1 >/dev/null",
     )?;
     if new.status != Some(1) || !new.stdout.contains("root") || new.stdout.contains("/scratch/new.raw\n") {
