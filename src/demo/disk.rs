@@ -79,6 +79,7 @@ impl Disk {
             capacity,
             write_cache: true,
             serial: Some("demo0001".into()),
+            state_dir: None,
             backend: None,
             device: kernel.device().map_err(file("no descriptors for the ring"))?,
         };
