@@ -195,7 +195,7 @@ fn a_saved_mode_page_outlives_a_restart_and_one_that_was_not_saved_does_not() {
         |rig: &mut Rig, page: u8| rig.run(&[0x1a, 8, page, 0, 255, 0], Data::In(255)).data[4..].to_vec();
     let mut caching = sense(&mut rig, 0x08);
     assert_eq!((caching[0], caching[2] & 4), (0x88, 4), "PS=1 and WCE=1");
-    let mut select = |rig: &mut Rig, page: &[u8], save: u8| {
+    let select = |rig: &mut Rig, page: &[u8], save: u8| {
         let list = [&[0; 4], page].concat();
         let cdb = [0x15, 0x10 | save, 0, 0, list.len() as u8, 0];
         assert_eq!(rig.run(&cdb, Data::Out(&list)).status, 0);
