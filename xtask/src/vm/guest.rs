@@ -111,6 +111,8 @@ impl RunDir {
             fs::copy(program, bin.join(name))
                 .with_context(|| format!("cannot give {} to the guest", program.display()))?;
         }
+        fs::copy(&lab.artefacts.module, dir.0.join("share/target_core_user.ko"))
+            .context("cannot give the module to the guest")?;
         crate::sh::quiet(
             Command::new("cp")
                 .args(["--sparse=always", "--reflink=auto"])
