@@ -615,4 +615,6 @@ pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
 #[cfg(test)]
 mod cuts;
 #[cfg(test)]
+mod initiator_tests;
+#[cfg(test)]
 mod tests;

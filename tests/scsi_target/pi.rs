@@ -303,6 +303,14 @@ fn write_and_verify_and_a_repeated_block_are_checked_like_the_rest() {
             assert_eq!(pi.send(&form(0x93, 0x0d, 0x20, 5), one, tuple).await.sense, GOOD);
             let mut other = tuple.to_vec();
             other[3] ^= 1;
+            // The reference tag that differs is compared too, but for type 3 with ATO = 0: then it is nobody's.
+            let mut moved = tuple.to_vec();
+            moved[7] ^= 1;
+            for (byte_5, compared) in [(0x40, kind != PiType::Type3), (0xc0, true)] {
+                control(&pi, byte_5).await;
+                let answer = pi.send(&form(0x8f, 0x0a, 0x66, 6), one, &moved).await;
+                assert_eq!(answer.sense, if compared { (0xe, 0x10, 3) } else { GOOD }, "{kind} {byte_5:#x}");
+            }
             // 011b checks nothing, and compares everything.
             let answer = pi.send(&form(0x8f, 0x0a, 0x66, 6), one, &other).await;
             assert_eq!((answer.sense, answer.information), ((0xe, 0x10, 2), Some(8)), "{kind}");
