@@ -107,6 +107,7 @@ fn protection(at: &Place) -> Protection {
         image: at.image.clone(),
         sidecar: at.sidecar.clone(),
         kind: PiType::Type1,
+        exposure: tcmu_dif::pi::Exposure::Target,
         block_size: BlockSize::B4096,
         read_only: false,
         found: Stamp::of(&at.image).unwrap(),

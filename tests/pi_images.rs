@@ -30,6 +30,7 @@ async fn attach(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenError> {
         image: path.to_owned(),
         sidecar: default_path(path),
         kind: PiType::Type1,
+        exposure: tcmu_dif::pi::Exposure::Target,
         block_size: BlockSize::B512,
         read_only: false,
         found: Stamp { size: stamp.size, mtime: stamp.mtime },

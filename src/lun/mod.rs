@@ -9,6 +9,7 @@ mod event_loop;
 mod inbox;
 #[cfg(test)]
 mod loop_tests;
+pub mod saved_pages;
 mod service;
 mod spin;
 mod stack;
@@ -44,6 +45,7 @@ use config::DeviceConfig;
 use event_loop::{EventLoop, run_to_end};
 use inbox::{Inbox, Message, Outbox};
 use service::Lun;
+pub use service::serial_of;
 use stack::Stack;
 
 /// How long a message may wait for its answer. A resize writes metadata; nothing that is asked takes longer.
@@ -64,6 +66,8 @@ pub struct LunParams {
     pub write_cache: bool,
     /// The kernel's `wwn/vpd_unit_serial`, if it is set.
     pub serial: Option<String>,
+    /// Where saved mode pages are kept; without it MODE SELECT refuses to save.
+    pub state_dir: Option<PathBuf>,
     /// The way to the kernel; the best that it permits if not given.
     pub backend: Option<Backend>,
     /// The ring.

@@ -12,7 +12,7 @@ use crate::{
     pi::{Counters, Protected, Protection, protected::sidecar_path, store::Stamp},
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
-    volume::{Extent, IoError, IoOp, Limits, Result, Volume, WriteFlags},
+    volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
 };
 
 /// The layers of a LUN below SCSI.
@@ -48,6 +48,7 @@ impl Stack {
             image: config.image.clone(),
             sidecar: sidecar_path(&config.image, config.sidecar.as_deref()),
             kind,
+            exposure: config.exposure,
             block_size: params.block_size,
             read_only: config.read_only,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
@@ -116,5 +117,27 @@ impl Volume for Stack {
 
     async fn close(&self) -> Result<()> {
         layers!(self, v => v.close().await)
+    }
+
+    fn protection(&self) -> Option<PiType> {
+        layers!(self, v => v.protection())
+    }
+
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        layers!(self, v => v.read_with_tuples(at, to, check).await)
+    }
+
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        layers!(self, v => v.write_with_tuples(at, from, tuples, flags).await)
+    }
+
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        layers!(self, v => v.reformat(protection).await)
     }
 }

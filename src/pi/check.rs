@@ -4,6 +4,7 @@
 //! that travels: eight bytes a block, big-endian ([`super::tuple`]).
 
 use super::{
+    exposure::Exposure,
     guard::{Blocks, Guard, Mask, Tags},
     tuple::{PiType, TUPLE_LEN, Tuple, tuples},
 };
@@ -22,6 +23,8 @@ pub struct Checker {
     pub kind: PiType,
     /// The LUN's block size.
     pub block_size: BlockSize,
+    /// Who made the tags: only of our own is it known what they should be.
+    pub tags: Exposure,
 }
 
 /// How a check without a mismatch went.
@@ -46,6 +49,16 @@ impl Checker {
         Tags { app: 0, reference: reference(first), step }
     }
 
+    /// What the fast comparison looks at. A block that it lets pass matches; of one that it doesn't, [`Checker::check_one`] says.
+    fn fast_mask(&self) -> Mask {
+        match (self.tags, self.kind) {
+            (Exposure::Target, _) => Mask::ALL,
+            (Exposure::Initiator, PiType::Type1) => Mask { app: 0, ..Mask::ALL },
+            // Reference tags that an initiator chose.
+            (Exposure::Initiator, _) => Mask { app: 0, reference: 0, ..Mask::ALL },
+        }
+    }
+
     /// Calls `each` with the index and the guard of every whole block in `data`, in order.
     pub fn guards(&self, data: &Sg, each: impl FnMut(usize, u16)) {
         self.guard.guards(self.blocks(data), each);
@@ -57,6 +70,16 @@ impl Checker {
         let mut out = vec![0; data.count() * TUPLE_LEN];
         self.guard.generate(data, self.tags(first), &mut out);
         out
+    }
+
+    /// The tuple that a block gets whose data are taken as they are: the tags that an initiator gave it stay.
+    pub fn mend(&self, lba: Lba, guard: u16, old: Tuple) -> Tuple {
+        let new = Tuple::new(self.kind, guard, lba);
+        if self.tags == Exposure::Target || old.is_escape(self.kind) {
+            return new;
+        }
+        let reference = if self.kind == PiType::Type1 { new.reference } else { old.reference };
+        Tuple { guard, app: old.app, reference }
     }
 
     /// Checks the blocks in `data`, the first of which is `first`, against as many tuples.
@@ -86,7 +109,7 @@ impl Checker {
     ) -> Checked {
         let data = self.blocks(data);
         let (mut unprotected, mut mismatches) = (0, 0);
-        self.guard.verify(data, self.tags(first), Mask::ALL, stored, |i, guard| {
+        self.guard.verify(data, self.tags(first), self.fast_mask(), stored, |i, guard| {
             let lba = Lba(first.0.wrapping_add(i as u64));
             let tuple = tuples(&stored[i * TUPLE_LEN..]).next().unwrap_or(Tuple::ESCAPE);
             match self.check_one(lba, guard, tuple) {
@@ -128,11 +151,12 @@ impl Checker {
             // Expected is what the tuple says, found is what the data give: the block is the suspect.
             return wrong(PiTag::Guard, u32::from(found.guard), u32::from(want.guard));
         }
-        if found.app != want.app {
+        let ours = self.tags == Exposure::Target;
+        if ours && found.app != want.app {
             return wrong(PiTag::Application, u32::from(want.app), u32::from(found.app));
         }
         // The reference tag of type 3 is ours too (zero), and a damaged one says that the tuple is damaged.
-        if found.reference != want.reference {
+        if (ours || self.kind == PiType::Type1) && found.reference != want.reference {
             return wrong(PiTag::Reference, want.reference, found.reference);
         }
         Ok(true)
@@ -145,7 +169,7 @@ mod tests {
     use crate::{storage::sim::Rng, sys::mem::Buffer};
 
     fn checker(guard: Guard, kind: PiType, block_size: BlockSize) -> Checker {
-        Checker { guard, kind, block_size }
+        Checker { guard, kind, block_size, tags: Exposure::Target }
     }
 
     /// The same bytes in segments cut at random places.

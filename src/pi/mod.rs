@@ -7,15 +7,19 @@
 
 pub mod check;
 pub mod error;
+pub mod exposure;
 pub mod guard;
 pub mod protected;
 mod recompute;
 pub mod store;
 #[cfg(test)]
 mod testing;
+mod told;
 pub mod tools;
 pub mod tuple;
+pub mod wire;
 
 pub use error::{PiOpenError, PiOpenErrorKind};
+pub use exposure::{Exposure, Transfer};
 pub use protected::{Counters, Protected, Protection};
 pub use tuple::{PiType, Tuple};

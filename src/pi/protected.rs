@@ -32,17 +32,20 @@ use serde::Serialize;
 use super::{
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind},
+    exposure::Exposure,
     guard::Guard,
     recompute::{Mode, Recomputed, recompute},
     store::{Sidecar, Stamp, open_file},
-    tuple::PiType,
+    tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
     storage::{FileStorage, Storage},
     sync::{RangeGuard, RangeLock},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Blocks, ByteOffset, Lba},
-    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, PiTag, Result, Volume, WriteFlags},
+    volume::{
+        Extent, IoError, IoErrorKind, IoOp, Limits, PiMismatch, PiTag, Result, TupleCheck, Volume, WriteFlags,
+    },
 };
 
 /// How an image is protected.
@@ -54,6 +57,8 @@ pub struct Protection {
     pub sidecar: PathBuf,
     /// The type asked for.
     pub kind: PiType,
+    /// Whether initiators read and write the tuples.
+    pub exposure: Exposure,
     /// The LUN's block size.
     pub block_size: BlockSize,
     /// The volume is not written.
@@ -85,7 +90,10 @@ pub struct Counters {
 pub struct Protected<V, S = FileStorage> {
     volume: V,
     sidecar: Sidecar<S>,
-    checker: Checker,
+    checker: Cell<Checker>,
+    exposure: Exposure,
+    /// FORMAT UNIT has turned protection off as far as initiators see.
+    hidden: Cell<bool>,
     capacity: Cell<Blocks>,
     read_only: bool,
     lock: RangeLock,
@@ -126,7 +134,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let store = |e: io::Error| fault(PiOpenErrorKind::Store(e.into()));
         let sidecar = Sidecar::open(storage).await.map_err(|e| fault(PiOpenErrorKind::Store(e)))?;
         let info = sidecar.info();
-        if info.pi != how.kind {
+        // What an initiator's FORMAT UNIT has chosen stands in the sidecar alone.
+        if info.pi != how.kind && !info.formatted {
             return Err(fault(PiOpenErrorKind::Type { has: info.pi, wanted: how.kind }));
         }
         if info.block_size != how.block_size.bytes() {
@@ -142,10 +151,18 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 return Err(fault(PiOpenErrorKind::Capacity { has: info.blocks, image: capacity.0 }));
             }
         }
+        let exposed = how.exposure == Exposure::Initiator && !info.hidden;
         let me = Protected {
             volume,
             sidecar,
-            checker: Checker { guard: Guard::best(), kind: how.kind, block_size: how.block_size },
+            checker: Cell::new(Checker {
+                guard: Guard::best(),
+                kind: info.pi,
+                block_size: how.block_size,
+                tags: if exposed { Exposure::Initiator } else { info.tags },
+            }),
+            exposure: how.exposure,
+            hidden: Cell::new(info.hidden),
             capacity: Cell::new(capacity),
             read_only: how.read_only,
             lock: RangeLock::new(),
@@ -157,6 +174,9 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         };
         if !how.read_only {
             me.sidecar.begin_use().await.map_err(store)?;
+            if exposed {
+                me.sidecar.admit_initiator_tags().await.map_err(store)?;
+            }
             if info.blocks != capacity.0 {
                 // A resize that a crash cut off. Beyond the smaller of the two no tuple is of any worth.
                 me.sidecar.forget_beyond(capacity.min(Blocks(info.blocks))).await.map_err(store)?;
@@ -175,8 +195,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         }
         let mut done = Recomputed::default();
         for blocks in &marked {
-            let part =
-                recompute(&self.volume, &self.sidecar, &self.checker, blocks.clone(), Mode::Mend, |_| ());
+            let checker = self.checker();
+            let part = recompute(&self.volume, &self.sidecar, &checker, blocks.clone(), Mode::Mend, |_| ());
             done.add(part.await.map_err(|e| e.path(&self.sidecar_path))?);
         }
         self.count(|c| c.recomputed += done.recomputed + done.protected);
@@ -210,6 +230,10 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         self.counters.get()
     }
 
+    fn checker(&self) -> Checker {
+        self.checker.get()
+    }
+
     fn count(&self, change: impl FnOnce(&mut Counters)) {
         let mut counters = self.counters.get();
         change(&mut counters);
@@ -218,7 +242,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
 
     /// The blocks of a range of bytes, if it lies inside and is made of blocks.
     fn blocks(&self, op: IoOp, at: ByteOffset, len: u64) -> Result<(Lba, u64)> {
-        let size = self.checker.block_size;
+        let size = self.checker().block_size;
         let end = at.checked_add(len);
         let inside =
             end.is_some_and(|end| end.0 >> size.shift() <= self.capacity.get().0 && size.is_aligned(end));
@@ -263,7 +287,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 let why = "a failed write left this range in doubt, and that could not be mended";
                 let kind = IoErrorKind::Medium;
                 return Err(IoError { source: e.source, ..IoError::new(kind, op) }
-                    .at(ByteOffset(lba.0 << self.checker.block_size.shift()))
+                    .at(ByteOffset(lba.0 << self.checker().block_size.shift()))
                     .detail(why));
             }
             self.doubt.borrow_mut().retain(|r| *r != range);
@@ -272,8 +296,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
 
     /// After a failed write, with the range locked: gives every block a tuple that matches.
     async fn settle(&self, range: &Range<u64>) -> Result<()> {
-        let done =
-            recompute(&self.volume, &self.sidecar, &self.checker, range.clone(), Mode::Mend, |_| ()).await?;
+        let done = recompute(&self.volume, &self.sidecar, &self.checker(), range.clone(), Mode::Mend, |_| ())
+            .await?;
         self.count(|c| c.recomputed += done.recomputed + done.protected);
         tracing::warn!(
             sidecar = %self.sidecar_path.display(),
@@ -305,6 +329,66 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             writing.finish();
         }
         done
+    }
+
+    /// Reads data and their tuples.
+    async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
+        let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
+        let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
+        let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
+        data?;
+        Ok((lba, tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?))
+    }
+
+    /// Writes data and their tuples.
+    async fn put(
+        &self,
+        at: ByteOffset,
+        (lba, blocks): (Lba, u64),
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let op = IoOp::Write;
+        self.change(op, at, (lba, blocks), async || {
+            let data = self.volume.write(at, from, flags);
+            let has_space = self.sidecar.has_space(lba, blocks);
+            let tuples = self.sidecar.write_tuples(lba, tuples, flags.fua);
+            if has_space {
+                let (data, tuples) = join(data, tuples).await;
+                data?;
+                tuples.map_err(|e| self.sidecar_error(op, at, e))
+            } else {
+                // The first tuples in a page may find the disk full: before the data are touched, then.
+                tuples.await.map_err(|e| self.sidecar_error(op, at, e))?;
+                data.await
+            }
+        })
+        .await
+    }
+
+    /// Counts a mismatch, and says it as an error.
+    fn mismatch(&self, at: ByteOffset, m: PiMismatch) -> IoError {
+        self.count(|c| match m.tag {
+            PiTag::Guard => c.guard_errors += 1,
+            PiTag::Application => c.app_errors += 1,
+            PiTag::Reference => c.ref_errors += 1,
+        });
+        let place = m.lba.to_bytes(self.checker().block_size).unwrap_or(at);
+        IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place)
+    }
+
+    /// On a volume that may not be written nobody could settle what a crash has cut off: there a block of a marked region
+    /// that does not match its tuple has none.
+    fn forgive(&self, first: Lba, data: &Sg, tuples: &mut [u8]) {
+        let stored = tuples.to_vec();
+        self.checker().check(data, first, &stored, |i, _, found| {
+            if let Err(m) = found
+                && self.sidecar.is_marked(m.lba)
+            {
+                tuples[i * TUPLE_LEN..][..TUPLE_LEN].fill(0xff);
+            }
+        });
     }
 
     async fn zero(&self, at: ByteOffset, len: u64, keep_space: Option<bool>) -> Result<()> {
@@ -342,7 +426,7 @@ impl Drop for InDoubt<'_> {
 
 impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     fn limits(&self) -> Limits {
-        let size = self.checker.block_size.bytes();
+        let size = self.checker().block_size.bytes();
         let inner = self.volume.limits();
         Limits {
             capacity: self.capacity.get().0 * size,
@@ -353,14 +437,10 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     }
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
-        let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
-        let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
-        data?;
-        let tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
+        let (lba, tuples) = self.get(at, to).await?;
         let mut seen = self.counters.get();
         let mut wrong = None;
-        let checked = self.checker.verify_all(to, lba, &tuples, |m| {
+        let checked = self.checker().verify_all(to, lba, &tuples, |m| {
             // What a crash has left in doubt cannot be rechecked by one who may not write.
             let in_doubt = self.read_only && self.sidecar.is_marked(m.lba);
             if !in_doubt {
@@ -370,20 +450,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         });
         seen.verified += checked.verified;
         seen.unprotected += checked.unprotected;
-        match wrong.map(|m| m.tag) {
-            None => (),
-            Some(PiTag::Guard) => seen.guard_errors += 1,
-            Some(PiTag::Application) => seen.app_errors += 1,
-            Some(PiTag::Reference) => seen.ref_errors += 1,
-        }
         self.counters.set(seen);
-        match wrong {
-            None => Ok(()),
-            Some(m) => {
-                let place = m.lba.to_bytes(self.checker.block_size).unwrap_or(at);
-                Err(IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place))
-            }
-        }
+        wrong.map_or(Ok(()), |m| Err(self.mismatch(at, m)))
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
@@ -393,22 +461,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         if blocks == 0 {
             return Ok(());
         }
-        let tuples = self.checker.generate(from, lba);
-        self.change(op, at, (lba, blocks), async || {
-            let data = self.volume.write(at, from, flags);
-            let has_space = self.sidecar.has_space(lba, blocks);
-            let tuples = self.sidecar.write_tuples(lba, tuples, flags.fua);
-            if has_space {
-                let (data, tuples) = join(data, tuples).await;
-                data?;
-                tuples.map_err(|e| self.sidecar_error(op, at, e))
-            } else {
-                // The first tuples in a page may find the disk full: before the data are touched, then.
-                tuples.await.map_err(|e| self.sidecar_error(op, at, e))?;
-                data.await
-            }
-        })
-        .await?;
+        let tuples = self.checker().generate(from, lba);
+        self.put(at, (lba, blocks), from, tuples, flags).await?;
         self.count(|c| c.generated += blocks);
         Ok(())
     }
@@ -453,8 +507,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     async fn resize(&self, capacity: u64) -> Result<()> {
         self.writable(IoOp::Resize)?;
         let _alone = self.lock.exclusive(0, u64::MAX).await;
-        let new = self.checker.block_size.blocks_in(capacity);
-        if new.to_bytes(self.checker.block_size) != Some(capacity) || !self.sidecar.can_cover(new) {
+        let new = self.checker().block_size.blocks_in(capacity);
+        if new.to_bytes(self.checker().block_size) != Some(capacity) || !self.sidecar.can_cover(new) {
             return Err(IoError::new(IoErrorKind::OutOfRange, IoOp::Resize));
         }
         let store = |e| self.sidecar_error(IoOp::Resize, ByteOffset(0), e);
@@ -464,6 +518,58 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         self.volume.resize(capacity).await?;
         self.sidecar.set_capacity(new).await.map_err(store)?;
         self.capacity.set(new);
+        Ok(())
+    }
+
+    fn protection(&self) -> Option<PiType> {
+        (self.exposure == Exposure::Initiator && !self.hidden.get()).then_some(self.checker().kind)
+    }
+
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        let (lba, mut tuples) = self.get(at, to).await?;
+        if self.read_only {
+            self.forgive(lba, to, &mut tuples);
+        }
+        match self.checker().verify_as_told(to, lba, &tuples, check) {
+            Ok(seen) => {
+                self.count(|c| {
+                    (c.verified, c.unprotected) =
+                        (c.verified + seen.verified, c.unprotected + seen.unprotected)
+                });
+                Ok(tuples)
+            }
+            Err(m) => Err(self.mismatch(at, m)),
+        }
+    }
+
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let (lba, blocks) = self.blocks(IoOp::Write, at, from.len() as u64)?;
+        self.writable(IoOp::Write)?;
+        if tuples.len() as u64 != blocks * TUPLE_LEN as u64 {
+            return Err(IoError::new(IoErrorKind::OutOfRange, IoOp::Write)
+                .at(at)
+                .detail("tuples and blocks"));
+        }
+        if blocks == 0 {
+            return Ok(());
+        }
+        self.put(at, (lba, blocks), from, tuples, flags).await
+    }
+
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        self.writable(IoOp::Discard)?;
+        let _alone = self.lock.exclusive(0, u64::MAX).await;
+        let done = self.sidecar.reformat(protection).await;
+        done.map_err(|e| self.sidecar_error(IoOp::Discard, ByteOffset(0), e))?;
+        self.hidden.set(protection.is_none());
+        let kind = protection.unwrap_or(self.checker().kind);
+        self.checker.set(Checker { kind, tags: self.sidecar.tags(), ..self.checker() });
         Ok(())
     }
 

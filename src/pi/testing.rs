@@ -178,6 +178,7 @@ impl World {
             image: PathBuf::from("/vm1.raw"),
             sidecar: PathBuf::from("/vm1.raw.pi"),
             kind: self.kind,
+            exposure: crate::pi::Exposure::Target,
             block_size: self.block_size,
             read_only,
             found: self.stamp,

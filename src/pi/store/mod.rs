@@ -46,14 +46,17 @@ pub use file::{create_file, default_path, open_file};
 pub use header::ImageFormat;
 pub use intent::{CLEAR_EVERY, Writing};
 
-use super::tuple::{PiType, TUPLE_LEN, invert};
+use super::{
+    exposure::Exposure,
+    tuple::{PiType, TUPLE_LEN, invert},
+};
 use crate::{
     storage::Storage,
     sync::AsyncMutex,
     sys::{io::Fallocate, mem::Buffer},
     units::{BlockSize, Blocks, Lba},
 };
-use header::{COPIES, Copy, HEADER_LEN, Header};
+use header::{COPIES, Copy, FORMATTED, HEADER_LEN, HIDDEN, Header, INITIATOR_TAGS};
 use intent::Intent;
 
 const REGION_SHIFT: u32 = 26;
@@ -152,6 +155,12 @@ pub struct SidecarInfo {
     pub uuid: String,
     /// Type of protection.
     pub pi: PiType,
+    /// Whose tags the tuples have.
+    pub tags: Exposure,
+    /// An initiator's FORMAT UNIT has chosen the type.
+    pub formatted: bool,
+    /// FORMAT UNIT has turned protection off as far as initiators see.
+    pub hidden: bool,
     /// Block size in bytes.
     pub block_size: u64,
     /// Capacity of the LUN in blocks.
@@ -268,6 +277,9 @@ impl<S: Storage> Sidecar<S> {
         SidecarInfo {
             uuid: h.uuid.to_string(),
             pi: h.kind,
+            tags: tags_of(&h),
+            formatted: h.compatible & FORMATTED != 0,
+            hidden: h.compatible & HIDDEN != 0,
             block_size: h.block_size.bytes(),
             blocks: h.capacity.0,
             in_use: h.in_use,
@@ -280,6 +292,34 @@ impl<S: Storage> Sidecar<S> {
     /// The type of protection.
     pub fn kind(&self) -> PiType {
         self.header.borrow().kind
+    }
+
+    /// Whose tags the tuples have.
+    pub fn tags(&self) -> Exposure {
+        tags_of(&self.header.borrow())
+    }
+
+    /// Says durably, before the first tuple of an initiator is written, that there may be such.
+    pub async fn admit_initiator_tags(&self) -> io::Result<()> {
+        match self.tags() {
+            Exposure::Initiator => Ok(()),
+            Exposure::Target => self.write_header(|h| h.compatible |= INITIATOR_TAGS).await,
+        }
+    }
+
+    /// FORMAT UNIT: forgets every tuple, and sets the type that initiators see, or hides it from them. Nobody else may
+    /// be at work.
+    pub async fn reformat(&self, seen: Option<PiType>) -> io::Result<()> {
+        self.forget_beyond(Blocks(0)).await?;
+        self.write_header(|h| {
+            h.compatible &= !(INITIATOR_TAGS | HIDDEN);
+            h.compatible |= FORMATTED;
+            match seen {
+                Some(kind) => (h.kind, h.compatible) = (kind, h.compatible | INITIATOR_TAGS),
+                None => h.compatible |= HIDDEN,
+            }
+        })
+        .await
     }
 
     /// The block size.
@@ -510,6 +550,10 @@ impl<S: Storage> Sidecar<S> {
             tracing::warn!(error = %e, "the intent map of the protection information could not be cleared");
         }
     }
+}
+
+fn tags_of(h: &Header) -> Exposure {
+    if h.compatible & INITIATOR_TAGS != 0 { Exposure::Initiator } else { Exposure::Target }
 }
 
 /// Regions that so many blocks make, if the map has room for them.
