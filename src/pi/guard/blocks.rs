@@ -31,7 +31,10 @@ impl<'a> Blocks<'a> {
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.sg.len() / (self.bytes() + self.gap)
+        match self.gap {
+            0 => self.sg.len() >> self.size.shift(),
+            gap => self.sg.len() / (self.bytes() + gap),
+        }
     }
 
     /// Bytes of a block, without what stands between.
@@ -87,6 +90,12 @@ pub(super) struct Walk<'a> {
 }
 
 impl Walk<'_> {
+    /// Whether the next `n` bytes lie in one piece, as far as can be told without moving to the next segment.
+    #[inline(always)]
+    pub(super) fn has(&self, n: usize) -> bool {
+        self.left >= n
+    }
+
     /// The next `n` bytes, if they lie in one piece; else the place stays where it is.
     #[inline(always)]
     pub(super) fn whole(&mut self, n: usize) -> Option<*mut u8> {

@@ -6,7 +6,7 @@
 use std::mem::MaybeUninit;
 
 use super::{
-    blocks::Blocks,
+    blocks::{Blocks, Walk},
     tags::{self, Guards, Mask, Tags},
 };
 use crate::pi::tuple::TUPLE_LEN;
@@ -29,8 +29,8 @@ pub(super) trait Engine: Copy {
     /// The guards of the group's blocks; what stands past the last is of no worth. With `COPY` it copies them too.
     ///
     /// # Safety
-    /// The processor has the kernel's features; every place in the group has `size` bytes, and `size` is 512 or 4096.
-    unsafe fn guards<const COPY: bool>(self, group: &Group, size: usize) -> Guards;
+    /// The processor has the kernel's features; every place in the group has `SIZE` bytes, and `SIZE` is 512 or 4096.
+    unsafe fn guards<const SIZE: usize, const COPY: bool>(self, group: &Group) -> Guards;
 
     /// As [`tags::put`], for eight.
     ///
@@ -57,15 +57,15 @@ pub(super) struct OneByOne(pub(super) fn(&[u8]) -> u16);
 
 impl Engine for OneByOne {
     #[inline(always)]
-    unsafe fn guards<const COPY: bool>(self, group: &Group, size: usize) -> Guards {
+    unsafe fn guards<const SIZE: usize, const COPY: bool>(self, group: &Group) -> Guards {
         let mut out = Guards::default();
         for (i, slot) in out.as_chunks_mut::<2>().0.iter_mut().enumerate().take(group.count) {
-            // SAFETY: the group's places have `size` bytes (the caller's promise), and are not written to before the
+            // SAFETY: the group's places have `SIZE` bytes (the caller's promise), and are not written to before the
             // slice is gone; `copy` allows both places to be the same.
             unsafe {
-                *slot = self.0(std::slice::from_raw_parts(group.from[i], size)).to_be_bytes();
+                *slot = self.0(std::slice::from_raw_parts(group.from[i], SIZE)).to_be_bytes();
                 if COPY {
-                    std::ptr::copy(group.from[i], group.to[i], size);
+                    std::ptr::copy(group.from[i], group.to[i], SIZE);
                 }
             }
         }
@@ -151,6 +151,88 @@ impl<F: FnMut(usize, u16)> Job for Verify<'_, F> {
 #[repr(align(64))]
 struct Bounce([[u8; LONGEST]; 8]);
 
+/// The blocks, taken by groups.
+struct Groups<'a> {
+    size: usize,
+    left: usize,
+    source: (Walk<'a>, usize),
+    target: Option<(Walk<'a>, usize)>,
+    room: Option<Box<MaybeUninit<Bounce>>>,
+}
+
+impl Groups<'_> {
+    /// The next group, if there is one.
+    #[inline(always)]
+    fn next(&mut self, group: &mut Group) -> bool {
+        group.count = self.left.min(8);
+        self.left -= group.count;
+        if group.count == 0 {
+            return false;
+        }
+        if group.count < 8 || !self.in_one_piece(group) {
+            self.gather(group);
+        }
+        true
+    }
+
+    /// Eight blocks that stand one after the other in one segment, which is the usual case.
+    #[inline(always)]
+    fn in_one_piece(&mut self, group: &mut Group) -> bool {
+        if self.source.1 != 0
+            || self.target.as_ref().is_some_and(|(to, gap)| *gap != 0 || !to.has(8 * self.size))
+        {
+            return false;
+        }
+        let Some(from) = self.source.0.whole(8 * self.size) else { return false };
+        group.from = std::array::from_fn(|i| from.wrapping_add(i * self.size).cast_const());
+        if let Some(to) = self.target.as_mut().and_then(|(to, _)| to.whole(8 * self.size)) {
+            group.to = std::array::from_fn(|i| to.wrapping_add(i * self.size));
+        }
+        true
+    }
+
+    /// Blocks that stand anyhow.
+    #[inline(never)]
+    fn gather(&mut self, group: &mut Group) {
+        let size = self.size;
+        for i in 0..group.count {
+            let (source, gap) = &mut self.source;
+            let at = match source.whole(size) {
+                Some(at) => at,
+                None => {
+                    let (at, mut done) = (bounce(&mut self.room, i), 0);
+                    source.pieces(size, |piece, n| {
+                        // SAFETY: the pieces are live and add up to `size`, at most what the room has.
+                        unsafe { std::ptr::copy_nonoverlapping(piece, at.add(done), n) };
+                        done += n;
+                    });
+                    at
+                }
+            };
+            group.from[i] = at;
+            source.pieces(*gap, |_, _| ());
+            let Some((target, gap)) = &mut self.target else { continue };
+            group.to[i] = match target.whole(size) {
+                Some(to) => to,
+                None => {
+                    let mut done = 0;
+                    target.pieces(size, |piece, n| {
+                        // SAFETY: as above; `copy` does not mind where the two lie.
+                        unsafe { std::ptr::copy(at.add(done), piece, n) };
+                        done += n;
+                    });
+                    // The kernel copies it once more, to where nobody looks.
+                    bounce(&mut self.room, i)
+                }
+            };
+            target.pieces(*gap, |_, _| ());
+        }
+        for i in group.count..8 {
+            (group.from[i], group.to[i]) = (group.from[0], group.to[0]);
+        }
+    }
+}
+
 /// Where the group's block `i` can stand in one piece.
 fn bounce(room: &mut Option<Box<MaybeUninit<Bounce>>>, i: usize) -> *mut u8 {
     let room: *mut Bounce = room.get_or_insert_with(Box::new_uninit).as_mut_ptr();
@@ -169,57 +251,24 @@ pub(super) unsafe fn drive<E: Engine, J: Job>(
     to: Option<Blocks<'_>>,
     mut job: J,
 ) {
-    let (size, total) = (from.bytes(), from.count());
-    let mut source = from.walk();
-    let mut target = to.map(|to| (to.walk(), to.gap()));
-    let mut room = None;
-    let mut group = Group { from: [std::ptr::null(); 8], to: [std::ptr::null_mut(); 8], count: 0 };
-    let mut index = 0;
-    while index < total {
-        group.count = (total - index).min(8);
-        for i in 0..group.count {
-            let at = match source.whole(size) {
-                Some(at) => at,
-                None => {
-                    let (at, mut done) = (bounce(&mut room, i), 0);
-                    source.pieces(size, |piece, n| {
-                        // SAFETY: the pieces are live and add up to `size`, at most what the room has.
-                        unsafe { std::ptr::copy_nonoverlapping(piece, at.add(done), n) };
-                        done += n;
-                    });
-                    at
-                }
-            };
-            group.from[i] = at;
-            if from.gap() > 0 {
-                source.pieces(from.gap(), |_, _| ());
-            }
-            let Some((target, gap)) = &mut target else { continue };
-            group.to[i] = match target.whole(size) {
-                Some(to) => to,
-                None => {
-                    let mut done = 0;
-                    target.pieces(size, |piece, n| {
-                        // SAFETY: as above; `copy` does not mind where the two lie.
-                        unsafe { std::ptr::copy(at.add(done), piece, n) };
-                        done += n;
-                    });
-                    // The kernel copies it once more, to where nobody looks.
-                    bounce(&mut room, i)
-                }
-            };
-            if *gap > 0 {
-                target.pieces(*gap, |_, _| ());
-            }
-        }
-        for i in group.count..8 {
-            (group.from[i], group.to[i]) = (group.from[0], group.to[0]);
-        }
+    let mut groups = Groups {
+        size: from.bytes(),
+        left: from.count(),
+        source: (from.walk(), from.gap()),
+        target: to.map(|to| (to.walk(), to.gap())),
+        room: None,
+    };
+    let (mut group, mut index) =
+        (Group { from: [std::ptr::null(); 8], to: [std::ptr::null_mut(); 8], count: 0 }, 0);
+    while groups.next(&mut group) {
         // SAFETY: every place is a whole block in live memory or in the room, and the caller promises the features.
         unsafe {
-            let guards = match target {
-                Some(_) => engine.guards::<true>(&group, size),
-                None => engine.guards::<false>(&group, size),
+            // Two sizes and two ways, each compiled by itself.
+            let guards = match (groups.size, to.is_some()) {
+                (512, false) => engine.guards::<512, false>(&group),
+                (512, true) => engine.guards::<512, true>(&group),
+                (_, false) => engine.guards::<LONGEST, false>(&group),
+                (_, true) => engine.guards::<LONGEST, true>(&group),
             };
             job.take(engine, index, group.count, guards);
         }

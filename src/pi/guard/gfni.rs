@@ -145,21 +145,25 @@ impl Gfni<super::lanes::Plain> {
 
 impl<L: Lanes> Engine for Gfni<L> {
     #[inline(always)]
-    unsafe fn guards<const COPY: bool>(self, group: &Group, size: usize) -> Guards {
+    unsafe fn guards<const SIZE: usize, const COPY: bool>(self, group: &Group) -> Guards {
         // SAFETY: the features and the places are the caller's promise.
         unsafe {
-            if size == STRETCH {
-                return finish(sums::<L, COPY>(|s| (group.from[s], group.to[s])));
+            if SIZE == STRETCH {
+                return finish(sums::<L, COPY>(&group.from, &group.to));
             }
             let (mut high, mut low) = ([0; 8], [0; 8]);
             for i in 0..group.count {
                 let (from, to) = (group.from[i], group.to[i]);
-                let at = |s: usize| (from.add(STRETCH * s), to.wrapping_add(STRETCH * s));
-                let both = multiplied(sums::<L, COPY>(at), &STRETCHES);
+                let mut stretches = ([from; 8], [to; 8]);
+                for s in 1..8 {
+                    stretches.0[s] = from.add(STRETCH * s);
+                    stretches.1[s] = to.wrapping_add(STRETCH * s);
+                }
+                let both = multiplied(sums::<L, COPY>(&stretches.0, &stretches.1), &STRETCHES);
                 let sums = u128::from_le_bytes(added_up(both).first_lane());
                 (high[i], low[i]) = (sums as u64, (sums >> 64) as u64);
             }
-            finish((L::words(high), L::words(low)))
+            finish((L::words(&high), L::words(&low)))
         }
     }
 
@@ -181,24 +185,37 @@ impl<L: Lanes> Engine for Gfni<L> {
     }
 }
 
-/// Steps 1 and 2 for eight stretches. `at` says where stretch s lies, and where it goes.
+/// Steps 1 and 2 for eight stretches.
 ///
 /// # Safety
-/// [`Lanes`]' features; 512 bytes at every place.
+/// [`Lanes`]' features; 512 bytes at every place, and at those to copy to if anything is copied.
 #[inline(always)]
-unsafe fn sums<L: Lanes, const COPY: bool>(at: impl Fn(usize) -> (*const u8, *mut u8)) -> (L, L) {
-    // SAFETY: as for the function. (Closures in place of functions, because they have the features of where they stand.)
+unsafe fn sums<L: Lanes, const COPY: bool>(from: &[*const u8; 8], to: &[*mut u8; 8]) -> (L, L) {
+    // SAFETY: as for the function.
     unsafe {
-        let two = |s: usize| {
-            let ((h0, l0), (h1, l1)) = (stretch::<L, COPY>(at(s)), stretch::<L, COPY>(at(s + 1)));
-            (pairs(h0, h1), pairs(l0, l1))
-        };
-        let four = |s: usize| {
-            let ((h0, l0), (h1, l1)) = (two(s), two(s + 2));
-            (lanes(h0, h1), lanes(l0, l1))
-        };
-        let ((h0, l0), (h1, l1)) = (four(0), four(4));
+        let ((h0, l0), (h1, l1)) = (four::<L, COPY, 0>(from, to), four::<L, COPY, 4>(from, to));
         (lanes(h0, h1), lanes(l0, l1))
+    }
+}
+
+/// Part of the tree: the stretches `S` to `S` + 3. (A function, as all here, for the sake of `inline(always)`: a closure
+/// may be left without the features of the place where it stands.)
+///
+/// # Safety
+/// As of [`sums`].
+#[inline(always)]
+unsafe fn four<L: Lanes, const COPY: bool, const S: usize>(
+    from: &[*const u8; 8],
+    to: &[*mut u8; 8],
+) -> (L, L) {
+    // SAFETY: as for the function.
+    unsafe {
+        let (h0, l0) = stretch::<L, COPY>(from[S], to[S]);
+        let (h1, l1) = stretch::<L, COPY>(from[S + 1], to[S + 1]);
+        let (h01, l01) = (pairs(h0, h1), pairs(l0, l1));
+        let (h2, l2) = stretch::<L, COPY>(from[S + 2], to[S + 2]);
+        let (h3, l3) = stretch::<L, COPY>(from[S + 3], to[S + 3]);
+        (lanes(h01, pairs(h2, h3)), lanes(l01, pairs(l2, l3)))
     }
 }
 
@@ -207,26 +224,39 @@ unsafe fn sums<L: Lanes, const COPY: bool>(at: impl Fn(usize) -> (*const u8, *mu
 /// # Safety
 /// [`Lanes`]' features; 512 bytes at both places, or at the first if nothing is copied.
 #[inline(always)]
-unsafe fn stretch<L: Lanes, const COPY: bool>((from, to): (*const u8, *mut u8)) -> (L, L) {
+unsafe fn stretch<L: Lanes, const COPY: bool>(from: *const u8, to: *mut u8) -> (L, L) {
     // SAFETY: as for the function.
     unsafe {
-        let line = |n: usize| {
-            L::ask_for(from.wrapping_add(64 * n + AHEAD));
-            let data = L::load(from.add(64 * n));
-            if COPY {
-                data.store(to.add(64 * n));
-            }
-            let [high, low] = &LINES[n];
-            (data.affine(L::words(*high)), data.affine(L::words(*low)))
-        };
-        let ((h0, l0), (h1, l1), (h2, l2)) = (line(0), line(1), line(2));
-        let (mut high, mut low) = (h0.xor3(h1, h2), l0.xor3(l1, l2));
-        for n in [3, 5] {
-            let ((h0, l0), (h1, l1)) = (line(n), line(n + 1));
-            (high, low) = (high.xor3(h0, h1), low.xor3(l0, l1));
+        let (h0, l0) = line::<L, COPY, 0>(from, to);
+        let (h1, l1) = line::<L, COPY, 1>(from, to);
+        let (h2, l2) = line::<L, COPY, 2>(from, to);
+        let (high, low) = (h0.xor3(h1, h2), l0.xor3(l1, l2));
+        let (h0, l0) = line::<L, COPY, 3>(from, to);
+        let (h1, l1) = line::<L, COPY, 4>(from, to);
+        let (high, low) = (high.xor3(h0, h1), low.xor3(l0, l1));
+        let (h0, l0) = line::<L, COPY, 5>(from, to);
+        let (h1, l1) = line::<L, COPY, 6>(from, to);
+        let (high, low) = (high.xor3(h0, h1), low.xor3(l0, l1));
+        let (h0, l0) = line::<L, COPY, 7>(from, to);
+        (high.xor(h0), low.xor(l0))
+    }
+}
+
+/// Step 1 for the line `N` of a stretch.
+///
+/// # Safety
+/// As of [`stretch`].
+#[inline(always)]
+unsafe fn line<L: Lanes, const COPY: bool, const N: usize>(from: *const u8, to: *mut u8) -> (L, L) {
+    // SAFETY: as for the function.
+    unsafe {
+        L::ask_for(from.wrapping_add(64 * N + AHEAD));
+        let data = L::load(from.add(64 * N));
+        if COPY {
+            data.store(to.add(64 * N));
         }
-        let (h, l) = line(7);
-        (high.xor(h), low.xor(l))
+        let [high, low] = &LINES[N];
+        (data.affine(L::words(high)), data.affine(L::words(low)))
     }
 }
 
@@ -258,7 +288,7 @@ unsafe fn lanes<L: Lanes>(a: L, b: L) -> L {
 unsafe fn multiplied<L: Lanes>((high, low): (L, L), [hh, hl, lh, ll]: &[[u64; 8]; 4]) -> (L, L) {
     // SAFETY: as for the function.
     unsafe {
-        let [hh, hl, lh, ll] = [L::words(*hh), L::words(*hl), L::words(*lh), L::words(*ll)];
+        let [hh, hl, lh, ll] = [L::words(hh), L::words(hl), L::words(lh), L::words(ll)];
         (high.affine(hh).xor(low.affine(lh)), high.affine(hl).xor(low.affine(ll)))
     }
 }
@@ -306,7 +336,7 @@ unsafe fn tuples<L: Lanes>(guards: Guards, tags: Tags) -> L {
         }
         // As numbers, the reference tag below the application tag; then turned into big-endian.
         let first = L::splat(u64::from(tags.app) << 32 | u64::from(tags.reference));
-        let tags = first.add_halves(L::words(growth)).shuffle(L::in_every_lane(SWAP));
+        let tags = first.add_halves(L::words(&growth)).shuffle(L::in_every_lane(SWAP));
         L::in_every_lane(guards).shuffle(L::load(SPREAD.as_ptr())).or(tags)
     }
 }

@@ -17,7 +17,7 @@ pub(super) trait Lanes: Copy {
     ///
     /// # Safety
     /// The processor's features.
-    unsafe fn words(words: [u64; 8]) -> Self;
+    unsafe fn words(words: &[u64; 8]) -> Self;
     /// Eight times the same word.
     ///
     /// # Safety
@@ -126,7 +126,7 @@ mod avx512 {
         }
 
         #[inline(always)]
-        unsafe fn words(words: [u64; 8]) -> Self {
+        unsafe fn words(words: &[u64; 8]) -> Self {
             // SAFETY: the trait's promise; the array has 64 bytes.
             unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
         }
@@ -276,7 +276,7 @@ mod plain {
             unsafe { to.cast::<[u8; 64]>().write_unaligned(self.0) }
         }
 
-        unsafe fn words(words: [u64; 8]) -> Self {
+        unsafe fn words(words: &[u64; 8]) -> Self {
             Plain::from_words(|i| words[i])
         }
 
