@@ -30,8 +30,9 @@ pub fn build(kernel: &Path, at: &Path) -> Result<()> {
     let version = version(kernel)?;
     let work = at.join("work");
     fs::create_dir(&work)?;
-    let headers = unpack_headers(&version, &work)
-        .with_context(|| format!("if Debian has a newer kernel than {version} by now, remove {}", kernel.display()))?;
+    let headers = unpack_headers(&version, &work).with_context(|| {
+        format!("if Debian has a newer kernel than {version} by now, remove {}", kernel.display())
+    })?;
     let module = work.join("module");
     fs::create_dir(&module)?;
     unpack_source(&work, &module)?;
