@@ -30,6 +30,7 @@ impl Lun {
         let serial = params.serial.clone().or_else(|| params.config.serial.clone());
         let serial = serial.unwrap_or_else(|| fallback_serial(&params.name));
         let config = TargetConfig {
+            transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),
             read_only: params.config.read_only,
             write_cache: params.write_cache,
             ..TargetConfig::new(params.block_size, &serial)
