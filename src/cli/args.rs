@@ -12,6 +12,7 @@ use crate::{
         fabric::Fabric,
         names::{Name, Wwn},
     },
+    lun::saved_pages::STATE_DIR,
     pi::{Exposure, PiType, Transfer},
     units::BlockSize,
 };
@@ -29,6 +30,9 @@ pub struct Cli {
     /// The directory of the daemon's lock and state files
     #[arg(long, global = true, hide = true, default_value = RUN_DIR)]
     pub run_dir: PathBuf,
+    /// The directory of what has to be there after a reboot
+    #[arg(long, global = true, hide = true, default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
     /// Where configfs is mounted
     #[arg(long, global = true, hide = true, default_value = CONFIGFS)]
     pub configfs: PathBuf,

@@ -191,7 +191,8 @@ fn changeable(code: u8, subpage: u8, has_pi: bool) -> Option<Vec<u8>> {
     Some(out)
 }
 
-const OFF: Settings = Settings { write_cache: false, descriptor_sense: false, write_protect: false, pi: None };
+const OFF: Settings =
+    Settings { write_cache: false, descriptor_sense: false, write_protect: false, pi: None };
 
 /// The pages that MODE SENSE asks for, joined. `values` are those of the page control that was asked for, and ignored for
 /// [`Control::Changeable`]; `savable` sets PS. `None` if page or subpage is not supported.
@@ -213,7 +214,8 @@ pub(super) fn sense(
         Some(page)
     };
     let wanted = |c: &&(u8, u8)| {
-        (code == ALL || code == c.0) && (subpage == ALL_SUBPAGES || subpage == c.1 && (code != ALL || c.1 == 0))
+        (code == ALL || code == c.0)
+            && (subpage == ALL_SUBPAGES || subpage == c.1 && (code != ALL || c.1 == 0))
     };
     if code == ALL && subpage != 0 && subpage != ALL_SUBPAGES {
         return None;
@@ -240,7 +242,8 @@ pub(super) fn select(pages: &[u8], base: usize, now: &Settings) -> Result<Settin
         let (code, is_subpage) = (head & 0x3f, head & 0x40 != 0);
         let subpage = if is_subpage { second } else { 0 };
         // SPF with subpage 0 is no page at all.
-        let current = page(code, subpage, &settings).filter(|_| !is_subpage || subpage != 0).ok_or(wrong(0))?;
+        let current =
+            page(code, subpage, &settings).filter(|_| !is_subpage || subpage != 0).ok_or(wrong(0))?;
         let lengths = if is_subpage { 2..4 } else { 1..2 };
         let said = rest.get(lengths.clone()).ok_or(Sense::parameter_list_length())?;
         if said != &current[lengths.clone()] {
@@ -303,8 +306,10 @@ mod tests {
     #[test]
     fn all_pages_are_the_pages_one_after_another() {
         let all = sense(0x3f, 0, Control::Current, &DEFAULTS, false).unwrap();
-        let each: Vec<u8> =
-            [1, 8, 10, 28].iter().flat_map(|c| sense(*c, 0, Control::Current, &DEFAULTS, false).unwrap()).collect();
+        let each: Vec<u8> = [1, 8, 10, 28]
+            .iter()
+            .flat_map(|c| sense(*c, 0, Control::Current, &DEFAULTS, false).unwrap())
+            .collect();
         assert_eq!(all, each);
         assert_eq!(sense(0x3f, 0xff, Control::Current, &DEFAULTS, false).unwrap(), all);
         assert_eq!(sense(0x02, 0, Control::Current, &DEFAULTS, false), None);
@@ -402,7 +407,8 @@ mod tests {
         ] {
             let page = tags(good);
             let settings = select(&page, 4, &with_pi()).unwrap();
-            let ranges = settings.pi.unwrap().ranges().map(|r| (r.first.0, r.blocks, r.tag)).collect::<Vec<_>>();
+            let ranges =
+                settings.pi.unwrap().ranges().map(|r| (r.first.0, r.blocks, r.tag)).collect::<Vec<_>>();
             assert_eq!(ranges, good);
             assert_eq!(sense(0x0a, 2, Control::Current, &settings, false), Some(page));
         }

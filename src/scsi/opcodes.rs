@@ -251,7 +251,9 @@ pub static TABLE: &[Op] = &[
     op(Kind::WriteAndVerify, &WRITE_AND_VERIFY_32).variable().writes(),
     op(Kind::WriteSame, &WRITE_SAME_32).variable().writes(),
     op(Kind::Read, &[0x88, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).protects(),
-    op(Kind::CompareAndWrite, &[0x89, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP, 0]).writes().protects(),
+    op(Kind::CompareAndWrite, &[0x89, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP, 0])
+        .writes()
+        .protects(),
     op(Kind::Write, &[0x8a, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes().protects(),
     op(Kind::OrWrite, &[0x8b, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes().protects(),
     op(Kind::WriteAndVerify, &[0x8e, 0x12, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes().protects(),

@@ -27,9 +27,6 @@ impl Checks {
 pub(super) struct Field(u8);
 
 impl Field {
-    /// READ (6) and WRITE (6) have no such field.
-    pub const ABSENT: Field = Field(0);
-
     pub fn new(value: u8) -> Option<Field> {
         (value <= 5).then_some(Field(value))
     }

@@ -19,7 +19,8 @@ impl<V: Volume> Target<V> {
             return Err(Sense::invalid_field(1, 1).into()); // CMDDT of SPC-2
         }
         let data = if evpd {
-            vpd::page(code, &self.identity, &self.geometry.get(), self.transfer.is_some()).ok_or(Sense::invalid_field(2, 7))?
+            vpd::page(code, &self.identity, &self.geometry.get(), self.transfer.is_some())
+                .ok_or(Sense::invalid_field(2, 7))?
         } else if code != 0 {
             return Err(Sense::invalid_field(2, 7).into());
         } else {
