@@ -177,6 +177,13 @@ impl<V: Volume> Target<V> {
             _ if !asked.travels() => Parts::plain(&command.data, size, blocks),
             _ if !command.dif.is_empty() => Parts::separate(&command.data, &command.dif, size, blocks),
             Some(Transfer::Interleaved) => Parts::interleaved(&command.data, size, blocks),
+            // A kernel that passes tuples on by themselves counts the data alone, so a buffer of this very length has them
+            // between the blocks: a command that a program built by hand (SG_IO).
+            Some(Transfer::Separate)
+                if blocks.checked_mul(size.bytes() + TUPLE_LEN as u64) == Some(command.data.len() as u64) =>
+            {
+                Parts::interleaved(&command.data, size, blocks)
+            }
             Some(Transfer::Separate) | None => {
                 warn!(
                     cdb = ?command.cdb,
