@@ -23,6 +23,7 @@ use crate::{
     image::Format,
     kernel::{
         backstore::{self, Backstore, Spec},
+        dif::{self, Dif},
         fabric::{self, Export, Fabric},
         modules,
         names::Wwn,
@@ -70,6 +71,11 @@ pub fn run(cli: &Cli, args: &Create) -> Done {
     };
     modules::mount_configfs(&cli.configfs).map_err(unready)?;
     modules::load("target_core_user").map_err(unready)?;
+    if config.exposure == Exposure::Initiator {
+        let interleaved = config.transfer == Transfer::Interleaved;
+        dif::may_expose(Dif::of_this_kernel(Path::new("/sys")), interleaved)
+            .map_err(|e| CliError::from("--exposure", config.exposure, &e).then(e.next_step()))?;
+    }
     for export in &args.export {
         modules::load(export.fabric.module()).map_err(unready)?;
     }
