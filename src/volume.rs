@@ -95,6 +95,20 @@ pub enum AppTags {
     ByRange(Rc<[AppRange]>),
 }
 
+impl AppTags {
+    /// The tag of a block, and which bits of it count, if it is known.
+    pub fn of(&self, lba: Lba) -> Option<(u16, u16)> {
+        match self {
+            AppTags::Unknown => None,
+            AppTags::One { tag, mask } => Some((*tag, *mask)),
+            AppTags::ByRange(ranges) => {
+                let range = ranges.iter().find(|r| r.first <= lba && lba.0 - r.first.0 < r.blocks)?;
+                Some((range.tag, 0xffff))
+            }
+        }
+    }
+}
+
 /// A run of blocks with one application tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AppRange {

@@ -32,7 +32,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     image::open::OpenError,
-    pi::{self, PiOpenError},
+    pi::{self, Exposure, PiOpenError, Transfer},
     ring::{Device, Ring, RingError},
     sys::{
         exec::Executor,
@@ -93,6 +93,11 @@ pub enum LunError {
         /// The kernel's bytes.
         expected: u64,
     },
+    /// Initiators were promised protection information, and the kernel would lose it.
+    #[error(
+        "this kernel's target_core_user does not pass protection information on, so initiators cannot see that of this LUN"
+    )]
+    PiNotCarried,
     /// A capacity that the LUN cannot have.
     #[error("{capacity} bytes is no multiple of the block size of {block_size}")]
     Size {
@@ -126,6 +131,11 @@ impl LunError {
             LunError::Protection(e) => e.next_step(),
             LunError::Shrunk { .. } => Some(
                 "bring the whole image back, or delete the LUN and create it with the image as it is".into(),
+            ),
+            LunError::PiNotCarried => Some(
+                "load the module that vendor/linux/README.md builds; or create the LUN with --exposure target, which protects its \
+                 image all the same; or, for programs that build SCSI commands themselves, with --pi-transfer interleaved"
+                    .into(),
             ),
             LunError::Size { block_size, .. } => Some(format!("give a multiple of {block_size}")),
             LunError::Ring(_)
@@ -324,6 +334,9 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Ok(io) => (io, Executor::new()),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
+    if let Err(e) = check_transfer(&params) {
+        return refuse(up, e);
+    }
     let opened = {
         let io = io.clone();
         let exec_io = io.clone();
@@ -359,6 +372,16 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         (Ok(()), Some(reason)) => State::Failed(reason),
         (Err(e), _) => State::Failed(chain(&e)),
     }
+}
+
+/// A LUN that says PROTECT = 1 over a kernel that drops tuples would fail every read and write of a guest that uses them.
+fn check_transfer(params: &LunParams) -> Result<(), LunError> {
+    let config = &params.config;
+    let promised = config.exposure == Exposure::Initiator && config.transfer == Transfer::Separate;
+    if promised && !params.device.carries_dif()? {
+        return Err(LunError::PiNotCarried);
+    }
+    Ok(())
 }
 
 fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {

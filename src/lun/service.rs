@@ -13,6 +13,7 @@ use super::{
     stack::Stack,
 };
 use crate::{
+    pi::Exposure,
     ring::{Command, Completion},
     scsi::{self, Status, Target, TargetConfig},
     sys::io::Backend,
@@ -35,6 +36,7 @@ impl Lun {
             .as_deref()
             .map(|dir| Box::new(SavedPagesFile::new(dir, &serial)) as Box<dyn scsi::SavedPages>);
         let config = TargetConfig {
+            transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),
             saved_pages,
             read_only: params.config.read_only,
             write_cache: params.write_cache,
@@ -60,7 +62,7 @@ impl Lun {
             capacity_bytes: self.stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
-            pi: self.stack.pi_counters(),
+            pi: self.stack.pi_counters().map(|below| below.plus(self.target.pi_counters())),
         }
     }
 

@@ -70,20 +70,35 @@ pub struct Protection {
 /// What the protection of a LUN has seen so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Counters {
-    /// Blocks read that match their tuple.
+    /// Blocks that match their tuple, read or sent by an initiator.
     pub verified: u64,
-    /// Tuples made for blocks written.
+    /// Tuples made for blocks written without any.
     pub generated: u64,
-    /// Reads that failed on a guard.
+    /// Reads, and writes with tuples, that failed on a guard.
     pub guard_errors: u64,
-    /// Reads that failed on an application tag.
+    /// The same on an application tag.
     pub app_errors: u64,
-    /// Reads that failed on a reference tag.
+    /// The same on a reference tag.
     pub ref_errors: u64,
     /// Blocks read that have no tuple.
     pub unprotected: u64,
     /// Tuples made anew after a crash or a failed write.
     pub recomputed: u64,
+}
+
+impl Counters {
+    /// Both together.
+    pub fn plus(self, other: Counters) -> Counters {
+        Counters {
+            verified: self.verified + other.verified,
+            generated: self.generated + other.generated,
+            guard_errors: self.guard_errors + other.guard_errors,
+            app_errors: self.app_errors + other.app_errors,
+            ref_errors: self.ref_errors + other.ref_errors,
+            unprotected: self.unprotected + other.unprotected,
+            recomputed: self.recomputed + other.recomputed,
+        }
+    }
 }
 
 /// A volume under protection. `S` is the sidecar's storage.

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     sys::mem::Sg,
     units::Lba,
-    volume::{AppTags, PiMismatch, PiTag, TupleCheck},
+    volume::{PiMismatch, PiTag, TupleCheck},
 };
 
 impl Checker {
@@ -60,14 +60,7 @@ fn tags(told: &TupleCheck, i: usize, lba: Lba, guard: Option<u16>, found: Tuple)
         // Expected is what the tuple says, found is what the data give.
         return wrong(PiTag::Guard, u32::from(found.guard), u32::from(guard));
     }
-    let app = match &told.app {
-        AppTags::Unknown => None,
-        AppTags::One { tag, mask } => Some((*tag, *mask)),
-        AppTags::ByRange(ranges) => {
-            ranges.iter().find(|r| r.first <= lba && lba.0 - r.first.0 < r.blocks).map(|r| (r.tag, 0xffff))
-        }
-    };
-    if let Some((tag, mask)) = app
+    if let Some((tag, mask)) = told.app.of(lba)
         && (tag ^ found.app) & mask != 0
     {
         return wrong(PiTag::Application, u32::from(tag), u32::from(found.app));
