@@ -127,6 +127,7 @@ fn interleaved_tuples_travel_over_any_kernel_and_are_counted() {
     assert_eq!(rig.run(&rw10(0x2a, 5, 0, 9), Data::Out(&bad)).key_asc_ascq(), (0xb, 0x10, 3));
     assert_eq!(rig.run(&rw10(0x28, 0, 9, 3), Data::In(1536)).status, 0);
     assert_eq!(rig.run(&rw10(0x2a, 0, 9, 2), Data::Out(&[7; 1024])).status, 0);
+    assert_eq!(lun.stats().unwrap().formatted_with, Some(PiType::Type1));
     let pi = lun.stats().unwrap().pi.unwrap();
     // Sent and read: nine blocks each; three that were never written; two whose tuples we made.
     assert_eq!((pi.verified, pi.unprotected, pi.generated, pi.ref_errors), (18, 3, 2, 1));
@@ -142,6 +143,7 @@ fn a_kernel_that_drops_tuples_is_refused_in_words_unless_they_travel_interleaved
     assert!(next.contains("--exposure target") && next.contains("--pi-transfer interleaved"), "{next}");
     rig.start(Exposure::Initiator, Transfer::Interleaved).unwrap().stop().unwrap();
     let lun = rig.start(Exposure::Target, Transfer::Separate).unwrap();
+    assert_eq!(lun.stats().unwrap().formatted_with, None);
     assert_eq!(rig.run(&rw10(0x28, 1, 0, 1), Data::In(520)).key_asc_ascq(), (5, 0x24, 0));
     assert_eq!(rig.run(&[0x12, 0, 0, 0, 96, 0], Data::In(96)).data[5] & 1, 0, "PROTECT");
     lun.stop().unwrap();
