@@ -196,6 +196,7 @@ fn scsi_debug(guest: &mut Guest, dif: u8, block: u32) -> Result<String> {
 
 /// What scsi_debug is known to answer otherwise than SBC-4 says: parts of the demands that fail on it.
 const SCSI_DEBUG_FAILS: &[&str] = &[
+    "at LBA 18446744073709551615 is refused",
     "with the reserved xxPROTECT=",
     "type 1: ",
     "type 2: ",
