@@ -130,6 +130,21 @@ pub const EXPECTATIONS: &[Expectation] = &[
                 ))
         },
     },
+    Expectation {
+        name: "LIO's VERIFY looks at nothing",
+        clause: "VERIFY compares and checks as BYTCHK and VRPROTECT say, and 110b and 111b are reserved (SBC-4 5.36)",
+        holds: |c| c.peer_is("LIO-ORG") && matches!(c.op.kind, Kind::Verify(_)) && c.theirs.status == 0,
+    },
+    Expectation {
+        name: "LIO's ramdisk lacks the command",
+        clause: "VERIFY(12), WRITE AND VERIFY(12) and WRITE SAME are optional (SBC-4 table 25)",
+        holds: |c| {
+            c.peer_is("LIO-ORG")
+                && c.theirs_is(NO_OPCODE)
+                && (c.op.kind == Kind::WriteSame
+                    || c.op.size == 12 && matches!(c.op.kind, Kind::Verify(_) | Kind::WriteVerify))
+        },
+    },
 ];
 
 /// A command that came to something else on each disk.

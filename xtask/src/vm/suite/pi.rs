@@ -402,7 +402,6 @@ lio_ramdisk() {
     echo 1 > $dev/enable
     echo $2 > $dev/attrib/block_size
     echo $1 > $dev/attrib/pi_prot_type
-    echo 1 > $dev/attrib/pi_prot_format
     echo peer > $dev/wwn/vpd_unit_serial
     mkdir -p $T/vhost/$3/tpgt_1
     echo naa.5001405ffffffff1 > $T/vhost/$3/tpgt_1/nexus
