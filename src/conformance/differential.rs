@@ -79,11 +79,11 @@ pub const EXPECTATIONS: &[Expectation] = &[
         },
     },
     Expectation {
-        name: "scsi_debug's VERIFY without data looks at nothing, not even the address",
+        name: "scsi_debug's VERIFY without data, or of no blocks, looks at nothing, not even the address",
         clause: "VERIFY beyond the end is LOGICAL BLOCK ADDRESS OUT OF RANGE (SBC-4 4.5, 5.36)",
         holds: |c| {
             c.peer_is("scsi_debug")
-                && c.op.kind == Kind::Verify(0)
+                && (c.op.kind == Kind::Verify(0) || c.op.kind == Kind::Verify(1) && c.op.blocks == 0)
                 && c.theirs.status == 0
                 && c.ours_is(OUT_OF_RANGE)
         },
