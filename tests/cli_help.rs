@@ -34,6 +34,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["pi", "rebuild"],
         &["pi", "status"],
         &["check-host"],
+        &["conformance"],
         &["demo"],
     ] {
         let name = ["tcmu-dif"].iter().chain(words).copied().collect::<Vec<_>>().join("_");
