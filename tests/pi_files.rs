@@ -9,7 +9,7 @@ use std::{
 
 use tcmu_dif::{
     pi::{
-        PiOpenErrorKind, PiType, Protected, Protection,
+        PiMode, PiOpenErrorKind, PiType, Protected, Protection,
         store::{ImageFormat, NewSidecar, Stamp, StoreError, default_path},
         tools,
     },
@@ -96,6 +96,7 @@ fn new_sidecar(at: &Place, len: u64) -> NewSidecar {
     NewSidecar {
         block_size: BlockSize::B4096,
         kind: PiType::Type1,
+        mode: PiMode::Bitmap,
         capacity: Blocks(len / 4096),
         format: ImageFormat::Raw,
         stamp: Stamp::of(&at.image).unwrap(),
@@ -107,6 +108,7 @@ fn protection(at: &Place) -> Protection {
         image: at.image.clone(),
         sidecar: at.sidecar.clone(),
         kind: PiType::Type1,
+        mode: PiMode::Bitmap,
         block_size: BlockSize::B4096,
         read_only: false,
         found: Stamp::of(&at.image).unwrap(),

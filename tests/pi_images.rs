@@ -11,7 +11,7 @@ use tcmu_dif::{
         qcow2::CreateOptions,
     },
     pi::{
-        PiOpenError, PiOpenErrorKind, PiType, Protected, Protection,
+        PiMode, PiOpenError, PiOpenErrorKind, PiType, Protected, Protection,
         store::{ImageFormat, NewSidecar, Stamp, default_path},
         tools,
     },
@@ -30,6 +30,7 @@ async fn attach(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenError> {
         image: path.to_owned(),
         sidecar: default_path(path),
         kind: PiType::Type1,
+        mode: PiMode::Bitmap,
         block_size: BlockSize::B512,
         read_only: false,
         found: Stamp { size: stamp.size, mtime: stamp.mtime },
@@ -44,7 +45,14 @@ async fn made(io: &Io, dir: &Path, format: ImageFormat) -> PathBuf {
         _ => create_raw(io, &path, LEN).await.unwrap(),
     }
     let (kind, block_size, capacity) = (PiType::Type1, BlockSize::B512, Blocks(LEN / 512));
-    let new = NewSidecar { block_size, kind, capacity, format, stamp: Stamp::of(&path).unwrap() };
+    let new = NewSidecar {
+        block_size,
+        kind,
+        mode: PiMode::Bitmap,
+        capacity,
+        format,
+        stamp: Stamp::of(&path).unwrap(),
+    };
     tools::create(io, &path, &default_path(&path), new).await.unwrap();
     path
 }

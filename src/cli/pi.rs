@@ -195,7 +195,7 @@ fn make(
             Format::Raw => ImageFormat::Raw,
             Format::Qcow2 => ImageFormat::Qcow2,
         };
-        let options = RebuildOptions { kind, block_size, format };
+        let options = RebuildOptions { kind, mode: None, block_size, format };
         Ok(tools::rebuild(&io, &volume, &path, &sidecar, options, step).await?)
     });
     bar.finish_and_clear();

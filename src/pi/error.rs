@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    store::{Stamp, StoreError},
+    store::{PiMode, Stamp, StoreError},
     tuple::PiType,
 };
 use crate::volume::IoError;
@@ -41,6 +41,14 @@ pub enum PiOpenErrorKind {
         has: PiType,
         /// Asked for.
         wanted: PiType,
+    },
+    /// It stays true across a crash in another way.
+    #[error("it is in mode {has}, and mode {wanted} was asked for")]
+    Mode {
+        /// In the sidecar.
+        has: PiMode,
+        /// Asked for.
+        wanted: PiMode,
     },
     /// It is for blocks of another size.
     #[error("it is for blocks of {has} bytes, and the LUN has blocks of {wanted}")]
@@ -102,6 +110,9 @@ impl PiOpenError {
             K::Store(StoreError::TooLarge(_)) => "use a smaller image, or no protection".to_owned(),
             K::Store(StoreError::Io(_)) => "see to the file and its directory, and try again".to_owned(),
             K::Type { has, .. } => format!("ask for {has}, or change the type with {rebuild} --pi TYPE"),
+            K::Mode { has, wanted } => {
+                format!("ask for mode {has}, or make it anew with {rebuild} --mode {wanted}")
+            }
             K::BlockSize { has, .. } => {
                 format!("ask for blocks of {has} bytes, or make it anew with {rebuild} --block-size N")
             }

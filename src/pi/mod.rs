@@ -10,6 +10,7 @@ pub mod error;
 pub mod guard;
 pub mod protected;
 mod recompute;
+mod replay;
 pub mod store;
 #[cfg(test)]
 mod testing;
@@ -18,4 +19,5 @@ pub mod tuple;
 
 pub use error::{PiOpenError, PiOpenErrorKind};
 pub use protected::{Counters, Protected, Protection};
+pub use store::PiMode;
 pub use tuple::{PiType, Tuple};

@@ -17,7 +17,9 @@ use super::{
     error::{PiOpenError, PiOpenErrorKind as Kind},
     guard::Guard,
     recompute::{Mode, Recomputed, bytes, next_run, recompute},
-    store::{ImageFormat, NewSidecar, Sidecar, SidecarInfo, Stamp, StoreError, create_file, open_file},
+    store::{
+        ImageFormat, NewSidecar, PiMode, Sidecar, SidecarInfo, Stamp, StoreError, create_file, open_file,
+    },
     tuple::PiType,
 };
 use crate::{
@@ -84,6 +86,8 @@ pub struct RebuildReport {
     pub unreadable: u64,
     /// The type of protection.
     pub pi: Option<PiType>,
+    /// How it stays true across a crash.
+    pub mode: PiMode,
     /// The block size in bytes.
     pub block_size: u64,
 }
@@ -234,11 +238,13 @@ fn is_escape(bytes: &[u8], kind: PiType) -> bool {
     super::tuple::tuples(bytes).all(|t| t.is_escape(kind))
 }
 
-/// What [`rebuild`] is to make; what is left open is taken from the sidecar that is there, or is type 1 and 512 bytes.
+/// What [`rebuild`] is to make; what is left open is taken from the sidecar that is there, or is type 1, bitmap and 512 bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RebuildOptions {
     /// The type of protection.
     pub kind: Option<PiType>,
+    /// How it is to stay true across a crash.
+    pub mode: Option<PiMode>,
     /// The block size.
     pub block_size: Option<BlockSize>,
     /// The image's format, for the header.
@@ -261,13 +267,14 @@ pub async fn rebuild<V: Volume>(
     let fault = |what| PiOpenError::new(sidecar, image, what);
     let file = |e: io::Error| PiOpenError::new(sidecar, image, Kind::Store(e.into()));
     let old = match inspect(io, image, sidecar).await {
-        Ok(old) => Some((old.kind(), old.block_size())),
+        Ok(old) => Some((old.kind(), old.block_size(), old.mode())),
         Err(PiOpenError { what: Kind::Missing | Kind::Store(StoreError::Damaged), .. }) => None,
         Err(PiOpenError { what: Kind::Store(StoreError::NotASidecar), .. }) if is_empty(sidecar) => None,
         Err(e) => return Err(e),
     };
     let kind = options.kind.or(old.map(|o| o.0)).unwrap_or(PiType::Type1);
     let block_size = options.block_size.or(old.map(|o| o.1)).unwrap_or(BlockSize::B512);
+    let mode = options.mode.or(old.map(|o| o.2)).unwrap_or_default();
     let capacity = block_size.blocks_in(volume.limits().capacity);
     let stamp = stamp_of(image, sidecar)?;
 
@@ -277,7 +284,7 @@ pub async fn rebuild<V: Volume>(
         _ => (),
     }
     let storage = create_file(io, &unfinished).await.map_err(file)?;
-    let new = NewSidecar { block_size, kind, capacity, format: options.format, stamp };
+    let new = NewSidecar { block_size, kind, mode, capacity, format: options.format, stamp };
     let done = fill(volume, storage, new, progress).await;
     let done = match done {
         Ok(done) => done,
@@ -295,6 +302,7 @@ pub async fn rebuild<V: Volume>(
         protected: done.protected + done.recomputed,
         unreadable: done.unreadable,
         pi: Some(kind),
+        mode,
         block_size: block_size.bytes(),
     })
 }

@@ -100,13 +100,21 @@ fn filling_protects_all_data_and_leaves_holes_alone() {
         let new = NewSidecar {
             block_size: BlockSize::B4096,
             kind: PiType::Type1,
+            mode: PiMode::Bitmap,
             capacity: Blocks(1 << 28),
             format: ImageFormat::Raw,
             stamp,
         };
         let done = fill(&volume, sidecar.clone(), new, |_, _| ()).await.unwrap();
         assert_eq!(done.protected, 769);
-        let world = World { image: disk, sidecar, kind: PiType::Type1, block_size: BlockSize::B4096, stamp };
+        let world = World {
+            image: disk,
+            sidecar,
+            kind: PiType::Type1,
+            block_size: BlockSize::B4096,
+            stamp,
+            mode: PiMode::Bitmap,
+        };
         let p = world.open().await;
         read(&p, 5 << 30, 3 << 20).await.unwrap();
         read(&p, 900 << 30, 8192).await.unwrap();
