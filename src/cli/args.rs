@@ -12,7 +12,7 @@ use crate::{
         fabric::Fabric,
         names::{Name, Wwn},
     },
-    pi::PiType,
+    pi::{PiMode, PiType},
     units::BlockSize,
 };
 
@@ -247,11 +247,13 @@ pub enum Pi {
     Verify(PiImage),
     /// Make the protection information anew from the blocks as they are
     Rebuild(PiRebuild),
+    /// After a change by something else, take the blocks as they are, and name those that differ
+    Adopt(PiImage),
     /// Say what the sidecar says
     Status(PiImage),
 }
 
-/// `pi verify` and `pi status`.
+/// `pi verify`, `pi adopt` and `pi status`.
 #[derive(Debug, Args)]
 pub struct PiImage {
     /// The image
@@ -272,6 +274,9 @@ pub struct PiRebuild {
     /// The type of protection: type1 or type3; as the sidecar has it, if there is one
     #[arg(long, value_name = "TYPE", value_parser = pi_type)]
     pub pi: Option<PiType>,
+    /// How it stays true across a crash: bitmap or journal; as the sidecar has it, if there is one
+    #[arg(long, value_name = "MODE", value_parser = pi_mode)]
+    pub mode: Option<PiMode>,
     /// Bytes of a block: 512 or 4096; as the sidecar has it, if there is one
     #[arg(long, value_name = "BYTES", value_parser = block_size)]
     pub block_size: Option<BlockSize>,
@@ -336,6 +341,10 @@ fn pi_type(text: &str) -> Result<PiType, String> {
         "type3" => Ok(PiType::Type3),
         _ => Err("the types of protection are type1 and type3".to_owned()),
     }
+}
+
+fn pi_mode(text: &str) -> Result<PiMode, String> {
+    text.parse().map_err(|_| "the modes of protection information are bitmap and journal".to_owned())
 }
 
 fn pi(text: &str) -> Result<PiSetting, String> {

@@ -29,7 +29,7 @@ use crate::{
         undo::Undo,
     },
     lun::config::{ConfigError, DeviceConfig, SUBTYPE, pi_word},
-    pi::store::default_path,
+    pi::{PiMode, store::default_path},
 };
 
 /// How long the daemon may take to notice a new device.
@@ -312,7 +312,7 @@ fn protect(config: &DeviceConfig, args: &Create, undo: &mut Undo<'_>) -> Result<
         // The daemon opens it, and says what is wrong with it.
         return Ok(());
     }
-    super::pi::protect(&config.image, &sidecar, pi, args.block_size)?;
+    super::pi::protect(&config.image, &sidecar, pi, PiMode::Bitmap, args.block_size)?;
     undo.note("the new sidecar", move || fs::remove_file(sidecar));
     Ok(())
 }

@@ -9,7 +9,7 @@ use crate::{
         Image,
         open::{OpenOptions, open},
     },
-    pi::{Counters, PiMode, Protected, Protection, protected::sidecar_path, store::Stamp},
+    pi::{Counters, PiMode, Protected, Protection, chain::Beneath, protected::sidecar_path, store::Stamp},
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
     volume::{Extent, IoError, IoOp, Limits, Result, Volume, WriteFlags},
@@ -53,7 +53,10 @@ impl Stack {
             read_only: config.read_only,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
         };
-        Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?)))
+        // Opened first: what is wrong with a backing file is said before anything is changed.
+        let cluster = u64::from(image.limits().discard_granularity);
+        let beneath = Beneath::open(io, &image.files()[1..], params.block_size, cluster).await?;
+        Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?.over(beneath))))
     }
 
     /// The image at the bottom.

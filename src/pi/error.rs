@@ -90,13 +90,15 @@ impl PiOpenError {
         let default = super::store::default_path(&self.image) == self.sidecar;
         let words = if default { String::new() } else { format!(" --sidecar {}", self.sidecar.display()) };
         let rebuild = format!("`tcmu-dif pi rebuild {image}{words}`");
+        let adopt = format!("`tcmu-dif pi adopt {image}{words}`");
         let verify = format!("`tcmu-dif pi verify {image}{words}`");
         use PiOpenErrorKind as K;
         Some(match &self.what {
             K::Missing => format!("make one with {rebuild}"),
             K::Exists => format!("see what it says with `tcmu-dif pi status {image}{words}`"),
             K::ImageChanged { .. } | K::Capacity { .. } => format!(
-                "see which blocks differ with {verify}; if the image is as it should be, take it as it is with {rebuild}"
+                "see which blocks differ with {verify}; if the image is as it should be, take those blocks as they are with \
+                 {adopt}, or make everything anew with {rebuild}"
             ),
             K::Store(StoreError::Damaged) => {
                 format!("make it anew from the data, which is then taken as good, with {rebuild}")

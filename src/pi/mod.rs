@@ -5,6 +5,7 @@
 //! a write that the disk dropped or put elsewhere is found as well as a flipped bit. The LUN thread puts
 //! [`protected::Protected`] between the SCSI room and the image; the command line calls [`tools`].
 
+pub mod chain;
 pub mod check;
 pub mod error;
 pub mod guard;

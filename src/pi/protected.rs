@@ -30,6 +30,7 @@ use serde::Serialize;
 
 use self::crash::{Doubt, New};
 use super::{
+    chain::Beneath,
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind},
     guard::Guard,
@@ -88,6 +89,7 @@ pub struct Counters {
 pub struct Protected<V, S = FileStorage> {
     volume: V,
     sidecar: Sidecar<S>,
+    beneath: Beneath<S>,
     checker: Checker,
     capacity: Cell<Blocks>,
     read_only: bool,
@@ -153,6 +155,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let me = Protected {
             volume,
             sidecar,
+            beneath: Beneath::nothing(),
             checker: Checker { guard: Guard::best(), kind: how.kind, block_size: how.block_size },
             capacity: Cell::new(capacity),
             read_only: how.read_only,
@@ -174,6 +177,11 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         }
         me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
         Ok(me)
+    }
+
+    /// The same, with the sidecars of the image's backing files: blocks that the image does not hold are checked too.
+    pub fn over(self, beneath: Beneath<S>) -> Self {
+        Protected { beneath, ..self }
     }
 
     /// The volume beneath. What is done to it past the protection will not match.
@@ -269,7 +277,10 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
         let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
         data?;
-        let tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
+        let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
+        if !self.beneath.is_empty() {
+            self.beneath.fill(&self.volume, &self.checker(), lba, &mut tuples).await?;
+        }
         let mut seen = self.counters.get();
         let mut wrong = None;
         self.checker.check(to, lba, &tuples, |_, _, found| match found {
@@ -409,6 +420,12 @@ pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
 mod crash;
 
 #[cfg(test)]
+mod costs;
+#[cfg(test)]
 mod cuts;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod power;
 #[cfg(test)]
 mod tests;

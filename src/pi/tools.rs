@@ -12,11 +12,14 @@ use std::{
 
 use serde::Serialize;
 
+pub use adopt::{AdoptReport, adopt};
+
 use super::{
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind as Kind},
     guard::Guard,
-    recompute::{Mode, Recomputed, bytes, next_run, recompute},
+    recompute::{Mode, Recomputed, Run, bytes, next_run, recompute},
+    replay::{Sink, replay},
     store::{
         ImageFormat, NewSidecar, PiMode, Sidecar, SidecarInfo, Stamp, StoreError, create_file, open_file,
     },
@@ -47,6 +50,29 @@ pub struct BadBlock {
     pub host_offset: Option<u64>,
     /// In which file: 0 for the image, 1 for its backing file, and so on.
     pub depth: u32,
+    /// That file's path, if it is known.
+    pub file: Option<PathBuf>,
+}
+
+impl BadBlock {
+    fn new(run: &Run, size: BlockSize, m: PiMismatch) -> BadBlock {
+        BadBlock {
+            lba: m.lba.0,
+            tag: m.tag.to_string(),
+            expected: m.expected,
+            found: m.found,
+            host_offset: run.host_offset.map(|host| host + ((m.lba.0 - run.blocks.start) << size.shift())),
+            depth: run.data_depth.unwrap_or(0),
+            file: None,
+        }
+    }
+}
+
+/// Names the files in which the blocks lie, of an image whose chain has these.
+pub fn name_files(bad: &mut [BadBlock], files: &[PathBuf]) {
+    for block in bad {
+        block.file = files.get(block.depth as usize).cloned();
+    }
 }
 
 /// How a verification went.
@@ -159,6 +185,14 @@ pub async fn status(io: &Io, image: &Path, sidecar: &Path) -> std::result::Resul
     Ok(StatusReport { info, found, image_changed })
 }
 
+/// Brings the image's data to stable storage, whoever wrote them: a tuple that outlives its data is a false alarm.
+fn sync_image(image: &Path, sidecar: &Path) -> std::result::Result<(), PiOpenError> {
+    File::open(image).and_then(|file| file.sync_data()).map_err(|e| {
+        let e = IoError::from_io(IoOp::Flush, e).path(image);
+        PiOpenError::new(sidecar, image, Kind::Image(Box::new(e)))
+    })
+}
+
 fn stamp_of(image: &Path, sidecar: &Path) -> std::result::Result<Stamp, PiOpenError> {
     Stamp::of(image).map_err(|e| {
         PiOpenError::new(sidecar, image, Kind::Image(Box::new(IoError::from_io(IoOp::Open, e).path(image))))
@@ -182,6 +216,9 @@ pub async fn verify<V: Volume, S: Storage>(
     let blocks = size.blocks_in(volume.limits().capacity).0;
     let (_, total) = bytes(size, 0..blocks)?;
     let mut report = VerifyReport { blocks, ..VerifyReport::default() };
+    // What a crash has left in the journal comes before the tuples.
+    let claims = sidecar.claims(false).await.map_err(|e| IoError::from_io(IoOp::Read, e))?;
+    replay(volume, sidecar, &checker, &claims, 0..blocks, Sink::Memory).await?;
     let mut from = 0;
     while let Some(run) = next_run(volume, sidecar, from, blocks).await? {
         from = run.blocks.end;
@@ -208,14 +245,6 @@ pub async fn verify<V: Volume, S: Storage>(
                 }
             }
         }
-        let bad = |m: PiMismatch| BadBlock {
-            lba: m.lba.0,
-            tag: m.tag.to_string(),
-            expected: m.expected,
-            found: m.found,
-            host_offset: run.host_offset.map(|host| host + ((m.lba.0 - first) << size.shift())),
-            depth: run.data_depth.unwrap_or(0),
-        };
         checker.check(&sg, Lba(first), &tuples, |i, _, found| match found {
             _ if unreadable.binary_search(&i).is_ok() => report.unreadable += 1,
             Ok(true) => report.verified += 1,
@@ -224,7 +253,7 @@ pub async fn verify<V: Volume, S: Storage>(
             Err(m) => {
                 report.mismatches += 1;
                 if report.bad.len() < LISTED {
-                    report.bad.push(bad(m));
+                    report.bad.push(BadBlock::new(&run, size, m));
                 }
             }
         });
@@ -294,6 +323,8 @@ pub async fn rebuild<V: Volume>(
             return Err(fault(e));
         }
     };
+    // The volume was read only, so its flush has done nothing; the data may be in the page cache alone.
+    sync_image(image, sidecar)?;
     std::fs::rename(&unfinished, sidecar).map_err(file)?;
     let dir = sidecar.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(file)?;
@@ -337,5 +368,6 @@ fn is_empty(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == 0)
 }
 
+mod adopt;
 #[cfg(test)]
 mod tests;

@@ -72,14 +72,30 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         (lba, blocks): (Lba, u64),
         new: New<'_>,
     ) -> Result<Turn<'_>> {
-        let alone = self.locked(op, lba, blocks, true).await?;
+        let checker = self.checker();
+        // A part of a cluster that a backing file holds takes the rest of it along.
+        let (first, span) = self.beneath.span(checker.block_size, (lba, blocks), self.capacity.get().0);
+        let alone = self.locked(op, first, span, true).await?;
         let safety = match self.sidecar.mode() {
             PiMode::Bitmap => {
-                let marked = self.sidecar.intend(lba, blocks).await;
+                let marked = self.sidecar.intend(first, span).await;
                 Safety::Marked(marked.map_err(|e| self.sidecar_error(op, at, e))?)
             }
             PiMode::Journal => Safety::Recorded(self.record(op, at, (lba, blocks), new).await?),
         };
+        if !self.beneath.is_empty() {
+            let dsync = self.sidecar.mode() == PiMode::Journal;
+            let (own, whole) = ((lba, blocks), (first, span));
+            let lifted = self.beneath.lift(&self.volume, &self.sidecar, &checker, own, whole, dsync).await;
+            if let Err(e) = lifted {
+                // The blocks themselves have not been touched.
+                match safety {
+                    Safety::Marked(writing) => writing.finish(),
+                    Safety::Recorded(recorded) => recorded.finish(),
+                }
+                return Err(e);
+            }
+        }
         let record = match &safety {
             Safety::Marked(_) => None,
             Safety::Recorded(recorded) => Some(recorded.id()),
