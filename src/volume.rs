@@ -7,6 +7,8 @@
 
 use std::{fmt, io, path::PathBuf, rc::Rc};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     sys::mem::Sg,
     units::{ByteOffset, Lba},
@@ -63,6 +65,73 @@ pub struct Extent {
     pub depth: u32,
 }
 
+/// The type of protection (SBC-4 4.21.2). What its tuples mean is [`crate::pi::tuple`]'s to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PiType {
+    /// The reference tag is the low half of the LBA; an application tag of FFFFh turns checking off.
+    Type1,
+    /// The reference tag comes with the command (32-byte CDBs), and counts up from there; otherwise as type 1.
+    Type2,
+    /// The reference tag is not defined; checking is off if the application tag is FFFFh and the reference tag
+    /// FFFFFFFFh.
+    Type3,
+}
+
+/// What the application tag of a block is compared with.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum AppTags {
+    /// Nothing is known of it, so nothing is compared (SBC-4: "has knowledge of the contents").
+    #[default]
+    Unknown,
+    /// Every block has this one, where a bit of the mask is 1.
+    One {
+        /// EXPECTED LOGICAL BLOCK APPLICATION TAG.
+        tag: u16,
+        /// LOGICAL BLOCK APPLICATION TAG MASK.
+        mask: u16,
+    },
+    /// By block, as the application tag mode page has them; blocks in no range have none that is known.
+    ByRange(Rc<[AppRange]>),
+}
+
+impl AppTags {
+    /// The tag of a block, and which bits of it count, if it is known.
+    pub fn of(&self, lba: Lba) -> Option<(u16, u16)> {
+        match self {
+            AppTags::Unknown => None,
+            AppTags::One { tag, mask } => Some((*tag, *mask)),
+            AppTags::ByRange(ranges) => {
+                let range = ranges.iter().find(|r| r.first <= lba && lba.0 - r.first.0 < r.blocks)?;
+                Some((range.tag, 0xffff))
+            }
+        }
+    }
+}
+
+/// A run of blocks with one application tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AppRange {
+    /// The first block.
+    pub first: Lba,
+    /// Blocks.
+    pub blocks: u64,
+    /// Their tag.
+    pub tag: u16,
+}
+
+/// Which tags of the tuples that go with a transfer are checked, and what they should be. A block whose tuple is the
+/// escape is not checked at all.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TupleCheck {
+    /// The guard is compared with the CRC of the data.
+    pub guard: bool,
+    /// The application tags.
+    pub app: AppTags,
+    /// The reference tag of the first block; those after it count up by one. `None`: not compared.
+    pub reference: Option<u32>,
+}
+
 /// A range of bytes that one LUN thread owns.
 ///
 /// Promises that every implementation keeps:
@@ -97,6 +166,42 @@ pub trait Volume {
 
     /// Changes the capacity. What is new reads as zeros.
     async fn resize(&self, capacity: u64) -> Result<()>;
+
+    /// The type of the tuples that initiators are to see, if the volume keeps some for them. Tuples travel as eight bytes
+    /// a block, big-endian.
+    fn protection(&self) -> Option<PiType> {
+        None
+    }
+
+    /// As [`Volume::read`], with the tuples of the blocks, one after another; checked as told, and by nothing else.
+    /// A block without protection information has the escape, all ones.
+    ///
+    /// # Errors
+    /// [`IoErrorKind::Protection`] with the first block that fails; then `to` has been filled all the same.
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        let _ = (to, check);
+        Err(IoError::new(IoErrorKind::Unsupported, IoOp::Read).at(at))
+    }
+
+    /// As [`Volume::write`], and keeps these tuples for the blocks as they are: the caller has checked them.
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let _ = (from, tuples, flags);
+        Err(IoError::new(IoErrorKind::Unsupported, IoOp::Write).at(at))
+    }
+
+    /// FORMAT UNIT: from now on initiators see this type of protection, or none. Every block reads as zeros and has no
+    /// protection information. Nothing may be in flight. Cut off by a crash it leaves the old type, or the new one, and
+    /// each block old or gone.
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        let _ = protection;
+        Err(IoError::new(IoErrorKind::Unsupported, IoOp::Discard))
+    }
 
     /// Flushes, marks the volume cleanly closed and gives up its locks. Nothing may be in flight.
     async fn close(&self) -> Result<()>;
@@ -134,6 +239,28 @@ impl<V: Volume> Volume for Rc<V> {
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         (**self).resize(capacity).await
+    }
+
+    fn protection(&self) -> Option<PiType> {
+        (**self).protection()
+    }
+
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        (**self).read_with_tuples(at, to, check).await
+    }
+
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        (**self).write_with_tuples(at, from, tuples, flags).await
+    }
+
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        (**self).reformat(protection).await
     }
 
     async fn close(&self) -> Result<()> {

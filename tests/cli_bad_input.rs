@@ -144,7 +144,7 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
         ("create a/b --image good.raw", &["a/b", "'/'"]),
         ("create .hidden --image good.raw", &[".hidden", "'.'"]),
         ("create vm1 --image good.raw --colour red", &["--colour"]),
-        ("create vm1 --image good.raw --pi type2", &["--pi", "type2", "type1 or type3"]),
+        ("create vm1 --image good.raw --pi type4", &["--pi", "type4", "type2 or type3"]),
         ("create vm1 --image good.raw --block-size 1024", &["--block-size", "1024", "512 or 4096"]),
         ("create vm1 --image new.raw --size 1X", &["--size", "1X"]),
         ("create vm1 --image new.raw --size 0", &["--size", "0"]),

@@ -42,6 +42,10 @@ impl Rig {
         rig
     }
 
+    fn state_dir(&self) -> PathBuf {
+        self.image.with_file_name("state")
+    }
+
     fn params(&self) -> LunParams {
         LunParams {
             name: "test".into(),
@@ -50,6 +54,7 @@ impl Rig {
             capacity: self.capacity,
             write_cache: true,
             serial: Some("0123456789".into()),
+            state_dir: Some(self.state_dir()),
             backend: Some(backend_from_env()),
             device: self.kernel.device().unwrap(),
         }
@@ -180,6 +185,33 @@ fn the_write_cache_can_be_turned_off_and_initiators_are_told() {
     assert_eq!(rig.run(&[0; 6], Data::None).key_asc_ascq(), (6, 0x2a, 1));
     let ended = rig.run(&[0x1a, 8, 8, 0, 255, 0], Data::In(255));
     assert_eq!((ended.data[4] & 0x3f, ended.data[6] & 4), (8, 0));
+    rig.stop().unwrap();
+}
+
+#[test]
+fn a_saved_mode_page_outlives_a_restart_and_one_that_was_not_saved_does_not() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    let sense =
+        |rig: &mut Rig, page: u8| rig.run(&[0x1a, 8, page, 0, 255, 0], Data::In(255)).data[4..].to_vec();
+    let mut caching = sense(&mut rig, 0x08);
+    assert_eq!((caching[0], caching[2] & 4), (0x88, 4), "PS=1 and WCE=1");
+    let select = |rig: &mut Rig, page: &[u8], save: u8| {
+        let list = [&[0; 4], page].concat();
+        let cdb = [0x15, 0x10 | save, 0, 0, list.len() as u8, 0];
+        assert_eq!(rig.run(&cdb, Data::Out(&list)).status, 0);
+    };
+    caching[0] &= 0x7f; // PS is reserved in MODE SELECT
+    caching[2] &= !4;
+    select(&mut rig, &caching, 1);
+    let mut control = sense(&mut rig, 0x0a);
+    control[0] &= 0x7f;
+    control[2] |= 4; // D_SENSE; saving it would save all pages
+    select(&mut rig, &control, 0);
+    rig.stop().unwrap();
+    rig.start().unwrap();
+    rig.run(&[0; 6], Data::None); // POWER ON
+    assert_eq!(sense(&mut rig, 0x08)[2] & 4, 0, "WCE as it was saved");
+    assert_eq!(sense(&mut rig, 0x0a)[2] & 4, 0, "D_SENSE was not saved");
     rig.stop().unwrap();
 }
 

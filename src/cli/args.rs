@@ -12,7 +12,8 @@ use crate::{
         fabric::Fabric,
         names::{Name, Wwn},
     },
-    pi::{PiMode, PiType},
+    lun::saved_pages::STATE_DIR,
+    pi::{Exposure, PiMode, PiType, Transfer},
     units::BlockSize,
 };
 
@@ -29,6 +30,9 @@ pub struct Cli {
     /// The directory of the daemon's lock and state files
     #[arg(long, global = true, hide = true, default_value = RUN_DIR)]
     pub run_dir: PathBuf,
+    /// The directory of what has to be there after a reboot
+    #[arg(long, global = true, hide = true, default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
     /// Where configfs is mounted
     #[arg(long, global = true, hide = true, default_value = CONFIGFS)]
     pub configfs: PathBuf,
@@ -109,9 +113,15 @@ pub struct Create {
     /// Bytes of a block: 512 or 4096
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = block_size)]
     pub block_size: BlockSize,
-    /// Protection information for every block: off, type1 or type3
+    /// Protection information for every block: off, type1, type2 or type3
     #[arg(long, value_name = "TYPE", default_value = "off", value_parser = pi)]
     pub pi: PiSetting,
+    /// Who reads and writes it: target (guests see a plain disk) or initiator (guests send and get their own)
+    #[arg(long, value_name = "WHO", default_value = "target")]
+    pub exposure: Exposure,
+    /// How guests' protection information travels: separate (needs a kernel that passes it on), or interleaved with the data (for programs that build SCSI commands themselves)
+    #[arg(long, value_name = "HOW", default_value = "separate")]
+    pub pi_transfer: Transfer,
     /// Where the protection information is kept, instead of IMAGE.pi
     #[arg(long, value_name = "PATH")]
     pub sidecar: Option<PathBuf>,
@@ -271,7 +281,7 @@ pub struct PiImage {
 pub struct PiRebuild {
     /// The image
     pub image: PathBuf,
-    /// The type of protection: type1 or type3; as the sidecar has it, if there is one
+    /// The type of protection: type1, type2 or type3; as the sidecar has it, if there is one
     #[arg(long, value_name = "TYPE", value_parser = pi_type)]
     pub pi: Option<PiType>,
     /// How it stays true across a crash: bitmap or journal; as the sidecar has it, if there is one
@@ -336,11 +346,7 @@ fn block_size(text: &str) -> Result<BlockSize, String> {
 }
 
 fn pi_type(text: &str) -> Result<PiType, String> {
-    match text {
-        "type1" => Ok(PiType::Type1),
-        "type3" => Ok(PiType::Type3),
-        _ => Err("the types of protection are type1 and type3".to_owned()),
-    }
+    text.parse().map_err(|_| "the types of protection are type1, type2 and type3".to_owned())
 }
 
 fn pi_mode(text: &str) -> Result<PiMode, String> {
@@ -351,7 +357,7 @@ fn pi(text: &str) -> Result<PiSetting, String> {
     if text == "off" {
         return Ok(PiSetting(None));
     }
-    let words = |_| "protection is off, type1 or type3".to_owned();
+    let words = |_| "protection is off, type1, type2 or type3".to_owned();
     pi_type(text).map(|t| PiSetting(Some(t))).map_err(words)
 }
 

@@ -29,7 +29,7 @@ use crate::{
         undo::Undo,
     },
     lun::config::{ConfigError, DeviceConfig, SUBTYPE, pi_word},
-    pi::{PiMode, store::default_path},
+    pi::{Exposure, PiMode, Transfer, store::default_path},
 };
 
 /// How long the daemon may take to notice a new device.
@@ -45,6 +45,8 @@ struct Created {
     format: Option<String>,
     serial: String,
     pi: &'static str,
+    exposure: Exposure,
+    transfer: Option<Transfer>,
     block_size: u64,
     capacity_bytes: u64,
     exports: Vec<ExportView>,
@@ -98,6 +100,22 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
         )
         .then("add --pi type1, or leave --sidecar out"));
     }
+    if args.exposure == Exposure::Initiator && args.pi.0.is_none() {
+        return Err(CliError::usage(
+            "--exposure",
+            args.exposure,
+            "there is no protection information to show with --pi off",
+        )
+        .then("add --pi type1, or leave --exposure out"));
+    }
+    if args.pi_transfer == Transfer::Interleaved && args.exposure == Exposure::Target {
+        return Err(CliError::usage(
+            "--pi-transfer",
+            args.pi_transfer,
+            "with --exposure target no protection information travels",
+        )
+        .then("add --exposure initiator, or leave --pi-transfer out"));
+    }
     if args.size.is_some() && args.read_only {
         return Err(CliError::usage("--read-only", "", "a new image that can't be written is of no use")
             .then("leave out --size or --read-only"));
@@ -118,6 +136,8 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
         // The longest word, for the check of the length; what the image is comes when it has been looked at.
         format: Some(args.format.unwrap_or(Format::Qcow2)),
         pi: args.pi.0,
+        exposure: args.exposure,
+        transfer: args.pi_transfer,
         read_only: args.read_only,
         sidecar: args.sidecar.as_deref().map(absolute).transpose()?,
         serial: None,
@@ -208,6 +228,8 @@ fn differences(args: &Create, config: &DeviceConfig, there: &Backstore, exports:
         Some(Ok(is)) => {
             differ("image", is.image.display().to_string(), config.image.display().to_string());
             differ("--pi", is.pi.map_or("off", pi_word).into(), config.pi.map_or("off", pi_word).into());
+            differ("--exposure", is.exposure.to_string(), config.exposure.to_string());
+            differ("--pi-transfer", is.transfer.to_string(), config.transfer.to_string());
             let sidecar = |c: &DeviceConfig| {
                 c.sidecar.clone().unwrap_or_else(|| default_path(&c.image)).display().to_string()
             };
@@ -382,6 +404,8 @@ fn print(
         format: state.and_then(|s| s.format),
         serial: there.serial.clone(),
         pi: config.pi.map_or("off", pi_word),
+        exposure: config.exposure,
+        transfer: (config.exposure == Exposure::Initiator).then_some(config.transfer),
         block_size: there.block_size,
         capacity_bytes: there.capacity,
         exports,

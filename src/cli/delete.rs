@@ -19,10 +19,17 @@ use super::{
     luns::{self, Places, SYSFS, refused},
     output, require_root,
 };
-use crate::kernel::{
-    backstore::Backstore,
-    fabric::{self, Export, Fabric, Removed},
-    usage::{self, User},
+use crate::{
+    kernel::{
+        backstore::Backstore,
+        fabric::{self, Export, Fabric, Removed},
+        usage::{self, User},
+    },
+    lun::{
+        config::{DeviceConfig, SUBTYPE},
+        saved_pages::SavedPagesFile,
+        serial_of,
+    },
 };
 
 #[derive(Serialize)]
@@ -68,6 +75,7 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
         }
     }
     store.remove(&places.tree).map_err(|e| refused("delete", name, &e))?;
+    forget_saved_pages(cli, &store);
     // Until the daemon has let go of the image, nobody else can have it.
     if alive && let Err(e) = luns::wait_until_closed(&places, name.as_str(), Some(store.hba)) {
         tracing::warn!("{name}: {e}");
@@ -80,6 +88,16 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     }
     output::print(&format!("{name} is deleted; its image stays"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A LUN that is made later with the same serial number begins with the defaults.
+fn forget_saved_pages(cli: &Cli, store: &Backstore) {
+    let config = store.config_after(SUBTYPE).and_then(|text| DeviceConfig::parse(text).ok());
+    let Some(config) = config else { return };
+    let serial = serial_of(Some(&store.serial), &config, &store.name);
+    if let Err(e) = SavedPagesFile::new(&cli.state_dir, &serial).remove() {
+        tracing::warn!("{}: the saved mode pages stay: {e}", store.name);
+    }
 }
 
 /// Fails whatever would wait for a daemon that isn't there, until it is dropped: the kernel sends SYNCHRONIZE CACHE to a

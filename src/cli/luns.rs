@@ -18,6 +18,7 @@ use crate::{
         tree::{Real, Tree},
     },
     lun::config::{DeviceConfig, SUBTYPE, pi_word},
+    pi::{Exposure, Transfer},
 };
 
 /// sysfs, as it is.
@@ -167,8 +168,12 @@ pub struct LunView {
     pub image: String,
     /// Its format.
     pub format: Option<String>,
-    /// `off`, `type1`, `type3`.
+    /// `off`, `type1`, `type2`, `type3`.
     pub pi: String,
+    /// Who sees it: `target` or `initiator`.
+    pub exposure: Exposure,
+    /// How it travels to those who do: `separate` or `interleaved`.
+    pub transfer: Option<Transfer>,
     /// Writes are refused.
     pub read_only: bool,
     /// Bytes of a block.
@@ -203,6 +208,8 @@ impl LunView {
             image: config.as_ref().map_or(backstore.dev_config.clone(), |c| c.image.display().to_string()),
             format: state.as_ref().and_then(|s| s.format.clone()),
             pi: config.as_ref().and_then(|c| c.pi).map_or("off", pi_word).to_owned(),
+            exposure: config.as_ref().map_or(Exposure::Target, |c| c.exposure),
+            transfer: config.as_ref().filter(|c| c.exposure == Exposure::Initiator).map(|c| c.transfer),
             read_only: config.is_some_and(|c| c.read_only),
             block_size: backstore.block_size,
             capacity_bytes: backstore.capacity,

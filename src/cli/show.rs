@@ -92,6 +92,10 @@ fn text(v: &LunView) -> String {
     pairs.push(("size", format!("{} ({} bytes)", size::human(v.capacity_bytes), v.capacity_bytes)));
     pairs.push(("block size", v.block_size.to_string()));
     pairs.push(("protection", v.pi.clone()));
+    if let Some(transfer) = v.transfer {
+        pairs.push(("seen by", v.exposure.to_string()));
+        pairs.push(("transfer", transfer.to_string()));
+    }
     pairs.push(("read-only", yes(v.read_only)));
     pairs.push(("write cache", yes(v.write_cache)));
     pairs.push(("serial", v.serial.clone()));

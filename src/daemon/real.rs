@@ -25,6 +25,8 @@ const NODE_PATIENCE: Duration = Duration::from_secs(5);
 pub struct RealHost {
     /// Where configfs is mounted.
     pub configfs: PathBuf,
+    /// Where what has to outlive a reboot is kept.
+    pub state_dir: PathBuf,
     /// The way of I/O; the best that the kernel permits if none is given.
     pub backend: Option<Backend>,
 }
@@ -129,7 +131,8 @@ impl Host for RealHost {
             block_size,
             capacity: identity.capacity,
             write_cache: identity.write_cache,
-            serial: Some(identity.serial.clone()).filter(|s| !s.is_empty()).or_else(|| config.serial.clone()),
+            serial: Some(identity.serial.clone()),
+            state_dir: Some(self.state_dir.clone()),
             backend: self.backend,
             device: ring,
         })?;
@@ -187,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_block_size_that_no_lun_has_is_refused_before_the_device_is_opened() {
-        let host = RealHost { configfs: "/none".into(), backend: None };
+        let host = RealHost { configfs: "/none".into(), state_dir: "/none".into(), backend: None };
         let name = crate::kernel::uio::UioName::parse("tcm-user/0/a/dif//a").unwrap();
         let device = UioDevice { minor: 0, name, map_size: 4096, node: "/dev/none".into() };
         let identity = Identity {

@@ -3,13 +3,13 @@
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
 use super::{DemoError, Result};
 use crate::{
-    image::{Format, create, open, qcow2},
+    image::{Format, create, qcow2},
     lun::{self, LunHandle, LunParams, config::DeviceConfig},
     peer::kernel::{Data, Ended, Kernel, Options},
     pi::{
@@ -19,7 +19,6 @@ use crate::{
     },
     sys,
     units::BlockSize,
-    volume::Volume,
 };
 
 /// Sense key, ASC, ASCQ, and the LBA if the sense data have one.
@@ -80,6 +79,7 @@ impl Disk {
             capacity,
             write_cache: true,
             serial: Some("demo0001".into()),
+            state_dir: None,
             backend: None,
             device: kernel.device().map_err(file("no descriptors for the ring"))?,
         };
@@ -178,20 +178,4 @@ fn sense(ended: &Ended) -> SenseOf {
     let s = &ended.sense;
     let lba = (s[0] & 0x80 != 0).then(|| u64::from(u32::from_be_bytes([s[3], s[4], s[5], s[6]])));
     (key, asc, ascq, lba)
-}
-
-/// The image's files are the demo's own; nothing else opens them.
-pub(super) fn preallocate(image: &Path, capacity: u64) -> Result<()> {
-    let path: PathBuf = image.to_owned();
-    sys::run(async move |io| {
-        let options = open::OpenOptions { read_only: false, format: None, lock: true };
-        let volume = open::open(&io, &path, &options).await.map_err(stack("the image cannot be opened"))?;
-        let block = sys::mem::Buffer::from_slice(&vec![0x5a; 1 << 20]);
-        for at in (0..capacity).step_by(1 << 20) {
-            let at = crate::units::ByteOffset(at);
-            let written = volume.write(at, &block.sg(), Default::default()).await;
-            written.map_err(stack("the image cannot be filled"))?;
-        }
-        volume.close().await.map_err(stack("the image cannot be closed"))
-    })
 }

@@ -12,42 +12,64 @@ use crate::{image::Format, peer::kernel::Data, units::BlockSize};
 
 const BLOCK: usize = 4096;
 
+/// The four loads: whether it writes, and how many commands are under way.
+const LOADS: [(bool, usize); 4] = [(false, 1), (false, 32), (true, 1), (true, 32)];
+/// Both disks of a format take turns, so that what else the machine does falls on both.
+const ROUNDS: u32 = 4;
+
+/// What a disk has done under a load.
+#[derive(Default)]
 struct Figures {
-    iops: f64,
-    median: Duration,
+    seconds: f64,
+    latencies: Vec<Duration>,
+}
+
+impl Figures {
+    fn iops(&self) -> f64 {
+        self.latencies.len() as f64 / self.seconds
+    }
+
+    fn median(&mut self) -> Duration {
+        self.latencies.sort_unstable();
+        self.latencies.get(self.latencies.len() / 2).copied().unwrap_or_default()
+    }
 }
 
 pub(super) fn table(steps: &mut Steps<'_>, dir: &Path, capacity: u64, time: Duration) -> Result<()> {
-    steps.title("4 KiB at random, on images that are filled (page cache; one run, compare within it)")?;
+    steps.title(
+        "4 KiB at random, on images that are filled (page cache; both disks of a format take turns)",
+    )?;
     steps.line("  image   protection      read, depth 1         read, depth 32        write, depth 1        write, depth 32")?;
     for format in [Format::Raw, Format::Qcow2] {
-        let mut base: Vec<f64> = Vec::new();
+        let mut disks = Vec::new();
         for protected in [false, true] {
             let image = dir.join(format!("bench-{protected}.{format}"));
             Disk::create(&image, format, capacity, protected)?;
-            if !protected {
-                super::disk::preallocate(&image, capacity)?;
-            }
             let mut disk = Disk::start(&image, capacity, BlockSize::B512, protected)?;
             disk.ready()?;
-            // Fills the protected image through the LUN, so that every block has its tuple; faults the data area in.
+            // Through the LUN, so that every block has its tuple; faults the data area in as well.
             fill(&mut disk, capacity)?;
-            let mut cells = Vec::new();
-            for (i, (write, depth)) in
-                [(false, 1), (false, 32), (true, 1), (true, 32)].into_iter().enumerate()
-            {
-                let f = load(&mut disk, capacity, write, depth, time)?;
-                let ratio = match base.get(i) {
-                    Some(off) if protected => format!("{:>3.0} %", f.iops / off * 100.0),
-                    _ => {
-                        base.push(f.iops);
-                        "     ".into()
-                    }
-                };
-                cells.push(format!("{:>7.0}/s {:>5.1} µs {ratio}", f.iops, f.median.as_secs_f64() * 1e6));
+            disks.push((disk, LOADS.map(|_| Figures::default())));
+        }
+        for (i, (write, depth)) in LOADS.into_iter().enumerate() {
+            for _ in 0..ROUNDS {
+                for (disk, figures) in &mut disks {
+                    load(disk, capacity, write, depth, time / ROUNDS, &mut figures[i])?;
+                }
             }
-            let name = if protected { "type 1" } else { "off" };
+        }
+        let mut base: Option<[f64; LOADS.len()]> = None;
+        for (name, (disk, mut figures)) in ["off", "type 1"].into_iter().zip(disks) {
+            let iops = figures.each_ref().map(Figures::iops);
+            let cells: Vec<String> = (0..LOADS.len())
+                .map(|i| {
+                    let ratio = base.map(|off| format!("{:>3.0} %", iops[i] / off[i] * 100.0));
+                    let median = figures[i].median().as_secs_f64() * 1e6;
+                    format!("{:>7.0}/s {median:>5.1} µs {:<5}", iops[i], ratio.unwrap_or_default())
+                })
+                .collect();
             steps.line(format!("  {:<7} {name:<10} {}", format.to_string(), cells.join(" ")))?;
+            base.get_or_insert(iops);
             disk.stop()?;
         }
     }
@@ -63,11 +85,17 @@ fn fill(disk: &mut Disk, capacity: u64) -> Result<()> {
 }
 
 /// Keeps `depth` commands under way for that long.
-fn load(disk: &mut Disk, capacity: u64, write: bool, depth: usize, time: Duration) -> Result<Figures> {
+fn load(
+    disk: &mut Disk,
+    capacity: u64,
+    write: bool,
+    depth: usize,
+    time: Duration,
+    to: &mut Figures,
+) -> Result<()> {
     let data = vec![0xc3; BLOCK];
     let mut random = 0x2545_f491_4f6c_dd1du64;
     let mut sent: HashMap<u16, Instant> = HashMap::new();
-    let mut latencies = Vec::new();
     let start = Instant::now();
     while start.elapsed() < time || !sent.is_empty() {
         while sent.len() < depth && start.elapsed() < time {
@@ -92,11 +120,9 @@ fn load(disk: &mut Disk, capacity: u64, write: bool, depth: usize, time: Duratio
                     found: format!("sense {:x?}", ended.key_asc_ascq()),
                 });
             }
-            latencies.extend(sent.remove(&ended.id).map(|at| at.elapsed()));
+            to.latencies.extend(sent.remove(&ended.id).map(|at| at.elapsed()));
         }
     }
-    let elapsed = start.elapsed().as_secs_f64();
-    latencies.sort_unstable();
-    let median = latencies.get(latencies.len() / 2).copied().unwrap_or_default();
-    Ok(Figures { iops: latencies.len() as f64 / elapsed, median })
+    to.seconds += start.elapsed().as_secs_f64();
+    Ok(())
 }

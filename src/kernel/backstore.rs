@@ -8,6 +8,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use thiserror::Error;
@@ -89,6 +90,10 @@ pub struct Backstore {
     pub wants_answers: bool,
 }
 
+/// How often, and how long apart, a device whose attributes are not there is looked at again before that is an error.
+const REMOVAL_LOOKS: usize = 100;
+const REMOVAL_PAUSE: Duration = Duration::from_millis(10);
+
 /// The directory of a backstore, relative to configfs.
 pub fn path_of(hba: u32, name: &str) -> PathBuf {
     Path::new(CORE).join(format!("user_{hba}")).join(name)
@@ -128,13 +133,17 @@ pub fn find(tree: &dyn Tree, subtype: &str, name: &str) -> Result<Option<Backsto
 /// The kernel's.
 pub fn read(tree: &dyn Tree, hba: u32, name: &str) -> Result<Option<Backstore>, ConfigfsError> {
     let path = path_of(hba, name);
-    if !tree.is_dir(&path) {
-        return Ok(None);
+    for _ in 0..REMOVAL_LOOKS {
+        if !tree.is_dir(&path) {
+            return Ok(None);
+        }
+        match read_there(tree, hba, name, &path) {
+            // Somebody removes it: its attributes go first, and its directory a moment later.
+            Err(e) if e.source.kind() == io::ErrorKind::NotFound => std::thread::sleep(REMOVAL_PAUSE),
+            other => return other.map(Some),
+        }
     }
-    match read_there(tree, hba, name, &path) {
-        Err(e) if e.source.kind() == io::ErrorKind::NotFound && !tree.is_dir(&path) => Ok(None),
-        other => other.map(Some),
-    }
+    read_there(tree, hba, name, &path).map(Some)
 }
 
 fn read_there(tree: &dyn Tree, hba: u32, name: &str, path: &Path) -> Result<Backstore, ConfigfsError> {

@@ -143,3 +143,61 @@ fn an_export_by_another_fabric_is_seen_and_not_ours_to_touch() {
     let foreign: Vec<_> = fabric::of(&tree, &store).unwrap().iter().filter_map(usage::of_foreign).collect();
     assert_eq!(foreign, [User::Foreign { fabric: "iscsi".into(), target: "iqn.2026-11.a:b".into() }]);
 }
+
+/// A tree in which a device is being removed: its attributes are gone at once, its directory after some looks.
+struct Fading<'a> {
+    tree: &'a Fake,
+    device: &'a Path,
+    looks: std::cell::Cell<usize>,
+}
+
+impl Tree for Fading<'_> {
+    fn make_dir(&self, path: &Path) -> std::io::Result<()> {
+        self.tree.make_dir(path)
+    }
+    fn remove_dir(&self, path: &Path) -> std::io::Result<()> {
+        self.tree.remove_dir(path)
+    }
+    fn write(&self, path: &Path, value: &str) -> std::io::Result<()> {
+        self.tree.write(path, value)
+    }
+    fn read(&self, path: &Path) -> std::io::Result<String> {
+        match path.starts_with(self.device) {
+            true => Err(std::io::ErrorKind::NotFound.into()),
+            false => self.tree.read(path),
+        }
+    }
+    fn link(&self, target: &Path, link: &Path) -> std::io::Result<()> {
+        self.tree.link(target, link)
+    }
+    fn unlink(&self, link: &Path) -> std::io::Result<()> {
+        self.tree.unlink(link)
+    }
+    fn dirs(&self, path: &Path) -> std::io::Result<Vec<String>> {
+        self.tree.dirs(path)
+    }
+    fn links(&self, path: &Path) -> std::io::Result<Vec<(String, std::path::PathBuf)>> {
+        self.tree.links(path)
+    }
+    fn is_dir(&self, path: &Path) -> bool {
+        if path == self.device {
+            self.looks.set(self.looks.get().saturating_sub(1));
+            return self.looks.get() > 0;
+        }
+        self.tree.is_dir(path)
+    }
+}
+
+#[test]
+fn a_device_that_another_removes_at_this_moment_is_no_error_and_hides_no_other() {
+    let tree = Fake::new();
+    build(&tree, "stays").unwrap();
+    build(&tree, "goes").unwrap();
+    let device = backstore::find(&tree, "dif", "goes").unwrap().unwrap().path;
+    let fading = Fading { tree: &tree, device: &device, looks: 4.into() };
+    let names: Vec<_> = backstore::all(&fading).unwrap().into_iter().map(|b| b.name).collect();
+    assert_eq!(names, ["stays"]);
+    // One that stays without its attributes is an error all the same.
+    let broken = Fading { tree: &tree, device: &device, looks: usize::MAX.into() };
+    assert_eq!(backstore::all(&broken).unwrap_err().source.kind(), std::io::ErrorKind::NotFound);
+}

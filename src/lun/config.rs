@@ -1,7 +1,7 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
-//! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`, `;ro`,
-//! `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
+//! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
+//! `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
 
@@ -14,7 +14,10 @@ use std::{
 
 use thiserror::Error;
 
-use crate::{image::Format, pi::PiType};
+use crate::{
+    image::Format,
+    pi::{Exposure, PiType, Transfer},
+};
 
 /// Our subtype: the first part of `dev_config`.
 pub const SUBTYPE: &str = "dif";
@@ -33,6 +36,10 @@ pub struct DeviceConfig {
     pub format: Option<Format>,
     /// Protection information at rest.
     pub pi: Option<PiType>,
+    /// Who sees it.
+    pub exposure: Exposure,
+    /// How it travels to those who do.
+    pub transfer: Transfer,
     /// The LUN refuses writes.
     pub read_only: bool,
     /// The sidecar's path, where it isn't beside the image.
@@ -58,6 +65,9 @@ pub enum ConfigError {
         /// What it was set to.
         value: String,
     },
+    /// A setting that means nothing without another.
+    #[error("{0} has no meaning without {1}")]
+    Without(&'static str, &'static str),
     /// A setting that stands there twice.
     #[error("{0} is set twice")]
     Twice(&'static str),
@@ -76,6 +86,8 @@ impl DeviceConfig {
             image: image.into(),
             format: None,
             pi: None,
+            exposure: Exposure::Target,
+            transfer: Transfer::Separate,
             read_only: false,
             sidecar: None,
             serial: None,
@@ -90,6 +102,7 @@ impl DeviceConfig {
         let mut parts = text.split(';');
         let image = path(parts.next().unwrap_or_default())?;
         let mut out = DeviceConfig::new(image);
+        let (mut exposure, mut transfer) = (None, None);
         for part in parts {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
             match (key, value) {
@@ -100,6 +113,14 @@ impl DeviceConfig {
                 ("pi", Some(v)) => {
                     let kind = pi_type(v).ok_or(ConfigError::Value { key: "pi", value: v.to_owned() })?;
                     once("pi", &mut out.pi, kind)?;
+                }
+                ("exposure", Some(v)) => {
+                    let unknown = ConfigError::Value { key: "exposure", value: v.to_owned() };
+                    once("exposure", &mut exposure, v.parse().map_err(|_| unknown)?)?;
+                }
+                ("transfer", Some(v)) => {
+                    let unknown = ConfigError::Value { key: "transfer", value: v.to_owned() };
+                    once("transfer", &mut transfer, v.parse().map_err(|_| unknown)?)?;
                 }
                 ("ro", None) if out.read_only => return Err(ConfigError::Twice("ro")),
                 ("ro", None) => out.read_only = true,
@@ -114,6 +135,14 @@ impl DeviceConfig {
                 }
                 _ => return Err(ConfigError::Unknown(part.to_owned())),
             }
+        }
+        out.exposure = exposure.unwrap_or_default();
+        out.transfer = transfer.unwrap_or_default();
+        if out.exposure == Exposure::Initiator && out.pi.is_none() {
+            return Err(ConfigError::Without("exposure=initiator", "pi"));
+        }
+        if out.transfer == Transfer::Interleaved && out.exposure == Exposure::Target {
+            return Err(ConfigError::Without("transfer=interleaved", "exposure=initiator"));
         }
         Ok(out)
     }
@@ -145,6 +174,12 @@ impl fmt::Display for DeviceConfig {
         if let Some(pi) = self.pi {
             write!(f, ";pi={}", pi_word(pi))?;
         }
+        if self.exposure != Exposure::Target {
+            write!(f, ";exposure={}", self.exposure)?;
+        }
+        if self.transfer != Transfer::Separate {
+            write!(f, ";transfer={}", self.transfer)?;
+        }
         if self.read_only {
             f.write_str(";ro")?;
         }
@@ -162,12 +197,13 @@ impl fmt::Display for DeviceConfig {
 pub fn pi_word(pi: PiType) -> &'static str {
     match pi {
         PiType::Type1 => "type1",
+        PiType::Type2 => "type2",
         PiType::Type3 => "type3",
     }
 }
 
 fn pi_type(word: &str) -> Option<PiType> {
-    [PiType::Type1, PiType::Type3].into_iter().find(|p| pi_word(*p) == word)
+    PiType::ALL.into_iter().find(|p| pi_word(*p) == word)
 }
 
 fn once<T>(key: &'static str, slot: &mut Option<T>, value: T) -> Result<(), ConfigError> {
@@ -227,16 +263,26 @@ mod tests {
         })
     }
 
+    fn protection() -> impl Strategy<Value = (Option<PiType>, Exposure, Transfer)> {
+        let kinds = prop::sample::select(PiType::ALL.to_vec());
+        prop_oneof![
+            Just((None, Exposure::Target, Transfer::Separate)),
+            kinds.clone().prop_map(|k| (Some(k), Exposure::Target, Transfer::Separate)),
+            kinds.clone().prop_map(|k| (Some(k), Exposure::Initiator, Transfer::Separate)),
+            kinds.prop_map(|k| (Some(k), Exposure::Initiator, Transfer::Interleaved)),
+        ]
+    }
+
     prop_compose! {
         fn any_config()(
             image in any_path(),
             format in prop::option::of(prop::sample::select(vec![Format::Raw, Format::Qcow2])),
-            pi in prop::option::of(prop::sample::select(vec![PiType::Type1, PiType::Type3])),
+            (pi, exposure, transfer) in protection(),
             read_only: bool,
             sidecar in prop::option::of(any_path()),
             serial in prop::option::of("\\PC{1,20}|[;%,=\n]{1,5}"),
         ) -> DeviceConfig {
-            DeviceConfig { image, format, pi, read_only, sidecar, serial }
+            DeviceConfig { image, format, pi, exposure, transfer, read_only, sidecar, serial }
         }
     }
 
@@ -263,8 +309,11 @@ mod tests {
         for (text, error) in [
             ("", NotAbsolute("".into())),
             ("vm1.raw", NotAbsolute("vm1.raw".into())),
-            ("/a;pi=type2", Value { key: "pi", value: "type2".into() }),
+            ("/a;pi=type4", Value { key: "pi", value: "type4".into() }),
             ("/a;pi", Unknown("pi".into())),
+            ("/a;pi=type1;exposure=all", Value { key: "exposure", value: "all".into() }),
+            ("/a;exposure=initiator", Without("exposure=initiator", "pi")),
+            ("/a;pi=type1;transfer=interleaved", Without("transfer=interleaved", "exposure=initiator")),
             ("/a;ro;ro", Twice("ro")),
             ("/a;pi=type1;pi=type1", Twice("pi")),
             ("/a;sidecar=b", NotAbsolute("b".into())),

@@ -9,6 +9,7 @@ mod event_loop;
 mod inbox;
 #[cfg(test)]
 mod loop_tests;
+pub mod saved_pages;
 mod service;
 mod spin;
 mod stack;
@@ -31,7 +32,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     image::open::OpenError,
-    pi::{self, PiOpenError},
+    pi::{self, Exposure, PiOpenError, Transfer},
     ring::{Device, Ring, RingError},
     sys::{
         exec::Executor,
@@ -44,6 +45,7 @@ use config::DeviceConfig;
 use event_loop::{EventLoop, run_to_end};
 use inbox::{Inbox, Message, Outbox};
 use service::Lun;
+pub use service::serial_of;
 use stack::Stack;
 
 /// How long a message may wait for its answer. A resize writes metadata; nothing that is asked takes longer.
@@ -64,6 +66,8 @@ pub struct LunParams {
     pub write_cache: bool,
     /// The kernel's `wwn/vpd_unit_serial`, if it is set.
     pub serial: Option<String>,
+    /// Where saved mode pages are kept; without it MODE SELECT refuses to save.
+    pub state_dir: Option<PathBuf>,
     /// The way to the kernel; the best that it permits if not given.
     pub backend: Option<Backend>,
     /// The ring.
@@ -89,6 +93,11 @@ pub enum LunError {
         /// The kernel's bytes.
         expected: u64,
     },
+    /// Initiators were promised protection information, and the kernel would lose it.
+    #[error(
+        "this kernel's target_core_user does not pass protection information on, so initiators cannot see that of this LUN"
+    )]
+    PiNotCarried,
     /// A capacity that the LUN cannot have.
     #[error("{capacity} bytes is no multiple of the block size of {block_size}")]
     Size {
@@ -122,6 +131,11 @@ impl LunError {
             LunError::Protection(e) => e.next_step(),
             LunError::Shrunk { .. } => Some(
                 "bring the whole image back, or delete the LUN and create it with the image as it is".into(),
+            ),
+            LunError::PiNotCarried => Some(
+                "load the module that vendor/linux/README.md builds; or create the LUN with --exposure target, which protects its \
+                 image all the same; or, for programs that build SCSI commands themselves, with --pi-transfer interleaved"
+                    .into(),
             ),
             LunError::Size { block_size, .. } => Some(format!("give a multiple of {block_size}")),
             LunError::Ring(_)
@@ -320,6 +334,9 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Ok(io) => (io, Executor::new()),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
+    if let Err(e) = check_transfer(&params) {
+        return refuse(up, e);
+    }
     let opened = {
         let io = io.clone();
         let exec_io = io.clone();
@@ -355,6 +372,16 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         (Ok(()), Some(reason)) => State::Failed(reason),
         (Err(e), _) => State::Failed(chain(&e)),
     }
+}
+
+/// A LUN that says PROTECT = 1 over a kernel that drops tuples would fail every read and write of a guest that uses them.
+fn check_transfer(params: &LunParams) -> Result<(), LunError> {
+    let config = &params.config;
+    let promised = config.exposure == Exposure::Initiator && config.transfer == Transfer::Separate;
+    if promised && !params.device.carries_dif()? {
+        return Err(LunError::PiNotCarried);
+    }
+    Ok(())
 }
 
 fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {

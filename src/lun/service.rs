@@ -6,11 +6,14 @@ use tracing::{error, info};
 
 use super::{
     LunError, LunParams, PublicStats, Stats,
+    config::DeviceConfig,
     event_loop::{Load, Service},
     inbox::Message,
+    saved_pages::SavedPagesFile,
     stack::Stack,
 };
 use crate::{
+    pi::Exposure,
     ring::{Command, Completion},
     scsi::{self, Status, Target, TargetConfig},
     sys::io::Backend,
@@ -27,9 +30,14 @@ pub(super) struct Lun {
 impl Lun {
     pub(super) fn new(params: &LunParams, stack: Stack, backend: Backend) -> Lun {
         let stack = Rc::new(stack);
-        let serial = params.serial.clone().or_else(|| params.config.serial.clone());
-        let serial = serial.unwrap_or_else(|| fallback_serial(&params.name));
+        let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
+        let saved_pages = params
+            .state_dir
+            .as_deref()
+            .map(|dir| Box::new(SavedPagesFile::new(dir, &serial)) as Box<dyn scsi::SavedPages>);
         let config = TargetConfig {
+            transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),
+            saved_pages,
             read_only: params.config.read_only,
             write_cache: params.write_cache,
             ..TargetConfig::new(params.block_size, &serial)
@@ -54,7 +62,7 @@ impl Lun {
             capacity_bytes: self.stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
-            pi: self.stack.pi_counters(),
+            pi: self.stack.pi_counters().map(|below| below.plus(self.target.pi_counters())),
         }
     }
 
@@ -80,9 +88,11 @@ impl Lun {
     }
 }
 
-/// A serial number where neither the kernel nor the configuration has one: the same at every start, by the name.
-fn fallback_serial(name: &str) -> String {
-    format!("{:016x}", scsi::naa_from_serial(name))
+/// A LUN's serial number: the kernel's, or the configuration's, or one that is made of the name, so that it is the same at
+/// every start.
+pub fn serial_of(kernels: Option<&str>, config: &DeviceConfig, name: &str) -> String {
+    let set = kernels.filter(|s| !s.is_empty()).or(config.serial.as_deref());
+    set.map_or_else(|| format!("{:016x}", scsi::naa_from_serial(name)), str::to_owned)
 }
 
 impl Service for Lun {

@@ -9,10 +9,10 @@ use crate::{
         Image,
         open::{OpenOptions, open},
     },
-    pi::{Counters, PiMode, Protected, Protection, chain::Beneath, protected::sidecar_path, store::Stamp},
+    pi::{Counters, Protected, Protection, chain::Beneath, protected::sidecar_path, store::Stamp},
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
-    volume::{Extent, IoError, IoOp, Limits, Result, Volume, WriteFlags},
+    volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
 };
 
 /// The layers of a LUN below SCSI.
@@ -48,7 +48,8 @@ impl Stack {
             image: config.image.clone(),
             sidecar: sidecar_path(&config.image, config.sidecar.as_deref()),
             kind,
-            mode: PiMode::Bitmap,
+            mode: None,
+            exposure: config.exposure,
             block_size: params.block_size,
             read_only: config.read_only,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
@@ -120,5 +121,27 @@ impl Volume for Stack {
 
     async fn close(&self) -> Result<()> {
         layers!(self, v => v.close().await)
+    }
+
+    fn protection(&self) -> Option<PiType> {
+        layers!(self, v => v.protection())
+    }
+
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        layers!(self, v => v.read_with_tuples(at, to, check).await)
+    }
+
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        layers!(self, v => v.write_with_tuples(at, from, tuples, flags).await)
+    }
+
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        layers!(self, v => v.reformat(protection).await)
     }
 }

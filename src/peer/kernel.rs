@@ -52,6 +52,24 @@ pub enum Data<'a> {
     In(usize),
     /// Both.
     Bidi(&'a [u8], usize),
+    /// Bytes that go to the device, and their protection information, in iovecs of its own (`iov_dif`).
+    OutDif(&'a [u8], &'a [u8]),
+    /// Room for bytes from the device, and for that many bytes of protection information.
+    InDif(usize, usize),
+}
+
+impl Data<'_> {
+    /// Bytes out, room in, protection information out, room for protection information.
+    fn parts(&self) -> (&[u8], usize, &[u8], usize) {
+        match *self {
+            Data::None => (&[], 0, &[], 0),
+            Data::Out(bytes) => (bytes, 0, &[], 0),
+            Data::In(room) => (&[], room, &[], 0),
+            Data::Bidi(bytes, room) => (bytes, room, &[], 0),
+            Data::OutDif(bytes, dif) => (bytes, 0, dif, 0),
+            Data::InDif(room, dif) => (&[], room, &[], dif),
+        }
+    }
 }
 
 /// A command that has ended.
@@ -65,6 +83,8 @@ pub struct Ended {
     pub sense: Vec<u8>,
     /// Data-in, cut to READ_LEN.
     pub data: Vec<u8>,
+    /// The protection information of data-in, in the room that was given for it.
+    pub dif: Vec<u8>,
     /// Whether the handler said that it does not know the operation.
     pub unknown_op: bool,
 }
@@ -96,11 +116,16 @@ pub enum KernelError {
     Io(#[from] io::Error),
 }
 
+#[derive(Default)]
 struct Pending {
     iovecs: Vec<(u64, usize)>,
     blocks: Vec<u32>,
     data_in: usize,
+    /// iovecs of data-out, which stand before those of data-in.
     skip: usize,
+    dif_in: usize,
+    /// iovecs of protection information, which stand last.
+    dif_iovecs: Vec<(u64, usize)>,
 }
 
 /// An embedded kernel with one device.
@@ -178,33 +203,28 @@ impl Kernel {
     /// # Errors
     /// [`KernelError::Full`] if there is no room for it now.
     pub fn queue(&mut self, cdb: &[u8], data: Data<'_>) -> Result<u16, KernelError> {
-        let (out, room): (&[u8], usize) = match data {
-            Data::None => (&[], 0),
-            Data::Out(bytes) => (bytes, 0),
-            Data::In(n) => (&[], n),
-            Data::Bidi(bytes, n) => (bytes, n),
-        };
+        let (out, room, dif_out, dif_room) = data.parts();
         let blocks_out = out.len().div_ceil(BLOCK);
         let blocks_in = room.div_ceil(BLOCK);
-        if self.free.len() < blocks_out + blocks_in {
+        let blocks_dif = dif_out.len().max(dif_room).div_ceil(BLOCK);
+        let wanted = blocks_out + blocks_in + blocks_dif;
+        if self.free.len() < wanted {
             return Err(KernelError::Full);
         }
-        let blocks = self.free.split_off(self.free.len() - blocks_out - blocks_in);
+        let blocks = self.free.split_off(self.free.len() - wanted);
         let first = self.iovecs(&blocks[..blocks_out], out.len());
-        let second = self.iovecs(&blocks[blocks_out..], room);
+        let second = self.iovecs(&blocks[blocks_out..blocks_out + blocks_in], room);
+        let dif = self.iovecs(&blocks[blocks_out + blocks_in..], dif_out.len().max(dif_room));
         // Data-out stands first, whatever else there is; data-in of a plain read stands in the first list too.
         let counts = match data {
             Data::Bidi(..) => [first.len() as u32, second.len() as u32, 0],
-            _ => [(first.len() + second.len()) as u32, 0, 0],
+            _ => [(first.len() + second.len()) as u32, 0, dif.len() as u32],
         };
-        let mut at = 0;
-        for (base, len) in &first {
-            self.store(*base, &out[at..at + len]);
-            at += len;
-        }
+        self.scatter(&first, out);
+        self.scatter(&dif, dif_out);
         let skip = first.len();
         let iovecs: Vec<(u64, usize)> = first.into_iter().chain(second).collect();
-        let fixed = size_of::<abi::CmdRequest>() + iovecs.len() * size_of::<abi::IoVec>();
+        let fixed = size_of::<abi::CmdRequest>() + (iovecs.len() + dif.len()) * size_of::<abi::IoVec>();
         let base = fixed.max(size_of::<abi::CmdResponse>());
         let len = (base + cdb.len()).next_multiple_of(8);
         let mut bytes = vec![0u8; len];
@@ -214,7 +234,7 @@ impl Kernel {
         for (i, count) in counts.iter().enumerate() {
             bytes[8 + 4 * i..12 + 4 * i].copy_from_slice(&count.to_le_bytes());
         }
-        for (i, (offset, len)) in iovecs.iter().enumerate() {
+        for (i, (offset, len)) in iovecs.iter().chain(&dif).enumerate() {
             let at = size_of::<abi::CmdRequest>() + i * size_of::<abi::IoVec>();
             bytes[at..at + 8].copy_from_slice(&offset.to_le_bytes());
             bytes[at + 8..at + 16].copy_from_slice(&(*len as u64).to_le_bytes());
@@ -229,7 +249,8 @@ impl Kernel {
             self.free.extend(blocks);
             return Err(e);
         }
-        self.pending.insert(id, Pending { iovecs, blocks, data_in: room, skip });
+        let pending = Pending { iovecs, blocks, data_in: room, skip, dif_in: dif_room, dif_iovecs: dif };
+        self.pending.insert(id, pending);
         Ok(id)
     }
 
@@ -267,7 +288,7 @@ impl Kernel {
     pub fn submit_raw(&mut self, bytes: &[u8], awaits: Option<u16>) -> Result<(), KernelError> {
         self.place(&mut bytes.to_vec(), |_, _| {})?;
         if let Some(id) = awaits {
-            let none = Pending { iovecs: Vec::new(), blocks: Vec::new(), data_in: 0, skip: 0 };
+            let none = Pending::default();
             self.pending.insert(id, none);
         }
         self.ring_doorbell()
@@ -383,12 +404,8 @@ impl Kernel {
             return Err(KernelError::Broken(format!("cmd_id {id} is not under way")));
         };
         let uflags = u32::from(bytes[7]);
-        let mut data = vec![0; pending.data_in];
-        let mut at = 0;
-        for (base, len) in &pending.iovecs[pending.skip..] {
-            self.load(*base, &mut data[at..at + len]);
-            at += len;
-        }
+        let mut data = self.gather(&pending.iovecs[pending.skip..], pending.data_in);
+        let dif = self.gather(&pending.dif_iovecs, pending.dif_in);
         if uflags & abi::TCMU_UFLAG_READ_LEN != 0 {
             let n = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
             data.truncate(n as usize);
@@ -399,6 +416,7 @@ impl Kernel {
             status: bytes[8],
             sense: bytes[16..16 + abi::TCMU_SENSE_BUFFERSIZE as usize].to_vec(),
             data,
+            dif,
             unknown_op: uflags & abi::TCMU_UFLAG_UNKNOWN_OP != 0,
         })
     }
@@ -469,6 +487,28 @@ impl Kernel {
                 return id;
             }
         }
+    }
+
+    /// Puts the first bytes of the iovecs' memory where they belong; what is beyond the bytes stays as it is.
+    fn scatter(&self, iovecs: &[(u64, usize)], bytes: &[u8]) {
+        let mut left = bytes;
+        for (base, len) in iovecs {
+            let (now, later) = left.split_at((*len).min(left.len()));
+            self.store(*base, now);
+            left = later;
+        }
+    }
+
+    /// The first `len` bytes of the iovecs' memory.
+    fn gather(&self, iovecs: &[(u64, usize)], len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let mut left = &mut bytes[..];
+        for (base, len) in iovecs {
+            let (now, later) = left.split_at_mut((*len).min(left.len()));
+            self.load(*base, now);
+            left = later;
+        }
+        bytes
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) {

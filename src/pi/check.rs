@@ -4,6 +4,7 @@
 //! that travels: eight bytes a block, big-endian ([`super::tuple`]).
 
 use super::{
+    exposure::Exposure,
     guard::Guard,
     tuple::{PiType, TUPLE_LEN, Tuple, tuples},
 };
@@ -22,6 +23,8 @@ pub struct Checker {
     pub kind: PiType,
     /// The LUN's block size.
     pub block_size: BlockSize,
+    /// Who made the tags: only of our own is it known what they should be.
+    pub tags: Exposure,
 }
 
 /// How a check without a mismatch went.
@@ -73,6 +76,16 @@ impl Checker {
         out
     }
 
+    /// The tuple that a block gets whose data are taken as they are: the tags that an initiator gave it stay.
+    pub fn mend(&self, lba: Lba, guard: u16, old: Tuple) -> Tuple {
+        let new = Tuple::new(self.kind, guard, lba);
+        if self.tags == Exposure::Target || old.is_escape(self.kind) {
+            return new;
+        }
+        let reference = if self.kind == PiType::Type1 { new.reference } else { old.reference };
+        Tuple { guard, app: old.app, reference }
+    }
+
     /// Checks the blocks in `data`, the first of which is `first`, against as many tuples.
     ///
     /// # Errors
@@ -120,11 +133,12 @@ impl Checker {
             // Expected is what the tuple says, found is what the data give: the block is the suspect.
             return wrong(PiTag::Guard, u32::from(found.guard), u32::from(want.guard));
         }
-        if found.app != want.app {
+        let ours = self.tags == Exposure::Target;
+        if ours && found.app != want.app {
             return wrong(PiTag::Application, u32::from(want.app), u32::from(found.app));
         }
         // The reference tag of type 3 is ours too (zero), and a damaged one says that the tuple is damaged.
-        if found.reference != want.reference {
+        if (ours || self.kind == PiType::Type1) && found.reference != want.reference {
             return wrong(PiTag::Reference, want.reference, found.reference);
         }
         Ok(true)
@@ -137,7 +151,7 @@ mod tests {
     use crate::{storage::sim::Rng, sys::mem::Buffer};
 
     fn checker(guard: Guard, kind: PiType, block_size: BlockSize) -> Checker {
-        Checker { guard, kind, block_size }
+        Checker { guard, kind, block_size, tags: Exposure::Target }
     }
 
     /// The same bytes in segments cut at random places.

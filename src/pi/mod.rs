@@ -8,6 +8,7 @@
 pub mod chain;
 pub mod check;
 pub mod error;
+pub mod exposure;
 pub mod guard;
 pub mod protected;
 mod recompute;
@@ -15,10 +16,13 @@ mod replay;
 pub mod store;
 #[cfg(test)]
 mod testing;
+mod told;
 pub mod tools;
 pub mod tuple;
+pub mod wire;
 
 pub use error::{PiOpenError, PiOpenErrorKind};
+pub use exposure::{Exposure, Transfer};
 pub use protected::{Counters, Protected, Protection};
 pub use store::PiMode;
 pub use tuple::{PiType, Tuple};

@@ -33,16 +33,19 @@ use super::{
     chain::Beneath,
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind},
+    exposure::Exposure,
     guard::Guard,
     store::{PiMode, Sidecar, Stamp, open_file},
-    tuple::PiType,
+    tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
     storage::{FileStorage, Storage},
     sync::{AsyncMutex, RangeLock},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Blocks, ByteOffset, Lba},
-    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, PiTag, Result, Volume, WriteFlags},
+    volume::{
+        Extent, IoError, IoErrorKind, IoOp, Limits, PiMismatch, PiTag, Result, TupleCheck, Volume, WriteFlags,
+    },
 };
 
 /// How an image is protected.
@@ -54,8 +57,10 @@ pub struct Protection {
     pub sidecar: PathBuf,
     /// The type asked for.
     pub kind: PiType,
-    /// How it stays true across a crash.
-    pub mode: PiMode,
+    /// How it stays true across a crash, if that is asked for; otherwise as the sidecar has it.
+    pub mode: Option<PiMode>,
+    /// Whether initiators read and write the tuples.
+    pub exposure: Exposure,
     /// The LUN's block size.
     pub block_size: BlockSize,
     /// The volume is not written.
@@ -67,15 +72,15 @@ pub struct Protection {
 /// What the protection of a LUN has seen so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Counters {
-    /// Blocks read that match their tuple.
+    /// Blocks that match their tuple, read or sent by an initiator.
     pub verified: u64,
-    /// Tuples made for blocks written.
+    /// Tuples made for blocks written without any.
     pub generated: u64,
-    /// Reads that failed on a guard.
+    /// Reads, and writes with tuples, that failed on a guard.
     pub guard_errors: u64,
-    /// Reads that failed on an application tag.
+    /// The same on an application tag.
     pub app_errors: u64,
-    /// Reads that failed on a reference tag.
+    /// The same on a reference tag.
     pub ref_errors: u64,
     /// Blocks read that have no tuple.
     pub unprotected: u64,
@@ -85,12 +90,31 @@ pub struct Counters {
     pub torn: u64,
 }
 
+impl Counters {
+    /// Both together.
+    pub fn plus(self, other: Counters) -> Counters {
+        Counters {
+            verified: self.verified + other.verified,
+            generated: self.generated + other.generated,
+            guard_errors: self.guard_errors + other.guard_errors,
+            app_errors: self.app_errors + other.app_errors,
+            ref_errors: self.ref_errors + other.ref_errors,
+            unprotected: self.unprotected + other.unprotected,
+            recomputed: self.recomputed + other.recomputed,
+            torn: self.torn + other.torn,
+        }
+    }
+}
+
 /// A volume under protection. `S` is the sidecar's storage.
 pub struct Protected<V, S = FileStorage> {
     volume: V,
     sidecar: Sidecar<S>,
     beneath: Beneath<S>,
-    checker: Checker,
+    checker: Cell<Checker>,
+    exposure: Exposure,
+    /// FORMAT UNIT has turned protection off as far as initiators see.
+    hidden: Cell<bool>,
     capacity: Cell<Blocks>,
     read_only: bool,
     lock: RangeLock,
@@ -133,11 +157,12 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let store = |e: io::Error| fault(PiOpenErrorKind::Store(e.into()));
         let sidecar = Sidecar::open(storage).await.map_err(|e| fault(PiOpenErrorKind::Store(e)))?;
         let info = sidecar.info();
-        if info.pi != how.kind {
+        // What an initiator's FORMAT UNIT has chosen stands in the sidecar alone.
+        if info.pi != how.kind && !info.formatted {
             return Err(fault(PiOpenErrorKind::Type { has: info.pi, wanted: how.kind }));
         }
-        if info.mode != how.mode {
-            return Err(fault(PiOpenErrorKind::Mode { has: info.mode, wanted: how.mode }));
+        if let Some(wanted) = how.mode.filter(|mode| *mode != info.mode) {
+            return Err(fault(PiOpenErrorKind::Mode { has: info.mode, wanted }));
         }
         if info.block_size != how.block_size.bytes() {
             let (has, wanted) = (info.block_size, how.block_size.bytes());
@@ -152,11 +177,19 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 return Err(fault(PiOpenErrorKind::Capacity { has: info.blocks, image: capacity.0 }));
             }
         }
+        let exposed = how.exposure == Exposure::Initiator && !info.hidden;
         let me = Protected {
             volume,
             sidecar,
             beneath: Beneath::nothing(),
-            checker: Checker { guard: Guard::best(), kind: how.kind, block_size: how.block_size },
+            checker: Cell::new(Checker {
+                guard: Guard::best(),
+                kind: info.pi,
+                block_size: how.block_size,
+                tags: if exposed { Exposure::Initiator } else { info.tags },
+            }),
+            exposure: how.exposure,
+            hidden: Cell::new(info.hidden),
             capacity: Cell::new(capacity),
             read_only: how.read_only,
             lock: RangeLock::new(),
@@ -169,6 +202,9 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         };
         if !how.read_only {
             me.sidecar.begin_use().await.map_err(store)?;
+            if exposed {
+                me.sidecar.admit_initiator_tags().await.map_err(store)?;
+            }
             if info.blocks != capacity.0 {
                 // A resize that a crash cut off. Beyond the smaller of the two no tuple is of any worth.
                 me.sidecar.forget_beyond(capacity.min(Blocks(info.blocks))).await.map_err(store)?;
@@ -200,7 +236,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     }
 
     fn checker(&self) -> Checker {
-        self.checker
+        self.checker.get()
     }
 
     fn count(&self, change: impl FnOnce(&mut Counters)) {
@@ -211,7 +247,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
 
     /// The blocks of a range of bytes, if it lies inside and is made of blocks.
     fn blocks(&self, op: IoOp, at: ByteOffset, len: u64) -> Result<(Lba, u64)> {
-        let size = self.checker.block_size;
+        let size = self.checker().block_size;
         let end = at.checked_add(len);
         let inside =
             end.is_some_and(|end| end.0 >> size.shift() <= self.capacity.get().0 && size.is_aligned(end));
@@ -233,6 +269,72 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             return Err(IoError::new(IoErrorKind::Failed, op));
         }
         Ok(())
+    }
+
+    /// Reads data and their tuples.
+    async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
+        let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
+        let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
+        let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
+        data?;
+        let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
+        if !self.beneath.is_empty() {
+            self.beneath.fill(&self.volume, &self.checker(), lba, &mut tuples).await?;
+        }
+        Ok((lba, tuples))
+    }
+
+    /// Writes data and their tuples.
+    async fn put(
+        &self,
+        at: ByteOffset,
+        (lba, blocks): (Lba, u64),
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let op = IoOp::Write;
+        let turn = self.begin(op, at, (lba, blocks), New::Blocks(from, &tuples)).await?;
+        // What the journal holds needs not be durable twice.
+        let dsync = flags.fua && self.sidecar.mode() == PiMode::Bitmap;
+        let data = self.volume.write(at, from, flags);
+        let has_space = self.sidecar.has_space(lba, blocks);
+        let tuples = self.sidecar.write_tuples(lba, tuples, dsync);
+        let done = if has_space {
+            let (data, tuples) = join(data, tuples).await;
+            data.and(tuples.map_err(|e| self.sidecar_error(op, at, e)))
+        } else {
+            // The first tuples in a page may find the disk full: before the data are touched, then.
+            match tuples.await {
+                Ok(()) => data.await,
+                Err(e) => Err(self.sidecar_error(op, at, e)),
+            }
+        };
+        self.end(turn, done).await
+    }
+
+    /// Counts a mismatch, and says it as an error.
+    fn mismatch(&self, at: ByteOffset, m: PiMismatch) -> IoError {
+        self.count(|c| match m.tag {
+            PiTag::Guard => c.guard_errors += 1,
+            PiTag::Application => c.app_errors += 1,
+            PiTag::Reference => c.ref_errors += 1,
+        });
+        let place = m.lba.to_bytes(self.checker().block_size).unwrap_or(at);
+        IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place)
+    }
+
+    /// On a volume that may not be written nobody could settle what a crash has cut off: there a block of a marked region
+    /// that does not match its tuple has none.
+    fn forgive(&self, first: Lba, data: &Sg, tuples: &mut [u8]) {
+        let stored = tuples.to_vec();
+        self.checker().check(data, first, &stored, |i, _, found| {
+            if let Err(m) = found
+                && self.sidecar.is_marked(m.lba)
+            {
+                tuples[i * TUPLE_LEN..][..TUPLE_LEN].fill(0xff);
+            }
+        });
     }
 
     async fn zero(&self, at: ByteOffset, len: u64, keep_space: Option<bool>) -> Result<()> {
@@ -262,7 +364,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
 
 impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     fn limits(&self) -> Limits {
-        let size = self.checker.block_size.bytes();
+        let size = self.checker().block_size.bytes();
         let inner = self.volume.limits();
         Limits {
             capacity: self.capacity.get().0 * size,
@@ -273,36 +375,17 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     }
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
-        let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
-        let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
-        data?;
-        let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
-        if !self.beneath.is_empty() {
-            self.beneath.fill(&self.volume, &self.checker(), lba, &mut tuples).await?;
-        }
+        let (lba, tuples) = self.get(at, to).await?;
         let mut seen = self.counters.get();
         let mut wrong = None;
-        self.checker.check(to, lba, &tuples, |_, _, found| match found {
+        self.checker().check(to, lba, &tuples, |_, _, found| match found {
             Ok(true) => seen.verified += 1,
             Ok(false) => seen.unprotected += 1,
             Err(m) if self.read_only && self.sidecar.is_marked(m.lba) => seen.unprotected += 1,
             Err(m) => wrong = wrong.or(Some(m)),
         });
-        match wrong.map(|m| m.tag) {
-            None => (),
-            Some(PiTag::Guard) => seen.guard_errors += 1,
-            Some(PiTag::Application) => seen.app_errors += 1,
-            Some(PiTag::Reference) => seen.ref_errors += 1,
-        }
         self.counters.set(seen);
-        match wrong {
-            None => Ok(()),
-            Some(m) => {
-                let place = m.lba.to_bytes(self.checker.block_size).unwrap_or(at);
-                Err(IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place))
-            }
-        }
+        wrong.map_or(Ok(()), |m| Err(self.mismatch(at, m)))
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
@@ -312,24 +395,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         if blocks == 0 {
             return Ok(());
         }
-        let tuples = self.checker.generate(from, lba);
-        let turn = self.begin(op, at, (lba, blocks), New::Blocks(from, &tuples)).await?;
-        // What the journal holds needs not be durable twice.
-        let dsync = flags.fua && self.sidecar.mode() == PiMode::Bitmap;
-        let data = self.volume.write(at, from, flags);
-        let has_space = self.sidecar.has_space(lba, blocks);
-        let tuples = self.sidecar.write_tuples(lba, tuples, dsync);
-        let done = if has_space {
-            let (data, tuples) = join(data, tuples).await;
-            data.and(tuples.map_err(|e| self.sidecar_error(op, at, e)))
-        } else {
-            // The first tuples in a page may find the disk full: before the data are touched, then.
-            match tuples.await {
-                Ok(()) => data.await,
-                Err(e) => Err(self.sidecar_error(op, at, e)),
-            }
-        };
-        self.end(turn, done).await?;
+        let tuples = self.checker().generate(from, lba);
+        self.put(at, (lba, blocks), from, tuples, flags).await?;
         self.count(|c| c.generated += blocks);
         Ok(())
     }
@@ -374,8 +441,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     async fn resize(&self, capacity: u64) -> Result<()> {
         self.writable(IoOp::Resize)?;
         let _alone = self.lock.exclusive(0, u64::MAX).await;
-        let new = self.checker.block_size.blocks_in(capacity);
-        if new.to_bytes(self.checker.block_size) != Some(capacity) || !self.sidecar.can_cover(new) {
+        let new = self.checker().block_size.blocks_in(capacity);
+        if new.to_bytes(self.checker().block_size) != Some(capacity) || !self.sidecar.can_cover(new) {
             return Err(IoError::new(IoErrorKind::OutOfRange, IoOp::Resize));
         }
         let store = |e| self.sidecar_error(IoOp::Resize, ByteOffset(0), e);
@@ -386,6 +453,59 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         self.volume.resize(capacity).await?;
         self.sidecar.set_capacity(new).await.map_err(store)?;
         self.capacity.set(new);
+        Ok(())
+    }
+
+    fn protection(&self) -> Option<PiType> {
+        (self.exposure == Exposure::Initiator && !self.hidden.get()).then_some(self.checker().kind)
+    }
+
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        let (lba, mut tuples) = self.get(at, to).await?;
+        if self.read_only {
+            self.forgive(lba, to, &mut tuples);
+        }
+        match self.checker().verify_as_told(to, lba, &tuples, check) {
+            Ok(seen) => {
+                self.count(|c| {
+                    (c.verified, c.unprotected) =
+                        (c.verified + seen.verified, c.unprotected + seen.unprotected)
+                });
+                Ok(tuples)
+            }
+            Err(m) => Err(self.mismatch(at, m)),
+        }
+    }
+
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let (lba, blocks) = self.blocks(IoOp::Write, at, from.len() as u64)?;
+        self.writable(IoOp::Write)?;
+        if tuples.len() as u64 != blocks * TUPLE_LEN as u64 {
+            return Err(IoError::new(IoErrorKind::OutOfRange, IoOp::Write)
+                .at(at)
+                .detail("tuples and blocks"));
+        }
+        if blocks == 0 {
+            return Ok(());
+        }
+        self.put(at, (lba, blocks), from, tuples, flags).await
+    }
+
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        self.writable(IoOp::Discard)?;
+        let _alone = self.lock.exclusive(0, u64::MAX).await;
+        self.forget_journal(IoOp::Discard).await?;
+        let done = self.sidecar.reformat(protection).await;
+        done.map_err(|e| self.sidecar_error(IoOp::Discard, ByteOffset(0), e))?;
+        self.hidden.set(protection.is_none());
+        let kind = protection.unwrap_or(self.checker().kind);
+        self.checker.set(Checker { kind, tags: self.sidecar.tags(), ..self.checker() });
         Ok(())
     }
 

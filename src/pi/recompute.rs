@@ -173,7 +173,6 @@ async fn one_run<V: Volume, S: Storage>(
     checker.check(&sg, first, &stored, |i, guard, found| {
         let block = size.bytes() as usize;
         let slot = &mut tuples[i * TUPLE_LEN..][..TUPLE_LEN];
-        let new = Tuple::new(checker.kind, guard, Lba(first.0 + i as u64)).to_bytes();
         let put = |slot: &mut [u8], bytes: [u8; TUPLE_LEN]| slot.copy_from_slice(&bytes);
         if unreadable.binary_search(&i).is_ok() {
             out.unreadable += 1;
@@ -192,7 +191,8 @@ async fn one_run<V: Volume, S: Storage>(
             }
         }
         changed = true;
-        put(slot, new);
+        let old = super::tuple::tuples(slot).next().unwrap_or(Tuple::ESCAPE);
+        put(slot, checker.mend(Lba(first.0 + i as u64), guard, old).to_bytes());
     });
     if changed {
         let wrote = sidecar.write_tuples(first, tuples, false).await;

@@ -17,6 +17,7 @@ pub use adopt::{AdoptReport, adopt};
 use super::{
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind as Kind},
+    exposure::Exposure,
     guard::Guard,
     recompute::{Mode, Recomputed, Run, bytes, next_run, recompute},
     replay::{Sink, replay},
@@ -212,7 +213,8 @@ pub async fn verify<V: Volume, S: Storage>(
     mut progress: impl FnMut(u64, u64),
 ) -> Result<VerifyReport> {
     let size = sidecar.block_size();
-    let checker = Checker { guard: Guard::best(), kind: sidecar.kind(), block_size: size };
+    let tags = sidecar.tags();
+    let checker = Checker { guard: Guard::best(), kind: sidecar.kind(), block_size: size, tags };
     let blocks = size.blocks_in(volume.limits().capacity).0;
     let (_, total) = bytes(size, 0..blocks)?;
     let mut report = VerifyReport { blocks, ..VerifyReport::default() };
@@ -345,7 +347,8 @@ async fn fill<V: Volume, S: Storage>(
     mut progress: impl FnMut(u64, u64),
 ) -> std::result::Result<Recomputed, Kind> {
     let size = new.block_size;
-    let checker = Checker { guard: Guard::best(), kind: new.kind, block_size: size };
+    let tags = Exposure::Target;
+    let checker = Checker { guard: Guard::best(), kind: new.kind, block_size: size, tags };
     let (_, total) = bytes(size, 0..new.capacity.0).map_err(|e| Kind::Image(Box::new(e)))?;
     let sidecar = Sidecar::create(storage, new).await.map_err(Kind::Store)?;
     let step = |block: u64| progress(block << size.shift(), total);

@@ -9,23 +9,12 @@
 //! All ones is the escape: "no protection information", nothing is checked. In the sidecar tuples stand inverted
 //! ([`invert`]), so that bytes that were never written, zeros, read as the escape.
 
-use serde::{Deserialize, Serialize};
-
 use crate::units::Lba;
+
+pub use crate::volume::PiType;
 
 /// Bytes of a tuple.
 pub const TUPLE_LEN: usize = 8;
-
-/// The type of protection (SBC-4 4.21.2). Type 2, whose reference tag comes with the command, is not served yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PiType {
-    /// The reference tag is the low half of the LBA; an application tag of FFFFh turns checking off.
-    Type1,
-    /// The reference tag is not defined; checking is off if the application tag is FFFFh and the reference tag
-    /// FFFFFFFFh.
-    Type3,
-}
 
 /// The three tags of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,27 +28,27 @@ pub struct Tuple {
 }
 
 impl PiType {
-    /// The number that READ CAPACITY(16) and the sidecar's header use: 1 or 3.
+    /// Every type, by number.
+    pub const ALL: [PiType; 3] = [PiType::Type1, PiType::Type2, PiType::Type3];
+
+    /// Its number, as the sidecar's header has it: 1, 2 or 3.
     pub fn number(self) -> u8 {
         match self {
             PiType::Type1 => 1,
+            PiType::Type2 => 2,
             PiType::Type3 => 3,
         }
     }
 
-    /// The type of that number, if it is served.
+    /// The type of that number, if there is one.
     pub fn from_number(n: u8) -> Option<PiType> {
-        match n {
-            1 => Some(PiType::Type1),
-            3 => Some(PiType::Type3),
-            _ => None,
-        }
+        PiType::ALL.into_iter().find(|kind| kind.number() == n)
     }
 
-    /// The reference tag that a block of this LUN gets: type 1 the low 32 bits of its LBA, type 3 zero.
+    /// The reference tag that this handler gives a block: types 1 and 2 the low 32 bits of its LBA, type 3 zero.
     pub fn reference(self, lba: Lba) -> u32 {
         match self {
-            PiType::Type1 => lba.0 as u32,
+            PiType::Type1 | PiType::Type2 => lba.0 as u32,
             PiType::Type3 => 0,
         }
     }
@@ -69,6 +58,7 @@ impl std::fmt::Display for PiType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             PiType::Type1 => "type1",
+            PiType::Type2 => "type2",
             PiType::Type3 => "type3",
         })
     }
@@ -76,18 +66,14 @@ impl std::fmt::Display for PiType {
 
 /// Words that name no type of protection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is not a type of protection (type1, type3)")]
+#[error("'{0}' is not a type of protection (type1, type2, type3)")]
 pub struct UnknownPiType(pub String);
 
 impl std::str::FromStr for PiType {
     type Err = UnknownPiType;
 
     fn from_str(s: &str) -> Result<PiType, UnknownPiType> {
-        match s {
-            "type1" => Ok(PiType::Type1),
-            "type3" => Ok(PiType::Type3),
-            _ => Err(UnknownPiType(s.to_owned())),
-        }
+        PiType::ALL.into_iter().find(|kind| kind.to_string() == s).ok_or_else(|| UnknownPiType(s.to_owned()))
     }
 }
 
@@ -121,7 +107,7 @@ impl Tuple {
     /// Whether nothing is checked for a block with this tuple (SBC-4 4.21.2.3, 4.21.2.5).
     pub fn is_escape(self, kind: PiType) -> bool {
         match kind {
-            PiType::Type1 => self.app == 0xffff,
+            PiType::Type1 | PiType::Type2 => self.app == 0xffff,
             PiType::Type3 => self.app == 0xffff && self.reference == 0xffff_ffff,
         }
     }
@@ -152,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn type_1_escapes_by_the_application_tag_and_type_3_by_both_tags() {
+    fn types_1_and_2_escape_by_the_application_tag_and_type_3_by_both_tags() {
         let app = Tuple { guard: 1, app: 0xffff, reference: 7 };
         assert!(app.is_escape(PiType::Type1) && !app.is_escape(PiType::Type3));
         let both = Tuple { reference: 0xffff_ffff, ..app };

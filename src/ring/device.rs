@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use tcmu_sys::Mailbox;
+use tcmu_sys::{Mailbox, TCMU_MAILBOX_FLAG_CAP_DIF};
 
 use super::RingError;
 use crate::sys::mem::Mapping;
@@ -57,6 +57,18 @@ impl Device {
         let len = self.len;
         let map = Mapping::new(&self.memory, len).map_err(|source| RingError::Map { len, source })?;
         Ok(map.load_acquire(HEAD) != map.load_acquire(TAIL))
+    }
+
+    /// Whether the kernel delivers protection information (`iov_dif`): see [`TCMU_MAILBOX_FLAG_CAP_DIF`].
+    ///
+    /// # Errors
+    /// If the region cannot be mapped.
+    pub fn carries_dif(&self) -> Result<bool, RingError> {
+        let len = self.len;
+        let map = Mapping::new(&self.memory, len).map_err(|source| RingError::Map { len, source })?;
+        let mut flags = [0; 2];
+        let read = map.read(std::mem::offset_of!(Mailbox, flags) as u64, &mut flags);
+        Ok(read && u32::from(u16::from_le_bytes(flags)) & TCMU_MAILBOX_FLAG_CAP_DIF != 0)
     }
 }
 

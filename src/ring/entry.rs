@@ -43,7 +43,7 @@ pub struct Command {
     pub data: Sg,
     /// The other direction of a bidirectional command.
     pub bidi: Sg,
-    /// Protection information (`iov_dif`), where the kernel delivers it.
+    /// Protection information (`iov_dif`), where the kernel delivers it: out with data-out, room for it with data-in.
     pub dif: Sg,
 }
 

@@ -59,6 +59,51 @@ fn both_directions_of_a_bidirectional_command_are_kept_apart() {
     assert_eq!(kernel.ended().unwrap()[0].data, [9; 300]);
 }
 
+/// What the patched kernel sets.
+const WITH_DIF: u16 = 0xf | tcmu_sys::TCMU_MAILBOX_FLAG_CAP_DIF as u16;
+
+#[test]
+fn protection_information_travels_beside_the_data_in_both_directions() {
+    for cut in [None, Some(3), Some(12345)] {
+        let (mut kernel, mut ring) = pair(Options { cut, flags: WITH_DIF, ..Options::default() });
+        assert!(ring.capabilities().dif);
+        let data: Vec<u8> = (0..9000 * 8).map(|i| (i * 7) as u8).collect();
+        let dif: Vec<u8> = (0..9000).map(|i| (i * 13) as u8).collect();
+        kernel.submit(&WRITE10, Data::OutDif(&data, &dif)).unwrap();
+        let (command, reply) = take(&mut ring);
+        assert_eq!(
+            (command.data.to_vec(), command.dif.to_vec(), command.bidi.len()),
+            (data.clone(), dif.clone(), 0)
+        );
+        reply.answer(Completion::status(0));
+        ring.publish().unwrap();
+        assert!(kernel.ended().unwrap()[0].dif.is_empty());
+
+        kernel.submit(&READ10, Data::InDif(data.len(), dif.len())).unwrap();
+        let (command, reply) = take(&mut ring);
+        assert_eq!((command.data.len(), command.dif.len()), (data.len(), dif.len()));
+        command.data.copy_in(0, &data);
+        command.dif.copy_in(0, &dif);
+        reply.answer(Completion::status(0));
+        ring.publish().unwrap();
+        let ended = kernel.ended().unwrap().remove(0);
+        assert_eq!((ended.data, ended.dif), (data, dif));
+
+        kernel.submit(&WRITE10, Data::Out(&[1; 512])).unwrap();
+        let (command, reply) = take(&mut ring);
+        assert!(command.dif.is_empty(), "a command without protection information has none");
+        reply.answer(Completion::status(0));
+    }
+}
+
+#[test]
+fn whether_protection_information_is_delivered_is_known_before_a_ring_is_attached() {
+    for (flags, expected) in [(WITH_DIF, true), (0xf, false), (0x10, true), (0xffef, false)] {
+        let kernel = Kernel::new(Options { flags, ..small() }).unwrap();
+        assert_eq!(kernel.device().unwrap().carries_dif().unwrap(), expected, "{flags:#x}");
+    }
+}
+
 #[test]
 fn answers_out_of_order_reach_their_own_commands_around_the_ring_with_one_kick_a_batch() {
     let (mut kernel, mut ring) = pair(small());
@@ -231,6 +276,38 @@ fn entries_that_make_no_sense_are_errors_and_never_more() {
     kernel.submit_raw(&valid_entry(), None).unwrap();
     let (_, _reply) = take(&mut ring);
     ring.close();
+}
+
+#[test]
+fn iovecs_of_protection_information_are_believed_no_more_than_those_of_data() {
+    let base = 128u64 + 1024;
+    for (count, iovec, says) in [
+        (1u32, (base, 64u64), Ok(64)),
+        (1, (base + (64 << 10) - 8, 8), Ok(8)),
+        (1, (base + (64 << 10) - 8, 16), Err("an iovec leaves the region")),
+        (1, (0, 64), Err("an iovec lies before the data area")),
+        (1, (128, 64), Err("an iovec lies before the data area")),
+        (1, (base - 8, 64), Err("an iovec lies before the data area")),
+        (1, (u64::MAX - 7, 8), Err("an iovec leaves the region")),
+        (1, (base, u64::MAX), Err("an iovec leaves the region")),
+        (5, (base, 64), Err("the number of iovecs is 6")),
+        (u32::MAX, (base, 64), Err("the number of iovecs is 4294967296")),
+    ] {
+        let (mut kernel, mut ring) = pair(Options { flags: WITH_DIF, ..small() });
+        let mut entry = valid_entry();
+        entry[16..20].copy_from_slice(&count.to_le_bytes());
+        entry[64..72].copy_from_slice(&iovec.0.to_le_bytes());
+        entry[72..80].copy_from_slice(&iovec.1.to_le_bytes());
+        kernel.submit_raw(&entry, None).unwrap();
+        match (ring.take_entry(), says) {
+            (Ok(Some((Entry::Command(command), _reply))), Ok(len)) => {
+                assert_eq!((command.data.len(), command.dif.len()), (512, len));
+                ring.close();
+            }
+            (Err(error), Err(says)) => assert!(error.to_string().contains(says), "{iovec:?}: {error}"),
+            (other, _) => panic!("{count} of {iovec:?}: {:?}", other.map(|e| e.map(|(e, _)| e))),
+        }
+    }
 }
 
 #[test]

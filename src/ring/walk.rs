@@ -26,6 +26,8 @@ pub struct Capabilities {
     pub read_len: bool,
     /// Task management requests are announced.
     pub tmr: bool,
+    /// Protection information comes in iovecs of its own ([`Command::dif`](super::Command::dif)).
+    pub dif: bool,
 }
 
 /// A slot between the tail and our reading position.
@@ -104,6 +106,7 @@ impl Ring {
                 out_of_order: flags & abi::TCMU_MAILBOX_FLAG_CAP_OOOC != 0,
                 read_len: flags & abi::TCMU_MAILBOX_FLAG_CAP_READ_LEN != 0,
                 tmr: flags & abi::TCMU_MAILBOX_FLAG_CAP_TMR != 0,
+                dif: flags & abi::TCMU_MAILBOX_FLAG_CAP_DIF != 0,
             },
             cursor: tail,
             tail,

@@ -5,6 +5,9 @@
 
 use crate::units::{Blocks, Lba};
 
+/// OPERATION CODE of the commands of variable length; which one it is stands in SERVICE ACTION, bytes 8 and 9.
+pub(super) const VARIABLE_LENGTH: u8 = 0x7f;
+
 /// A command descriptor block that is as long as its operation code demands.
 #[derive(Clone, Copy)]
 pub(super) struct Cdb<'a>(&'a [u8]);
@@ -50,9 +53,40 @@ impl<'a> Cdb<'a> {
         u64::from(self.u32(at)) << 32 | u64::from(self.u32(at + 4))
     }
 
-    /// NACA of the CONTROL byte, which ends every CDB of 6 to 16 bytes (SAM-5 5.2).
+    /// Whether it is of variable length (operation code 7Fh): its fields begin 8 bytes later.
+    pub fn is_variable(self) -> bool {
+        self.0[0] == VARIABLE_LENGTH
+    }
+
+    /// Where the CONTROL byte stands: at the end of CDBs of 6 to 16 bytes, second in those of variable length (SAM-5 5.2).
+    pub fn control_at(self) -> usize {
+        if self.is_variable() { 1 } else { self.0.len() - 1 }
+    }
+
+    /// NACA of the CONTROL byte.
     pub fn naca(self) -> bool {
-        self.0.last().is_some_and(|control| control & 0x04 != 0)
+        self.0[self.control_at()] & 0x04 != 0
+    }
+
+    /// Where the byte of flags stands: the protection field, DPO, FUA, BYTCHK and their like.
+    pub fn flags_at(self) -> u16 {
+        if self.is_variable() { 10 } else { 1 }
+    }
+
+    /// A bit of the byte of flags.
+    pub fn flag(self, bit: u8) -> bool {
+        self.bit(usize::from(self.flags_at()), bit)
+    }
+
+    /// RDPROTECT, WRPROTECT, VRPROTECT or ORPROTECT; 6-byte commands have none.
+    pub fn protection_field(self) -> u8 {
+        if self.0.len() == 6 { 0 } else { self.0[usize::from(self.flags_at())] >> 5 }
+    }
+
+    /// EXPECTED INITIAL LOGICAL BLOCK REFERENCE TAG, EXPECTED LOGICAL BLOCK APPLICATION TAG and LOGICAL BLOCK APPLICATION TAG
+    /// MASK of the 32-byte commands.
+    pub fn expected_tags(self) -> Option<(u32, u16, u16)> {
+        self.is_variable().then(|| (self.u32(20), self.u16(24), self.u16(26)))
     }
 
     /// LOGICAL BLOCK ADDRESS and TRANSFER LENGTH where READ, WRITE, VERIFY and their kin keep them, by CDB size.
@@ -77,6 +111,7 @@ impl<'a> Cdb<'a> {
                 blocks: Blocks(u64::from(self.u32(6))),
                 length_at: 6,
             },
+            32 => Range { lba: Lba(self.u64(12)), blocks: Blocks(u64::from(self.u32(28))), length_at: 28 },
             _ => Range { lba: Lba(self.u64(2)), blocks: Blocks(u64::from(self.u32(10))), length_at: 10 },
         }
     }
@@ -100,6 +135,21 @@ mod tests {
             range(&[0x88, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0]),
             (0x0102030405060708, 0x090a0b0c)
         );
+    }
+
+    #[test]
+    fn thirty_two_bytes_keep_flags_tags_and_lengths_in_their_own_places() {
+        let mut bytes: Vec<u8> = (0..32).collect();
+        (bytes[0], bytes[1], bytes[7], bytes[10]) = (0x7f, 0x04, 0x18, 0x68);
+        let c = Cdb::new(&bytes, 32).unwrap();
+        assert_eq!(range(&bytes), (0x0c0d_0e0f_1011_1213, 0x1c1d_1e1f));
+        assert_eq!(c.expected_tags(), Some((0x1415_1617, 0x1819, 0x1a1b)));
+        assert!(c.naca() && c.flag(3) && !c.flag(4));
+        assert_eq!((c.protection_field(), c.flags_at()), (3, 10));
+        let ten = [0x28, 0xa8, 0, 0, 0, 0, 0, 0, 0, 4];
+        let c = Cdb::new(&ten, 10).unwrap();
+        assert!(c.naca() && c.flag(3) && c.expected_tags().is_none());
+        assert_eq!((c.protection_field(), c.flags_at()), (5, 1));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod cdb;
 mod log;
 mod mode;
 pub mod opcodes;
+mod protect;
 pub mod sense;
 mod target;
 mod vpd;

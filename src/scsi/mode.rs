@@ -1,9 +1,11 @@
-//! Mode pages 01, 08, 0A and 1C (SPC-4 7.5, SBC-4 6.5): how they read, which bits an initiator may change, how they are saved.
+//! Mode pages 01, 08, 0A and 1C, and with protection information the application tag subpage 0A/02 (SPC-4 7.5, SBC-4 6.5):
+//! how they read, which bits an initiator may change, how they are saved.
 //!
 //! All that can change is in [`Settings`]; a page is a function of them, so a MODE SELECT is accepted exactly if some settings
 //! give the bytes it sent.
 
 use super::sense::Sense;
+use crate::{units::Lba, volume::AppRange};
 
 /// What initiators can change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,7 +16,44 @@ pub(super) struct Settings {
     pub descriptor_sense: bool,
     /// SWP: the logical unit is write protected.
     pub write_protect: bool,
+    /// What there is only where initiators see protection information.
+    pub pi: Option<PiSettings>,
 }
+
+/// How protection information is treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PiSettings {
+    /// DPICZ: blocks that no tuples travel with are not checked.
+    pub dpicz: bool,
+    /// ATO: application tags are the initiators' own, and not modified.
+    pub ato: bool,
+    /// ATMPE: the application tag mode page says what they are.
+    pub atmpe: bool,
+    /// RWWP: writes without protection information are refused.
+    pub rwwp: bool,
+    /// The application tag mode page; what follows the last range is empty.
+    pub tags: [AppRange; TAG_RANGES],
+    /// Blocks of the medium, which the ranges have to make up.
+    pub capacity: u64,
+}
+
+impl Default for PiSettings {
+    fn default() -> PiSettings {
+        let tags = [NO_RANGE; TAG_RANGES];
+        PiSettings { dpicz: false, ato: true, atmpe: false, rwwp: false, tags, capacity: 0 }
+    }
+}
+
+impl PiSettings {
+    /// The ranges that are set.
+    pub fn ranges(&self) -> impl Iterator<Item = AppRange> + '_ {
+        self.tags.iter().copied().take_while(|r| *r != NO_RANGE)
+    }
+}
+
+/// Descriptors of the application tag mode page.
+const TAG_RANGES: usize = 4;
+const NO_RANGE: AppRange = AppRange { first: Lba(0), blocks: 0, tag: 0 };
 
 /// PAGE CONTROL of MODE SENSE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,23 +79,41 @@ const ERROR_RECOVERY: u8 = 0x01;
 const CACHING: u8 = 0x08;
 const CONTROL: u8 = 0x0a;
 const INFORMATIONAL_EXCEPTIONS: u8 = 0x1c;
-/// The pages, in the order in which MODE SENSE returns them all.
-const CODES: &[u8] = &[ERROR_RECOVERY, CACHING, CONTROL, INFORMATIONAL_EXCEPTIONS];
+/// SUBPAGE CODE of the application tag page, under CONTROL.
+const APPLICATION_TAG: u8 = 0x02;
+/// The pages and subpages, in the order in which MODE SENSE returns them all.
+const CODES: &[(u8, u8)] = &[
+    (ERROR_RECOVERY, 0),
+    (CACHING, 0),
+    (CONTROL, 0),
+    (CONTROL, APPLICATION_TAG),
+    (INFORMATIONAL_EXCEPTIONS, 0),
+];
 /// PAGE CODE of "all pages".
 const ALL: u8 = 0x3f;
+/// SUBPAGE CODE of "all subpages".
+const ALL_SUBPAGES: u8 = 0xff;
 
 /// One page; PS (byte 0, bit 7) is left 0. `None` if it is not supported.
-fn page(code: u8, s: &Settings) -> Option<Vec<u8>> {
+fn page(code: u8, subpage: u8, s: &Settings) -> Option<Vec<u8>> {
     let bit = |on: bool, bit: u8| if on { 1 << bit } else { 0 };
-    let (len, fields): (usize, &[(usize, u8)]) = match code {
+    let pi = |on: fn(PiSettings) -> bool, at: u8| bit(s.pi.is_some_and(on), at);
+    let (len, fields): (usize, &[(usize, u8)]) = match (code, subpage) {
         // AWRE and ARRE: what the storage beneath does by itself.
-        ERROR_RECOVERY => (12, &[(2, 0xc0)]),
-        CACHING => (20, &[(2, bit(s.write_cache, 2))]),
+        (ERROR_RECOVERY, 0) => (12, &[(2, 0xc0)]),
+        (CACHING, 0) => (20, &[(2, bit(s.write_cache, 2))]),
         // Unrestricted reordering; TAS: what the kernel does with other initiators' commands.
-        CONTROL => {
-            (12, &[(2, bit(s.descriptor_sense, 2)), (3, 0x10), (4, bit(s.write_protect, 3)), (5, 0x40)])
-        }
-        INFORMATIONAL_EXCEPTIONS => (12, &[(2, 0x08)]), // DEXCPT
+        (CONTROL, 0) => (
+            12,
+            &[
+                (2, bit(s.descriptor_sense, 2) | pi(|p| p.dpicz, 3)),
+                (3, 0x10),
+                (4, bit(s.write_protect, 3)),
+                (5, 0x40 | pi(|p| p.ato, 7) | pi(|p| p.atmpe, 5) | pi(|p| p.rwwp, 4)),
+            ],
+        ),
+        (CONTROL, APPLICATION_TAG) => return s.pi.map(|p| application_tags(&p)),
+        (INFORMATIONAL_EXCEPTIONS, 0) => (12, &[(2, 0x08)]), // DEXCPT
         _ => return None,
     };
     let mut out = vec![0; len];
@@ -68,15 +125,74 @@ fn page(code: u8, s: &Settings) -> Option<Vec<u8>> {
     Some(out)
 }
 
+/// Bytes before the first descriptor of the application tag page, and of a descriptor.
+const TAGS_AT: usize = 16;
+const TAG_LEN: usize = 24;
+
+/// The application tag mode page (SBC-4 6.5.3).
+fn application_tags(pi: &PiSettings) -> Vec<u8> {
+    let mut out = vec![0; TAGS_AT + TAG_RANGES * TAG_LEN];
+    out[0] = 0x40 | CONTROL; // SPF
+    out[1] = APPLICATION_TAG;
+    let len = (out.len() - 4) as u16;
+    out[2..4].copy_from_slice(&len.to_be_bytes());
+    let used = pi.ranges().count();
+    for (i, range) in pi.ranges().enumerate() {
+        let d = &mut out[TAGS_AT + i * TAG_LEN..][..TAG_LEN];
+        d[0] = if i + 1 == used { 0x80 } else { 0 }; // LAST
+        d[6..8].copy_from_slice(&range.tag.to_be_bytes());
+        d[8..16].copy_from_slice(&range.first.0.to_be_bytes());
+        d[16..24].copy_from_slice(&range.blocks.to_be_bytes());
+    }
+    out
+}
+
+/// The ranges that a page sets: one after another without gaps from LBA 0 to the end of the medium, up to the one that
+/// is marked as the last. `Err` with the byte that is wrong.
+fn tag_ranges(page: &[u8], capacity: u64) -> Result<[AppRange; TAG_RANGES], usize> {
+    let mut out = [NO_RANGE; TAG_RANGES];
+    let number = |bytes: &[u8]| bytes.iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    let mut next = 0u64;
+    for (i, slot) in out.iter_mut().enumerate() {
+        let at = TAGS_AT + i * TAG_LEN;
+        let d = &page[at..at + TAG_LEN];
+        let (first, blocks) = (number(&d[8..16]), number(&d[16..24]));
+        if first != next || blocks == 0 {
+            return Err(at + if first != next { 8 } else { 16 });
+        }
+        next = first.checked_add(blocks).filter(|end| *end <= capacity).ok_or(at + 16)?;
+        *slot = AppRange { first: Lba(first), blocks, tag: number(&d[6..8]) as u16 };
+        if d[0] & 0x80 != 0 {
+            // SBC-4 has the sum equal the last LBA, which as a count would leave that block out: both are taken.
+            return if next + 1 >= capacity { Ok(out) } else { Err(at + 16) };
+        }
+    }
+    Err(TAGS_AT + (TAG_RANGES - 1) * TAG_LEN)
+}
+
 /// The bits of a page that can be changed: those in which the pages of opposite settings differ.
-fn changeable(code: u8) -> Option<Vec<u8>> {
-    let [off, on] = [false, true]
-        .map(|b| page(code, &Settings { write_cache: b, descriptor_sense: b, write_protect: b }));
+fn changeable(code: u8, subpage: u8, has_pi: bool) -> Option<Vec<u8>> {
+    if (code, subpage) == (CONTROL, APPLICATION_TAG) {
+        let mut out = page(code, subpage, &Settings { pi: has_pi.then(PiSettings::default), ..OFF })?;
+        for d in out[TAGS_AT..].chunks_mut(TAG_LEN) {
+            d[0] = 0x80;
+            d[6..].fill(0xff);
+        }
+        return Some(out);
+    }
+    let [off, on] = [false, true].map(|b| {
+        let pi = PiSettings { dpicz: b, ato: b, atmpe: b, rwwp: b, ..PiSettings::default() };
+        let pi = has_pi.then_some(pi);
+        page(code, subpage, &Settings { write_cache: b, descriptor_sense: b, write_protect: b, pi })
+    });
     let (off, on) = (off?, on?);
     let mut out: Vec<u8> = off.iter().zip(&on).map(|(a, b)| a ^ b).collect();
     out[..2].copy_from_slice(&off[..2]);
     Some(out)
 }
+
+const OFF: Settings =
+    Settings { write_cache: false, descriptor_sense: false, write_protect: false, pi: None };
 
 /// The pages that MODE SENSE asks for, joined. `values` are those of the page control that was asked for, and ignored for
 /// [`Control::Changeable`]; `savable` sets PS. `None` if page or subpage is not supported.
@@ -87,27 +203,29 @@ pub(super) fn sense(
     values: &Settings,
     savable: bool,
 ) -> Option<Vec<u8>> {
-    if subpage != 0x00 && subpage != 0xff {
-        return None;
-    }
-    let one = |code: u8| {
+    let one = |code: u8, subpage: u8| {
         let mut page = match control {
-            Control::Changeable => changeable(code)?,
-            _ => page(code, values)?,
+            Control::Changeable => changeable(code, subpage, values.pi.is_some())?,
+            _ => page(code, subpage, values)?,
         };
-        if savable && is_savable(code) {
+        if savable && is_savable(code, subpage) {
             page[0] |= 0x80;
         }
         Some(page)
     };
-    match code {
-        ALL => Some(CODES.iter().filter_map(|c| one(*c)).flatten().collect()),
-        _ => one(code),
+    let wanted = |c: &&(u8, u8)| {
+        (code == ALL || code == c.0)
+            && (subpage == ALL_SUBPAGES || subpage == c.1 && (code != ALL || c.1 == 0))
+    };
+    if code == ALL && subpage != 0 && subpage != ALL_SUBPAGES {
+        return None;
     }
+    let pages: Vec<u8> = CODES.iter().filter(wanted).filter_map(|c| one(c.0, c.1)).flatten().collect();
+    (!pages.is_empty()).then_some(pages)
 }
 
-fn is_savable(code: u8) -> bool {
-    matches!(code, CACHING | CONTROL)
+fn is_savable(code: u8, subpage: u8) -> bool {
+    matches!((code, subpage), (CACHING | CONTROL, 0))
 }
 
 /// The settings after the pages of a MODE SELECT, which start at byte `base` of its parameter list.
@@ -120,26 +238,39 @@ pub(super) fn select(pages: &[u8], base: usize, now: &Settings) -> Result<Settin
     while !rest.is_empty() {
         let at = base + (pages.len() - rest.len());
         let wrong = |offset: usize| Sense::invalid_parameter((at + offset) as u16);
-        let &[head, len, ..] = rest else { return Err(Sense::parameter_list_length()) };
-        let code = head & 0x3f;
-        if head & 0x40 != 0 {
-            return Err(wrong(0)); // SPF: no subpages
-        }
-        let current = page(code, &settings).ok_or(wrong(0))?;
-        if usize::from(len) != current.len() - 2 {
-            return Err(wrong(1));
+        let &[head, second, ..] = rest else { return Err(Sense::parameter_list_length()) };
+        let (code, is_subpage) = (head & 0x3f, head & 0x40 != 0);
+        let subpage = if is_subpage { second } else { 0 };
+        // SPF with subpage 0 is no page at all.
+        let current =
+            page(code, subpage, &settings).filter(|_| !is_subpage || subpage != 0).ok_or(wrong(0))?;
+        let lengths = if is_subpage { 2..4 } else { 1..2 };
+        let said = rest.get(lengths.clone()).ok_or(Sense::parameter_list_length())?;
+        if said != &current[lengths.clone()] {
+            return Err(wrong(lengths.start));
         }
         let given = rest.get(..current.len()).ok_or(Sense::parameter_list_length())?;
-        match code {
-            CACHING => settings.write_cache = given[2] & 0x04 != 0,
-            CONTROL => {
+        match (code, subpage) {
+            (CACHING, 0) => settings.write_cache = given[2] & 0x04 != 0,
+            (CONTROL, 0) => {
                 settings.descriptor_sense = given[2] & 0x04 != 0;
                 settings.write_protect = given[4] & 0x08 != 0;
+                if let Some(pi) = &mut settings.pi {
+                    pi.dpicz = given[2] & 0x08 != 0;
+                    pi.ato = given[5] & 0x80 != 0;
+                    pi.atmpe = given[5] & 0x20 != 0;
+                    pi.rwwp = given[5] & 0x10 != 0;
+                }
+            }
+            (CONTROL, APPLICATION_TAG) if given[TAGS_AT..] != current[TAGS_AT..] => {
+                if let Some(pi) = &mut settings.pi {
+                    pi.tags = tag_ranges(given, pi.capacity).map_err(wrong)?;
+                }
             }
             _ => {}
         }
-        let accepted = page(code, &settings).ok_or(wrong(0))?;
-        if let Some(i) = (2..given.len()).find(|i| given[*i] != accepted[*i]) {
+        let accepted = page(code, subpage, &settings).ok_or(wrong(0))?;
+        if let Some(i) = (lengths.end..given.len()).find(|i| given[*i] != accepted[*i]) {
             return Err(wrong(i));
         }
         rest = &rest[current.len()..];
@@ -147,9 +278,13 @@ pub(super) fn select(pages: &[u8], base: usize, now: &Settings) -> Result<Settin
     Ok(settings)
 }
 
-/// The savable pages as bytes, for whoever keeps them.
+/// The savable pages as bytes, for whoever keeps them. The application tag page is not among them, so ATMPE isn't saved
+/// either.
 pub(super) fn save(settings: &Settings) -> Vec<u8> {
-    CODES.iter().filter(|c| is_savable(**c)).filter_map(|c| page(*c, settings)).flatten().collect()
+    let pi = settings.pi.map(|pi| PiSettings { atmpe: false, ..pi });
+    let settings = Settings { pi, ..*settings };
+    let savable = CODES.iter().filter(|c| is_savable(c.0, c.1));
+    savable.filter_map(|c| page(c.0, c.1, &settings)).flatten().collect()
 }
 
 /// What [`save`] gave, or `None` if these bytes did not come from it.
@@ -161,17 +296,30 @@ pub(super) fn restore(bytes: &[u8], defaults: &Settings) -> Option<Settings> {
 mod tests {
     use super::*;
 
-    const DEFAULTS: Settings = Settings { write_cache: true, descriptor_sense: false, write_protect: false };
+    const DEFAULTS: Settings =
+        Settings { write_cache: true, descriptor_sense: false, write_protect: false, pi: None };
+
+    fn with_pi() -> Settings {
+        Settings { pi: Some(PiSettings { capacity: 100, ..PiSettings::default() }), ..DEFAULTS }
+    }
 
     #[test]
     fn all_pages_are_the_pages_one_after_another() {
         let all = sense(0x3f, 0, Control::Current, &DEFAULTS, false).unwrap();
-        let each: Vec<u8> =
-            CODES.iter().flat_map(|c| sense(*c, 0, Control::Current, &DEFAULTS, false).unwrap()).collect();
+        let each: Vec<u8> = [1, 8, 10, 28]
+            .iter()
+            .flat_map(|c| sense(*c, 0, Control::Current, &DEFAULTS, false).unwrap())
+            .collect();
         assert_eq!(all, each);
         assert_eq!(sense(0x3f, 0xff, Control::Current, &DEFAULTS, false).unwrap(), all);
         assert_eq!(sense(0x02, 0, Control::Current, &DEFAULTS, false), None);
         assert_eq!(sense(0x0a, 1, Control::Current, &DEFAULTS, false), None);
+        assert_eq!(sense(0x0a, 2, Control::Current, &DEFAULTS, false), None);
+        assert_eq!(sense(0x3f, 2, Control::Current, &with_pi(), false), None);
+        let lens = |sub| sense(0x3f, sub, Control::Current, &with_pi(), false).unwrap().len();
+        assert_eq!((lens(0), lens(0xff)), (all.len(), all.len() + 112));
+        let control = |sub| sense(0x0a, sub, Control::Current, &with_pi(), false).unwrap().len();
+        assert_eq!((control(0), control(2), control(0xff)), (12, 112, 124));
     }
 
     #[test]
@@ -184,17 +332,18 @@ mod tests {
 
     #[test]
     fn a_page_that_was_read_can_be_written_back_and_any_other_bit_is_refused() {
-        for code in CODES {
-            let page = sense(*code, 0, Control::Current, &DEFAULTS, true).unwrap();
-            assert_eq!(select(&page, 4, &DEFAULTS), Ok(DEFAULTS));
-            let mask = changeable(*code).unwrap();
+        let cases = [DEFAULTS, with_pi()].into_iter().flat_map(|s| [1, 8, 10, 28].map(|code| (s, code)));
+        for (settings, code) in cases {
+            let page = sense(code, 0, Control::Current, &settings, true).unwrap();
+            assert_eq!(select(&page, 4, &settings), Ok(settings));
+            let mask = changeable(code, 0, settings.pi.is_some()).unwrap();
             for i in 2..page.len() {
                 for bit in 0..8 {
                     let mut changed = page.clone();
                     changed[i] ^= 1 << bit;
-                    let accepted = select(&changed, 4, &DEFAULTS);
+                    let accepted = select(&changed, 4, &settings);
                     if mask[i] & 1 << bit != 0 {
-                        assert_ne!(accepted.unwrap(), DEFAULTS);
+                        assert_ne!(accepted.unwrap(), settings);
                     } else {
                         assert_eq!(accepted, Err(Sense::invalid_parameter((4 + i) as u16)));
                     }
@@ -216,8 +365,72 @@ mod tests {
 
     #[test]
     fn saved_pages_come_back() {
-        let changed = Settings { write_cache: false, descriptor_sense: true, write_protect: true };
+        let changed = Settings { write_cache: false, descriptor_sense: true, write_protect: true, pi: None };
         assert_eq!(restore(&save(&changed), &DEFAULTS), Some(changed));
         assert_eq!(restore(b"junk", &DEFAULTS), None);
+    }
+
+    #[test]
+    fn with_protection_ato_dpicz_rwwp_and_atmpe_can_be_changed_and_all_but_atmpe_saved() {
+        let mask = sense(0x0a, 0, Control::Changeable, &with_pi(), true).unwrap();
+        assert_eq!(mask[2..6], [0x0c, 0, 0x08, 0xb0]);
+        let page = sense(0x0a, 0, Control::Current, &with_pi(), true).unwrap();
+        assert_eq!(page[5], 0xc0, "ATO is on at first");
+        let mut changed = page.clone();
+        (changed[2], changed[5]) = (0x08, 0x70);
+        let settings = select(&changed, 4, &with_pi()).unwrap();
+        let pi = settings.pi.unwrap();
+        assert_eq!((pi.dpicz, pi.ato, pi.atmpe, pi.rwwp), (true, false, true, true));
+        let saved = restore(&save(&settings), &with_pi()).unwrap().pi.unwrap();
+        assert_eq!((saved.dpicz, saved.ato, saved.atmpe, saved.rwwp), (true, false, false, true));
+    }
+
+    fn tags(ranges: &[(u64, u64, u16)]) -> Vec<u8> {
+        let mut page = application_tags(&PiSettings::default());
+        for (i, (first, blocks, tag)) in ranges.iter().enumerate() {
+            let d = &mut page[TAGS_AT + i * TAG_LEN..][..TAG_LEN];
+            d[0] = if i + 1 == ranges.len() { 0x80 } else { 0 };
+            d[6..8].copy_from_slice(&tag.to_be_bytes());
+            d[8..16].copy_from_slice(&first.to_be_bytes());
+            d[16..24].copy_from_slice(&blocks.to_be_bytes());
+        }
+        page
+    }
+
+    #[test]
+    fn application_tags_cover_the_medium_without_gaps_or_are_refused_where_they_are_wrong() {
+        for good in [
+            &[(0, 100, 7)][..],
+            &[(0, 99, 7)],
+            &[(0, 40, 1), (40, 60, 2)],
+            &[(0, 1, 1), (1, 1, 2), (2, 1, 3), (3, 97, 4)],
+        ] {
+            let page = tags(good);
+            let settings = select(&page, 4, &with_pi()).unwrap();
+            let ranges =
+                settings.pi.unwrap().ranges().map(|r| (r.first.0, r.blocks, r.tag)).collect::<Vec<_>>();
+            assert_eq!(ranges, good);
+            assert_eq!(sense(0x0a, 2, Control::Current, &settings, false), Some(page));
+        }
+        let at = |descriptor: usize, byte: usize| {
+            Err(Sense::invalid_parameter((4 + TAGS_AT + descriptor * TAG_LEN + byte) as u16))
+        };
+        for (bad, wrong) in [
+            (&[(1, 99, 7)][..], at(0, 8)),
+            (&[(0, 0, 7)], at(0, 16)),
+            (&[(0, 98, 7)], at(0, 16)),
+            (&[(0, 101, 7)], at(0, 16)),
+            (&[(0, u64::MAX, 7)], at(0, 16)),
+            (&[(0, 40, 1), (41, 59, 2)], at(1, 8)),
+        ] {
+            assert_eq!(select(&tags(bad), 4, &with_pi()), wrong, "{bad:?}");
+        }
+        let mut no_last = tags(&[(0, 1, 1), (1, 1, 2), (2, 1, 3), (3, 97, 4)]);
+        no_last[TAGS_AT + 3 * TAG_LEN] = 0;
+        assert_eq!(select(&no_last, 4, &with_pi()), at(3, 0));
+        let mut reserved = tags(&[(0, 100, 7)]);
+        reserved[5] = 1;
+        assert_eq!(select(&reserved, 4, &with_pi()), Err(Sense::invalid_parameter(9)));
+        assert_eq!(select(&tags(&[(0, 100, 7)]), 4, &DEFAULTS), Err(Sense::invalid_parameter(4)));
     }
 }

@@ -221,6 +221,15 @@ impl From<Sense> for Failure {
     }
 }
 
+/// LOGICAL BLOCK GUARD, APPLICATION TAG or REFERENCE TAG CHECK FAILED.
+pub(super) fn check_failed(tag: PiTag) -> Asc {
+    match tag {
+        PiTag::Guard => Asc::GUARD_CHECK_FAILED,
+        PiTag::Application => Asc::APPLICATION_TAG_CHECK_FAILED,
+        PiTag::Reference => Asc::REFERENCE_TAG_CHECK_FAILED,
+    }
+}
+
 /// What an initiator is told about a failed operation on the volume.
 ///
 /// - `Medium` is UNRECOVERED READ ERROR or WRITE ERROR, by what was being done; a lost flush is a write that was lost.
@@ -246,12 +255,7 @@ pub fn from_io_error(error: &IoError, block_size: BlockSize) -> Failure {
         IoErrorKind::ReadOnly => Sense::new(DataProtect, Asc::WRITE_PROTECTED),
         IoErrorKind::Corrupt => at(Sense::new(MediumError, Asc::MEDIUM_FORMAT_CORRUPTED), lba),
         IoErrorKind::Protection(mismatch) => {
-            let asc = match mismatch.tag {
-                PiTag::Guard => Asc::GUARD_CHECK_FAILED,
-                PiTag::Application => Asc::APPLICATION_TAG_CHECK_FAILED,
-                PiTag::Reference => Asc::REFERENCE_TAG_CHECK_FAILED,
-            };
-            Sense::new(AbortedCommand, asc).info(mismatch.lba.0)
+            Sense::new(AbortedCommand, check_failed(mismatch.tag)).info(mismatch.lba.0)
         }
         IoErrorKind::Failed => Sense::new(HardwareError, Asc::INTERNAL_TARGET_FAILURE),
         IoErrorKind::Unsupported => Sense::new(IllegalRequest, Asc::INVALID_OPERATION_CODE),

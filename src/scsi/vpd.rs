@@ -73,13 +73,13 @@ pub(super) const RELATIVE_PORT: u16 = 1;
 /// initiators know; what SBC-4 adds and is supported says so itself.
 const VERSIONS: [u16; 3] = [0x00a0, 0x0460, 0x04c0];
 
-/// Standard INQUIRY data (SPC-4 6.6.2), 96 bytes.
-pub(super) fn standard(id: &Identity) -> Vec<u8> {
+/// Standard INQUIRY data (SPC-4 6.6.2), 96 bytes; `protect`: initiators may see protection information.
+pub(super) fn standard(id: &Identity, protect: bool) -> Vec<u8> {
     let mut d = vec![0; 96];
     d[2] = 0x06; // VERSION: SPC-4
     d[3] = 0x02; // RESPONSE DATA FORMAT
     d[4] = 96 - 5;
-    d[5] = 0x10; // TPGS = 01b: REPORT TARGET PORT GROUPS is there, SET is not
+    d[5] = 0x10 | u8::from(protect); // TPGS = 01b: REPORT TARGET PORT GROUPS is there, SET is not; PROTECT
     d[7] = 0x02; // CMDQUE
     d[8..16].copy_from_slice(&id.vendor);
     d[16..32].copy_from_slice(&id.product);
@@ -91,12 +91,12 @@ pub(super) fn standard(id: &Identity) -> Vec<u8> {
 }
 
 /// The page of that code with its header (SPC-4 7.8), or `None` if it is not supported.
-pub(super) fn page(code: u8, id: &Identity, g: &Geometry) -> Option<Vec<u8>> {
+pub(super) fn page(code: u8, id: &Identity, g: &Geometry, protect: bool) -> Option<Vec<u8>> {
     let body = match code {
         0x00 => SUPPORTED.to_vec(),
         0x80 => id.serial.as_bytes().to_vec(),
         0x83 => designators(id),
-        0x86 => extended_inquiry(),
+        0x86 => extended_inquiry(protect),
         0xb0 => block_limits(g),
         0xb1 => characteristics(g),
         0xb2 => provisioning(g),
@@ -127,9 +127,11 @@ fn designators(id: &Identity) -> Vec<u8> {
     out
 }
 
-/// Extended INQUIRY data (SPC-4 7.8.8): no protection information is exposed; simple tasks; the cache is volatile.
-fn extended_inquiry() -> Vec<u8> {
+/// Extended INQUIRY data (SPC-4 7.8.8): with `protect` types 1, 2 and 3 may be formatted (SPT = 111b) and every tag is
+/// checked (GRD_CHK, APP_CHK, REF_CHK), a tuple for every block (P_I_I_SUP = 0); simple tasks; the cache is volatile.
+fn extended_inquiry(protect: bool) -> Vec<u8> {
     let mut d = vec![0; 60];
+    d[0] = if protect { 0x3f } else { 0 };
     d[1] = 0x01; // SIMPSUP
     d[2] = 0x01; // V_SUP
     d
@@ -200,7 +202,7 @@ mod tests {
         for thin in [false, true] {
             let g = geometry(BlockSize::B512, thin);
             for code in 0..=255u8 {
-                let page = page(code, &id(), &g);
+                let page = page(code, &id(), &g, false);
                 assert_eq!(page.is_some(), SUPPORTED.contains(&code), "{code:#x}");
                 if let Some(p) = page {
                     assert_eq!((p[1], usize::from(u16::from_be_bytes([p[2], p[3]]))), (code, p.len() - 4));
@@ -211,7 +213,7 @@ mod tests {
 
     #[test]
     fn standard_inquiry_is_spc_4_in_96_bytes() {
-        let d = standard(&id());
+        let d = standard(&id(), false);
         assert_eq!((d.len(), d[0], d[2], d[3], d[4], d[5], d[7]), (96, 0, 6, 2, 91, 0x10, 2));
         assert_eq!(&d[8..36], b"TCMU-DIFDISK            0.1 ");
         assert_eq!(d[58..64], [0x00, 0xa0, 0x04, 0x60, 0x04, 0xc0]);
@@ -219,7 +221,7 @@ mod tests {
 
     #[test]
     fn the_designators_are_vendor_and_serial_naa_and_port() {
-        let p = page(0x83, &id(), &geometry(BlockSize::B512, true)).unwrap();
+        let p = page(0x83, &id(), &geometry(BlockSize::B512, true), false).unwrap();
         assert_eq!(&p[4..8], &[2, 1, 0, 11]);
         assert_eq!(&p[8..19], b"TCMU-DIFvm1");
         assert_eq!(&p[19..31], &[1, 3, 0, 8, 0x31, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef]);
@@ -229,15 +231,23 @@ mod tests {
     #[test]
     fn a_volume_that_frees_nothing_claims_no_unmap() {
         let g = geometry(BlockSize::B4096, false);
-        let b0 = page(0xb0, &id(), &g).unwrap();
+        let b0 = page(0xb0, &id(), &g, false).unwrap();
         assert_eq!((b0.len(), b0[3], b0[5]), (64, 0x3c, 255));
         assert!(b0[20..36].iter().all(|b| *b == 0));
-        assert_eq!(page(0xb2, &id(), &g).unwrap()[5..7], [0, 0]);
+        assert_eq!(page(0xb2, &id(), &g, false).unwrap()[5..7], [0, 0]);
         let g = geometry(BlockSize::B512, true);
-        let b0 = page(0xb0, &id(), &g).unwrap();
+        let b0 = page(0xb0, &id(), &g, false).unwrap();
         assert_eq!(b0[8..16], [0, 0, 0x80, 0, 0, 0, 8, 0]);
         assert_eq!(b0[20..36], [0, 0x10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 128, 0x80, 0, 0, 0]);
-        assert_eq!(page(0xb2, &id(), &g).unwrap()[4..8], [0, 0xe4, 2, 0]);
-        assert_eq!(page(0xb1, &id(), &g).unwrap()[4..9], [0, 1, 0, 0x40, 1]);
+        assert_eq!(page(0xb2, &id(), &g, false).unwrap()[4..8], [0, 0xe4, 2, 0]);
+        assert_eq!(page(0xb1, &id(), &g, false).unwrap()[4..9], [0, 1, 0, 0x40, 1]);
+    }
+
+    #[test]
+    fn protection_information_is_claimed_where_initiators_see_it_and_nowhere_else() {
+        let g = geometry(BlockSize::B512, true);
+        assert_eq!(standard(&id(), true)[5], 0x11);
+        assert_eq!(page(0x86, &id(), &g, true).unwrap()[4..8], [0x3f, 1, 1, 0]);
+        assert_eq!(page(0x86, &id(), &g, false).unwrap()[4..8], [0, 1, 1, 0]);
     }
 }

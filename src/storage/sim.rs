@@ -107,6 +107,14 @@ impl Sector {
     }
 }
 
+/// What lies beyond a file's end is zeros when the file grows again.
+fn until(mut bytes: Rc<Bytes>, len: u64) -> Rc<Bytes> {
+    if len < SECTOR {
+        Rc::make_mut(&mut bytes)[len as usize..].fill(0);
+    }
+    bytes
+}
+
 struct State {
     sectors: BTreeMap<u64, Sector>,
     dirty: BTreeSet<u64>,
@@ -169,8 +177,10 @@ impl SimDisk {
                     0 => sector.durable.clone(),
                     k => sector.newer[k as usize - 1].1.clone(),
                 };
-                if bytes.is_some() && at * SECTOR < out.durable_len {
-                    out.sectors.insert(*at, Sector { durable: bytes, newer: Vec::new() });
+                let kept = out.durable_len.saturating_sub(at * SECTOR);
+                if let Some(bytes) = bytes.filter(|_| kept > 0) {
+                    let durable = Some(until(bytes, kept));
+                    out.sectors.insert(*at, Sector { durable, newer: Vec::new() });
                 }
             }
         }

@@ -294,6 +294,29 @@ impl Sg {
         out
     }
 
+    /// Deals the bytes out to two lists over the same memory, as cards: `first` bytes to the one, `second` to the other, and
+    /// so on to the end.
+    pub fn deal(&self, first: usize, second: usize) -> (Sg, Sg) {
+        assert!(first > 0 && second > 0, "dealing in runs of {first} and {second} bytes");
+        let mut out = [Sg::new(), Sg::new()];
+        let (mut whose, mut left) = (0, first);
+        for seg in &self.segs {
+            let mut at = 0;
+            while at < seg.len {
+                let n = left.min(seg.len - at);
+                out[whose].push(seg.sub(at, n));
+                at += n;
+                left -= n;
+                if left == 0 {
+                    whose = 1 - whose;
+                    left = if whose == 0 { first } else { second };
+                }
+            }
+        }
+        let [one, other] = out;
+        (one, other)
+    }
+
     /// Calls `f` with each run of bytes from `start` on, `len` bytes in all.
     pub fn for_each(&self, start: usize, len: usize, mut f: impl FnMut(&[u8])) {
         self.walk(start, len, |ptr, n| {
@@ -454,6 +477,16 @@ mod tests {
         assert_eq!(sg.segments(), 1);
         sg.copy_in(4095, b"ab");
         assert_eq!(&b.to_vec()[4095..4097], b"ab");
+    }
+
+    #[test]
+    fn bytes_are_dealt_out_in_turn_across_segment_borders() {
+        let sg = scattered(&[b"aaax", b"xaa", b"", b"axxa"]);
+        let (a, x) = sg.deal(3, 2);
+        assert_eq!((a.to_vec(), x.to_vec()), (b"aaaaaaa".to_vec(), b"xxxx".to_vec()));
+        x.fill(0, 4, b'y');
+        assert_eq!(sg.to_vec(), b"aaayyaaayya");
+        assert_eq!(Sg::new().deal(1, 1).0.len(), 0);
     }
 
     #[test]

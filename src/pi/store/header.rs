@@ -8,10 +8,10 @@
 //! | 8 | 4 | version: 1 |
 //! | 12 | 4 | reserved, 0 |
 //! | 16 | 8 | incompatible features: an unknown bit refuses the sidecar |
-//! | 24 | 8 | compatible features: an unknown bit is left alone |
+//! | 24 | 8 | compatible features: an unknown bit is left alone. Bit 0: tags are initiators' own; bit 1: FORMAT UNIT has chosen the type; bit 2: FORMAT UNIT has hidden it from initiators |
 //! | 32 | 8 | generation: the valid copy with the higher one counts |
 //! | 40 | 4 | block size in bytes: 512 or 4096 |
-//! | 44 | 1 | type of protection: 1 or 3 (2 is kept for type 2) |
+//! | 44 | 1 | type of protection: 1, 2 or 3 |
 //! | 45 | 1 | state: 0 clean, 1 in use |
 //! | 46 | 2 | format of the image: 0 not told, 1 raw, 2 qcow2 |
 //! | 48 | 8 | capacity of the LUN in blocks |
@@ -50,6 +50,13 @@ const JOURNAL: u64 = 1;
 const KNOWN_INCOMPATIBLE: u64 = JOURNAL;
 /// The smallest journal: what a write of 1 MiB of the smallest blocks needs.
 const LEAST_JOURNAL: u64 = 64 << 10;
+/// Compatible feature: initiators have written tuples, so application tags (and the reference tags of types 2 and 3) are
+/// not known to be ours.
+pub(super) const INITIATOR_TAGS: u64 = 1 << 0;
+/// Compatible feature: an initiator's FORMAT UNIT has chosen the type, whatever the configuration says.
+pub(super) const FORMATTED: u64 = 1 << 1;
+/// Compatible feature: FORMAT UNIT has turned protection off as far as initiators see.
+pub(super) const HIDDEN: u64 = 1 << 2;
 
 /// Which format the image has, as the header keeps it; for people, and to tell a swapped image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -277,7 +284,7 @@ mod tests {
     fn a_newer_version_an_unknown_feature_and_a_later_type_are_refused_by_name() {
         assert!(matches!(sealed(|b| b[11] = 2), Copy::Refused(StoreError::Version(2))));
         assert!(matches!(sealed(|b| b[23] = 4), Copy::Refused(StoreError::Features(4))));
-        assert!(matches!(sealed(|b| b[44] = 2), Copy::Refused(StoreError::UnknownType(2))));
+        assert!(matches!(sealed(|b| b[44] = 4), Copy::Refused(StoreError::UnknownType(4))));
         assert!(
             matches!(sealed(|b| b[31] = 0xff), Copy::Good(_)),
             "a compatible feature is no reason to refuse"

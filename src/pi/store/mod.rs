@@ -32,6 +32,7 @@ mod header;
 mod intent;
 mod journal;
 mod mode;
+mod recording;
 mod stamp;
 
 use std::{
@@ -52,14 +53,17 @@ pub use journal::{Claim, Claims, ENTRY, Intention, Recorded, entry};
 pub use mode::{PiMode, UnknownPiMode};
 pub use stamp::Stamp;
 
-use super::tuple::{PiType, TUPLE_LEN, invert};
+use super::{
+    exposure::Exposure,
+    tuple::{PiType, TUPLE_LEN, invert},
+};
 use crate::{
     storage::Storage,
     sync::AsyncMutex,
     sys::{io::Fallocate, mem::Buffer},
     units::{BlockSize, Blocks, Lba},
 };
-use header::{COPIES, Copy, HEADER_LEN, Header};
+use header::{COPIES, Copy, FORMATTED, HEADER_LEN, HIDDEN, Header, INITIATOR_TAGS};
 use intent::Intent;
 use journal::Journal;
 
@@ -105,6 +109,12 @@ pub struct SidecarInfo {
     pub pi: PiType,
     /// How it stays true across a crash.
     pub mode: PiMode,
+    /// Whose tags the tuples have.
+    pub tags: Exposure,
+    /// An initiator's FORMAT UNIT has chosen the type.
+    pub formatted: bool,
+    /// FORMAT UNIT has turned protection off as far as initiators see.
+    pub hidden: bool,
     /// Block size in bytes.
     pub block_size: u64,
     /// Capacity of the LUN in blocks.
@@ -242,6 +252,9 @@ impl<S: Storage> Sidecar<S> {
             uuid: h.uuid.to_string(),
             pi: h.kind,
             mode: self.mode(),
+            tags: tags_of(&h),
+            formatted: h.compatible & FORMATTED != 0,
+            hidden: h.compatible & HIDDEN != 0,
             block_size: h.block_size.bytes(),
             blocks: h.capacity.0,
             in_use: h.in_use,
@@ -259,6 +272,34 @@ impl<S: Storage> Sidecar<S> {
     /// How it stays true across a crash.
     pub fn mode(&self) -> PiMode {
         if self.journal.is_some() { PiMode::Journal } else { PiMode::Bitmap }
+    }
+
+    /// Whose tags the tuples have.
+    pub fn tags(&self) -> Exposure {
+        tags_of(&self.header.borrow())
+    }
+
+    /// Says durably, before the first tuple of an initiator is written, that there may be such.
+    pub async fn admit_initiator_tags(&self) -> io::Result<()> {
+        match self.tags() {
+            Exposure::Initiator => Ok(()),
+            Exposure::Target => self.write_header(|h| h.compatible |= INITIATOR_TAGS).await,
+        }
+    }
+
+    /// FORMAT UNIT: forgets every tuple, and sets the type that initiators see, or hides it from them. Nobody else may
+    /// be at work.
+    pub async fn reformat(&self, seen: Option<PiType>) -> io::Result<()> {
+        self.forget_beyond(Blocks(0)).await?;
+        self.write_header(|h| {
+            h.compatible &= !(INITIATOR_TAGS | HIDDEN);
+            h.compatible |= FORMATTED;
+            match seen {
+                Some(kind) => (h.kind, h.compatible) = (kind, h.compatible | INITIATOR_TAGS),
+                None => h.compatible |= HIDDEN,
+            }
+        })
+        .await
     }
 
     /// The block size.
@@ -519,66 +560,8 @@ pub struct FlushMark {
     run: (u64, u64),
 }
 
-/// What only a sidecar with a journal does; others have nothing in theirs.
-impl<S: Storage> Sidecar<S> {
-    /// Blocks of one write that the journal has room for.
-    pub fn most_recorded(&self) -> u64 {
-        self.journal.as_ref().map_or(u64::MAX, Journal::most)
-    }
-
-    /// Makes an intention durable before its blocks are written. `None` if the journal has no room: then
-    /// [`Sidecar::drain`], flush and try again.
-    ///
-    /// # Errors
-    /// What the file says; nothing has been touched then.
-    pub async fn record(&self, what: &Intention<'_>) -> io::Result<Option<Recorded<'_>>> {
-        match &self.journal {
-            Some(journal) => journal.append(&self.storage, what).await,
-            None => Ok(None),
-        }
-    }
-
-    /// Whether an intention would find room now.
-    pub fn has_room(&self, what: &Intention<'_>) -> bool {
-        self.journal.as_ref().is_some_and(|journal| journal.has_room(what))
-    }
-
-    /// Lets no record in until [`Sidecar::drained`], and waits for those whose blocks are being written.
-    pub async fn drain(&self) {
-        if let Some(journal) = &self.journal {
-            journal.drain().await;
-        }
-    }
-
-    /// Lets records in again.
-    pub fn drained(&self) {
-        if let Some(journal) = &self.journal {
-            journal.reopen();
-        }
-    }
-
-    /// A record that was dropped unfinished needs no keeping any more.
-    pub fn release(&self, id: (u64, u64)) {
-        if let Some(journal) = &self.journal {
-            journal.release(id);
-        }
-    }
-
-    /// What the journal claims: the run of this session (`mine`), or the one that an earlier session left.
-    pub async fn claims(&self, mine: bool) -> io::Result<Claims> {
-        match &self.journal {
-            Some(journal) => journal.claims(&self.storage, mine).await,
-            None => Ok(Claims::default()),
-        }
-    }
-
-    /// Empties the journal, durably. Everything that it claims must be settled.
-    pub async fn clear_journal(&self) -> io::Result<()> {
-        match &self.journal {
-            Some(journal) => journal.clear(&self.storage).await,
-            None => Ok(()),
-        }
-    }
+fn tags_of(h: &Header) -> Exposure {
+    if h.compatible & INITIATOR_TAGS != 0 { Exposure::Initiator } else { Exposure::Target }
 }
 
 /// Regions that so many blocks make, if the map has room for them.

@@ -69,7 +69,8 @@ pub(super) async fn take<V: Volume, S: Storage>(
 ) -> Result<AdoptReport, Kind> {
     let image = |e: IoError| Kind::Image(Box::new(e));
     let size = sidecar.block_size();
-    let checker = Checker { guard: Guard::best(), kind: sidecar.kind(), block_size: size };
+    let checker =
+        Checker { guard: Guard::best(), kind: sidecar.kind(), block_size: size, tags: sidecar.tags() };
     let capacity = size.blocks_in(volume.limits().capacity);
     // What a crash has left in the journal comes before the tuples.
     let claims = sidecar.claims(false).await.map_err(|e| Kind::Store(e.into()))?;

@@ -16,7 +16,7 @@ use crate::{
     },
     sys::mem::{Buffer, Sg},
     units::ByteOffset,
-    volume::{Volume, WriteFlags},
+    volume::{PiType, Volume, WriteFlags},
 };
 
 /// Bytes that are discarded or zeroed between two looks at the progress.
@@ -80,17 +80,19 @@ enum Method {
 /// A rewriting of the medium, and what is left if it fails.
 pub(super) struct Job {
     method: Method,
+    /// The type of protection that initiators see afterwards, if that is asked for.
+    format: Option<Option<PiType>>,
     running: fn(u16) -> Medium,
     failed: Medium,
 }
 
 impl Job {
-    fn format() -> Job {
-        Job { method: Method::Free, running: Medium::Formatting, failed: Medium::FormatFailed }
+    fn format(format: Option<Option<PiType>>) -> Job {
+        Job { method: Method::Free, format, running: Medium::Formatting, failed: Medium::FormatFailed }
     }
 
     fn sanitize(method: Method, ause: bool) -> Job {
-        Job { method, running: Medium::Sanitizing, failed: Medium::SanitizeFailed { ause } }
+        Job { method, format: None, running: Medium::Sanitizing, failed: Medium::SanitizeFailed { ause } }
     }
 }
 
@@ -186,6 +188,14 @@ impl<V: Volume> Target<V> {
                 }
             }
         }
+        if let Some(kind) = job.format {
+            let old = self.protection();
+            self.volume.reformat(kind).await.map_err(|e| self.failure(e))?;
+            if old != kind {
+                info!(?old, new = ?kind, "formatted with another type of protection");
+                self.attention(Asc::CAPACITY_DATA_CHANGED);
+            }
+        }
         self.volume.flush().await.map_err(|e| self.failure(e))
     }
 
@@ -209,18 +219,21 @@ impl<V: Volume> Target<V> {
         Ok(())
     }
 
-    /// FORMAT UNIT: certifies nothing, has no defects, and leaves zeros.
+    /// FORMAT UNIT: certifies nothing, has no defects, and leaves zeros without protection information. FMTPINFO and
+    /// PROTECTION FIELD USAGE choose the type (SBC-4 5.4.2, table 45).
     pub(super) async fn format_unit(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
-        if cdb.u8(1) & 0xc0 != 0 {
-            return Err(Sense::invalid_field(1, 7).into()); // FMTPINFO, with PROTECT = 0
+        let (protect, format_info) = (self.transfer.is_some(), cdb.u8(1) >> 6);
+        if format_info == 1 || format_info > 0 && !protect {
+            return Err(Sense::invalid_field(1, 7).into());
         }
-        let mut immediate = false;
+        let (mut immediate, mut usage) = (false, 0);
         if cdb.bit(1, 4) {
             let long = cdb.bit(1, 5);
             let list = self.parameters(command, if long { 8 } else { 4 })?;
             let wrong = |byte| Err(Sense::invalid_parameter(byte).into());
-            if list[0] & 0x07 != 0 {
-                return wrong(0); // PROTECTION FIELD USAGE
+            usage = list[0] & 0x07;
+            if usage > u8::from(format_info == 3) {
+                return wrong(0);
             }
             if list[1] & 0x08 != 0 || list[1] & 0x80 == 0 && list[1] & 0x7c != 0 {
                 return wrong(1); // an initialization pattern, or options without FOV
@@ -230,7 +243,13 @@ impl<V: Volume> Target<V> {
             }
             immediate = list[1] & 0x02 != 0;
         }
-        self.start(Job::format(), immediate).await
+        let kind = match (format_info, usage) {
+            (2, _) => Some(PiType::Type1),
+            (3, 0) => Some(PiType::Type2),
+            (3, _) => Some(PiType::Type3),
+            _ => None,
+        };
+        self.start(Job::format(protect.then_some(kind)), immediate).await
     }
 
     pub(super) async fn sanitize_block_erase(&self, cdb: Cdb<'_>) -> Outcome {

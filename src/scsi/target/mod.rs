@@ -9,6 +9,7 @@ mod compare;
 mod erase;
 mod gate;
 mod modes;
+mod protect;
 mod provision;
 mod report;
 mod rw;
@@ -17,23 +18,25 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     io,
+    rc::Rc,
 };
 
 use smallvec::SmallVec;
 use tracing::{debug, warn};
 
 use super::{
-    cdb::{Cdb, Range},
-    mode::{self, Settings},
-    opcodes::{self, Kind, NotFound, Op},
+    cdb::{Cdb, Range, VARIABLE_LENGTH},
+    mode::{self, PiSettings, Settings},
+    opcodes::{self, Abilities, Kind, NotFound, Op},
     sense::{self, Asc, Failure, Sense, SenseBytes, SenseKey, Status},
     vpd::{Geometry, Identity},
 };
 use crate::{
+    pi::{Counters, Transfer, guard::Guard},
     sync::Notify,
     sys::mem::Sg,
     units::{BlockSize, ByteOffset, Lba},
-    volume::{IoError, IoErrorKind, Limits, Volume},
+    volume::{AppRange, IoError, IoErrorKind, Limits, Volume},
 };
 use erase::Medium;
 use gate::Gate;
@@ -47,7 +50,7 @@ pub struct Command {
     pub data: Sg,
     /// The second buffer of a bidirectional command. No supported command has one.
     pub bidi: Sg,
-    /// Protection information that travels beside the data. Unused while PROTECT is 0.
+    /// Protection information that travels beside the data: a tuple for each block, if the kernel passes it on.
     pub dif: Sg,
 }
 
@@ -98,6 +101,8 @@ pub struct TargetConfig {
     pub product: String,
     /// PRODUCT REVISION LEVEL, up to 4 characters.
     pub revision: String,
+    /// How tuples travel, if initiators are to see protection information (PROTECT = 1). The type is the volume's to say.
+    pub transfer: Option<Transfer>,
     /// Write protected, even if the volume is not.
     pub read_only: bool,
     /// WCE at start, unless saved pages say otherwise.
@@ -119,6 +124,7 @@ impl TargetConfig {
             product: "DISK".to_owned(),
             revision: concat!(env!("CARGO_PKG_VERSION_MAJOR"), ".", env!("CARGO_PKG_VERSION_MINOR"))
                 .to_owned(),
+            transfer: None,
             read_only: false,
             write_cache: true,
             saved_pages: None,
@@ -143,6 +149,11 @@ pub struct Target<V: Volume> {
     volume: V,
     identity: Identity,
     block_size: BlockSize,
+    transfer: Option<Transfer>,
+    guard: Guard,
+    counters: Cell<Counters>,
+    /// The application tag mode page.
+    app_ranges: RefCell<Rc<[AppRange]>>,
     /// Asked for by the configuration; a change of the volume does not change it.
     read_only: bool,
     geometry: Cell<Geometry>,
@@ -169,8 +180,12 @@ impl<V: Volume> Target<V> {
             serial: config.serial.chars().filter(|c| (' '..='~').contains(c)).take(252).collect(),
             naa: config.naa,
         };
-        let defaults =
-            Settings { write_cache: config.write_cache, descriptor_sense: false, write_protect: false };
+        let defaults = Settings {
+            write_cache: config.write_cache,
+            descriptor_sense: false,
+            write_protect: false,
+            pi: config.transfer.map(|_| PiSettings::default()),
+        };
         let loaded = config.saved_pages.as_ref().and_then(|s| s.load());
         let settings = match &loaded {
             None => defaults,
@@ -186,6 +201,10 @@ impl<V: Volume> Target<V> {
             volume,
             identity,
             block_size: config.block_size,
+            transfer: config.transfer,
+            guard: Guard::best(),
+            counters: Cell::default(),
+            app_ranges: RefCell::new(Rc::new([])),
             read_only: config.read_only,
             settings: Cell::new(settings),
             defaults,
@@ -258,7 +277,7 @@ impl<V: Volume> Target<V> {
     }
 
     async fn run(&self, command: &Command) -> Result<(usize, Kind), Failure> {
-        let found = opcodes::find(&command.cdb, self.geometry.get().thin);
+        let found = opcodes::find(&command.cdb, self.abilities());
         if !found.is_ok_and(|op| op.ignores_attention) {
             let pending = self.attentions.borrow_mut().pop_front();
             if let Some(asc) = pending {
@@ -267,6 +286,7 @@ impl<V: Volume> Target<V> {
         }
         let op = found.map_err(|e| match e {
             NotFound::Opcode => Sense::new(SenseKey::IllegalRequest, Asc::INVALID_OPERATION_CODE),
+            NotFound::ServiceAction if command.cdb[0] == VARIABLE_LENGTH => Sense::invalid_field(8, 7),
             NotFound::ServiceAction => Sense::invalid_field(1, 4),
         })?;
         let cdb = Cdb::new(&command.cdb, op.cdb_len())
@@ -280,10 +300,22 @@ impl<V: Volume> Target<V> {
         Ok((data_in, op.kind))
     }
 
+    /// What there is at the moment, as far as commands depend on it.
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            thin: self.geometry.get().thin,
+            protect: self.transfer.is_some(),
+            protection: self.protection(),
+        }
+    }
+
     /// The checks that the table asks for.
     fn admit(&self, op: &Op, cdb: Cdb<'_>) -> Result<(), Failure> {
         if cdb.naca() {
-            return Err(Sense::invalid_field(u16::from(op.cdb_len()) - 1, 2).into());
+            return Err(Sense::invalid_field(cdb.control_at() as u16, 2).into());
+        }
+        if cdb.is_variable() && cdb.u8(7) != op.cdb_len() - 8 {
+            return Err(Sense::invalid_field(7, 7).into()); // ADDITIONAL CDB LENGTH
         }
         if op.strict {
             for (i, (byte, used)) in cdb.bytes().iter().zip(op.usage).enumerate().skip(1) {
@@ -356,14 +388,6 @@ impl<V: Volume> Target<V> {
         Ok(command.data.slice(0, len).to_vec())
     }
 
-    /// Refuses a non-zero RDPROTECT, WRPROTECT, VRPROTECT or ORPROTECT: PROTECT is 0 (SBC-4 5.13 and its like).
-    fn no_protection(&self, cdb: Cdb<'_>) -> Result<(), Failure> {
-        if cdb.u8(1) & 0xe0 != 0 {
-            return Err(Sense::invalid_field(1, 7).into());
-        }
-        Ok(())
-    }
-
     /// Where a range starts and how long it is in bytes, if all of it is on the medium.
     fn place(&self, lba: Lba, blocks: u64) -> Result<(ByteOffset, u64), Failure> {
         let total = self.geometry.get().blocks;
@@ -383,14 +407,6 @@ impl<V: Volume> Target<V> {
             return Err(Sense::invalid_field(range.length_at, 7).into());
         }
         Ok(place)
-    }
-
-    /// The first `len` bytes of data-out, if there are as many.
-    fn data_out(&self, command: &Command, len: u64, field: u16) -> Result<Sg, Failure> {
-        if (command.data.len() as u64) < len {
-            return Err(Sense::invalid_field(field, 7).into());
-        }
-        Ok(command.data.slice(0, len as usize))
     }
 
     /// What an initiator is told about a failure of the volume; the log is told all of it.

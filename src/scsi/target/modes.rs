@@ -84,7 +84,11 @@ impl<V: Volume> Target<V> {
         let pages_at = header + descriptor_len;
         let descriptor = list.get(header..pages_at).ok_or(Sense::parameter_list_length())?;
         self.check_block_descriptor(descriptor, long, header as u16)?;
-        let settings = mode::select(&list[pages_at..], pages_at, &self.settings.get())?;
+        let mut now = self.settings.get();
+        if let Some(pi) = &mut now.pi {
+            pi.capacity = self.geometry.get().blocks;
+        }
+        let settings = mode::select(&list[pages_at..], pages_at, &now)?;
         if save {
             self.save(&settings)?;
         }
@@ -127,6 +131,9 @@ impl<V: Volume> Target<V> {
     /// The initiator that changed them knows; the ring does not tell initiators apart, so nobody gets a unit attention.
     async fn apply(&self, settings: Settings) -> Result<(), Failure> {
         let old = self.settings.replace(settings);
+        if let Some(pi) = settings.pi {
+            *self.app_ranges.borrow_mut() = pi.ranges().collect();
+        }
         if old.write_cache && !settings.write_cache {
             // Every write that was begun with the cache on has ended when the flush begins.
             drop(self.gate.hold(0, u64::MAX).await);

@@ -1,13 +1,17 @@
 //! Thin provisioning and pattern writes: UNMAP, WRITE SAME, GET LBA STATUS (SBC-4 4.7, 5.5, 5.35, 5.50).
 
-use super::{Command, Failure, Outcome, Target, rw::CHUNK};
+use super::{
+    Command, Failure, Outcome, Target,
+    protect::{Asked, Sent, first_tuple},
+    rw::CHUNK,
+};
 use crate::{
     scsi::{
         cdb::Cdb,
         sense::Sense,
         vpd::{MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS},
     },
-    sys::mem::{Buffer, Sg},
+    sys::mem::Buffer,
     units::{ByteOffset, Lba},
     volume::{ExtentKind, Volume, WriteFlags},
 };
@@ -67,23 +71,24 @@ impl<V: Volume> Target<V> {
     }
 
     pub(super) async fn write_same(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
-        self.no_protection(cdb)?;
-        let flags = cdb.u8(1);
+        let range = cdb.range();
+        let asked = self.asked_to_write(cdb, range.lba)?;
+        let byte = cdb.flags_at();
+        let flags = cdb.u8(usize::from(byte));
         let (unmap, no_data) = (flags & 0x08 != 0, flags & 0x01 != 0);
         if flags & 0x10 != 0 {
-            return Err(Sense::invalid_field(1, 4).into()); // ANCHOR, with ANC_SUP = 0
+            return Err(Sense::invalid_field(byte, 4).into()); // ANCHOR, with ANC_SUP = 0
         }
         if flags & 0x06 != 0 {
-            return Err(Sense::invalid_field(1, 2).into()); // PBDATA and LBDATA of SBC-2
+            return Err(Sense::invalid_field(byte, 2).into()); // PBDATA and LBDATA of SBC-2
         }
-        if no_data && cdb.bytes().len() != 16 {
-            return Err(Sense::invalid_field(1, 0).into()); // NDOB is WRITE SAME (16)'s
+        if no_data && (cdb.bytes().len() < 16 || asked.travels()) {
+            return Err(Sense::invalid_field(byte, 0).into()); // NDOB: not in the 10-byte form, nor with tuples to send
         }
         let geometry = self.geometry.get();
         if unmap && !geometry.thin {
-            return Err(Sense::invalid_field(1, 3).into());
+            return Err(Sense::invalid_field(byte, 3).into());
         }
-        let range = cdb.range();
         self.place(range.lba, range.blocks.0)?;
         let blocks = match range.blocks.0 {
             0 => geometry.blocks - range.lba.0, // WSNZ = 0: to the end
@@ -92,24 +97,30 @@ impl<V: Volume> Target<V> {
         if blocks > geometry.max_write_same() {
             return Err(Sense::invalid_field(range.length_at, 7).into());
         }
-        let block = self.block_size.bytes();
-        let pattern = if no_data {
+        let sent = if no_data {
             None
         } else {
             // One block; more or less is not what the command says, and would be guessed at.
-            if command.data.len() as u64 != block {
+            let interleaved = asked.travels() && command.dif.is_empty();
+            if !interleaved && command.data.len() as u64 != self.block_size.bytes() {
                 return Err(Sense::invalid_field(range.length_at, 7).into());
             }
-            Some(command.data.clone()).filter(|d| !d.is_zero())
+            Some(self.sent(command, &asked, range.lba, 1, range.length_at)?)
         };
         let (at, len) = self.place(range.lba, blocks)?;
         if len == 0 {
             return Ok(0);
         }
+        // Unmapped blocks read as zeros, without protection information: what is anything else has to be written (SBC-4
+        // 5.50.1). Where nobody sees tuples, zeros need none either.
+        let written = sent.filter(|sent| {
+            let escape = sent.tuples.as_deref().is_none_or(|t| t.iter().all(|b| *b == 0xff));
+            let has_tuples = asked.kind.is_some() && !unmap;
+            !sent.data.is_zero() || !escape || has_tuples
+        });
         let _pass = self.gate.pass(range.lba.0, blocks).await;
-        match pattern {
-            // Unmapped blocks read as zeros: a pattern that is not zero has to be written (SBC-4 5.50.1).
-            Some(pattern) => self.write_pattern(at, len, &pattern).await?,
+        match written {
+            Some(sent) => self.write_copies(at, len, sent, &asked).await?,
             None if unmap => self.volume.discard(at, len).await.map_err(|e| self.failure(e))?,
             None => self.volume.write_zeroes(at, len, false).await.map_err(|e| self.failure(e))?,
         }
@@ -117,18 +128,23 @@ impl<V: Volume> Target<V> {
         Ok(0)
     }
 
-    /// Writes `pattern`, whole blocks of it, over a range, from a buffer of bounded size.
-    pub(super) async fn write_pattern(&self, at: ByteOffset, len: u64, pattern: &Sg) -> Result<(), Failure> {
+    /// Writes one block that was sent, with its tuple if it has one, over a range, from a buffer of bounded size.
+    async fn write_copies(&self, at: ByteOffset, len: u64, sent: Sent, asked: &Asked) -> Result<(), Failure> {
+        let (one, block) = (sent.data, self.block_size.bytes());
         let buffer = Buffer::zeroed(len.min(CHUNK) as usize).sg();
-        for i in 0..buffer.len() / pattern.len() {
-            buffer.copy_from(i * pattern.len(), pattern);
+        for i in 0..buffer.len() / one.len() {
+            buffer.copy_from(i * one.len(), &one);
         }
         let mut done = 0;
         while done < len {
             let n = (len - done).min(CHUNK);
-            let from = buffer.slice(0, n as usize);
+            let (ahead, from) = (done / block, buffer.slice(0, n as usize));
+            let tuples = match (asked.kind, &sent.tuples) {
+                (Some(kind), Some(t)) => Some(Self::repeat_tuple(kind, first_tuple(t), ahead, n / block)),
+                _ => None,
+            };
             let to = ByteOffset(at.0 + done);
-            self.volume.write(to, &from, WriteFlags::default()).await.map_err(|e| self.failure(e))?;
+            self.store(to, &from, tuples, WriteFlags::default(), asked, ahead).await?;
             done += n;
         }
         Ok(())

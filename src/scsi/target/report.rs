@@ -19,11 +19,12 @@ impl<V: Volume> Target<V> {
             return Err(Sense::invalid_field(1, 1).into()); // CMDDT of SPC-2
         }
         let data = if evpd {
-            vpd::page(code, &self.identity, &self.geometry.get()).ok_or(Sense::invalid_field(2, 7))?
+            vpd::page(code, &self.identity, &self.geometry.get(), self.transfer.is_some())
+                .ok_or(Sense::invalid_field(2, 7))?
         } else if code != 0 {
             return Err(Sense::invalid_field(2, 7).into());
         } else {
-            vpd::standard(&self.identity)
+            vpd::standard(&self.identity, self.transfer.is_some())
         };
         self.reply(command, &data, u64::from(cdb.u16(3)))
     }
@@ -54,7 +55,10 @@ impl<V: Volume> Target<V> {
         let mut out = vec![0; 32];
         out[..8].copy_from_slice(&g.blocks.saturating_sub(1).to_be_bytes());
         out[8..12].copy_from_slice(&(self.block_size.bytes() as u32).to_be_bytes());
-        // PROT_EN = 0; the lowest aligned LBA is 0.
+        if let Some(kind) = self.protection() {
+            out[12] = (kind.number() - 1) << 1 | 1; // P_TYPE, PROT_EN
+        }
+        // P_I_EXPONENT = 0: a tuple for every block; the lowest aligned LBA is 0.
         out[13] = g.physical_exponent();
         out[14] = if g.thin { 0xc0 } else { 0 }; // LBPME, LBPRZ
         self.reply(command, &out, u64::from(cdb.u32(10)))
@@ -90,7 +94,7 @@ impl<V: Volume> Target<V> {
     }
 
     pub(super) fn report_supported_opcodes(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
-        let thin = self.geometry.get().thin;
+        let has = self.abilities();
         let (rctd, action) = (cdb.bit(2, 7), cdb.u16(4));
         let one = match cdb.u8(2) & 0x07 {
             0 => None,
@@ -100,8 +104,8 @@ impl<V: Volume> Target<V> {
             _ => return Err(Sense::invalid_field(2, 2).into()),
         };
         let data = match one {
-            None => opcodes::report_all(rctd, thin),
-            Some(one) => opcodes::report_one(cdb.u8(3), one, rctd, thin).ok_or(Sense::invalid_field(2, 2))?,
+            None => opcodes::report_all(rctd, has),
+            Some(one) => opcodes::report_one(cdb.u8(3), one, rctd, has).ok_or(Sense::invalid_field(2, 2))?,
         };
         self.reply(command, &data, u64::from(cdb.u32(6)))
     }

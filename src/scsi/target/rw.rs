@@ -16,30 +16,40 @@ const PREFETCH: u64 = 8 << 20;
 impl<V: Volume> Target<V> {
     pub(super) async fn read(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
         let range = cdb.range();
-        let mut fua = false;
-        if cdb.bytes().len() > 6 {
-            self.no_protection(cdb)?;
-            fua = cdb.bit(1, 3);
-        }
+        let asked = self.asked(cdb, range.lba)?;
+        let fua = cdb.bytes().len() > 6 && cdb.flag(3);
         let (at, len) = self.transfer(range)?;
         // A buffer that is too short gets what fits: the rest is the initiator's residual.
         let give = len.min(command.data.len() as u64);
-        if give == 0 {
+        if give == 0 && (len == 0 || !asked.travels()) {
             return Ok(0);
         }
+        let travelling = match asked.travels() {
+            true => Some(self.parts(command, &asked, range.blocks.0, range.length_at)?),
+            false => None,
+        };
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
         if fua {
             // What is read is what the medium has: so the medium gets it first.
             self.volume.flush().await.map_err(|e| self.failure(e))?;
         }
+        let checks = asked.field.from_medium(self.dpicz());
+        if let Some(parts) = travelling {
+            let tuples = self.fetch(at, &parts.data, &asked, checks, 0).await?;
+            parts.give(&tuples);
+            // Interleaved, the buffer is as long as blocks and tuples; separate, the data are at its start.
+            let interleaved = command.dif.is_empty();
+            return Ok(if interleaved { command.data.len() } else { parts.data.len() });
+        }
         let whole = give & !(self.block_size.bytes() - 1);
         if whole > 0 {
             let to = command.data.slice(0, whole as usize);
-            self.volume.read(at, &to).await.map_err(|e| self.failure(e))?;
+            self.fetch(at, &to, &asked, checks, 0).await?;
         }
         if whole < give {
             let last = Buffer::zeroed(self.block_size.bytes() as usize).sg();
-            self.volume.read(ByteOffset(at.0 + whole), &last).await.map_err(|e| self.failure(e))?;
+            let ahead = whole / self.block_size.bytes();
+            self.fetch(ByteOffset(at.0 + whole), &last, &asked, checks, ahead).await?;
             command.data.copy_from(whole as usize, &last.slice(0, (give - whole) as usize));
         }
         Ok(give as usize)
@@ -47,18 +57,15 @@ impl<V: Volume> Target<V> {
 
     pub(super) async fn write(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
         let range = cdb.range();
-        let mut fua = false;
-        if cdb.bytes().len() > 6 {
-            self.no_protection(cdb)?;
-            fua = cdb.bit(1, 3);
-        }
+        let asked = self.asked_to_write(cdb, range.lba)?;
+        let fua = cdb.bytes().len() > 6 && cdb.flag(3);
         let (at, len) = self.transfer(range)?;
-        let data = self.data_out(command, len, range.length_at)?;
         if len == 0 {
             return Ok(0);
         }
+        let sent = self.sent(command, &asked, range.lba, range.blocks.0, range.length_at)?;
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
-        self.volume.write(at, &data, self.write_flags(fua)).await.map_err(|e| self.failure(e))?;
+        self.store(at, &sent.data, sent.tuples, self.write_flags(fua), &asked, 0).await?;
         Ok(0)
     }
 

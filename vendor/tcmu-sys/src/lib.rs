@@ -16,6 +16,11 @@ pub const GENERATED: &str = include_str!(env!("TCMU_SYS_GENERATED"));
 #[cfg(not(all(target_os = "linux", target_endian = "little", target_pointer_width = "64")))]
 compile_error!("tcmu-sys describes the ABI of 64-bit little-endian Linux");
 
+/// A mailbox flag of our own change to the kernel (`vendor/linux/`), in no released kernel: commands with protection information
+/// carry it in iovecs of its own, which stand last in the entry and are counted in `iov_dif_cnt`; `iov_cnt` covers the data alone.
+/// A kernel without it drops such protection information, and its data length may count bytes that nobody filled.
+pub const TCMU_MAILBOX_FLAG_CAP_DIF: u32 = 1 << 4;
+
 /// `struct tcmu_mailbox` with its fields: `cmd_tail` has a cache line of its own.
 #[repr(C, align(64))]
 #[derive(Debug, Clone, Copy)]

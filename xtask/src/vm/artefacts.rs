@@ -3,7 +3,7 @@
 //! The kernel is downloaded and unpacked, never installed. The initramfs only finds the root file system and the host's
 //! share, and hands over to the init script that lies there, so that what happens in the guest is not baked into anything.
 
-use super::cache::Cache;
+use super::{cache::Cache, module};
 use crate::{debian, sh};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -55,6 +55,8 @@ pub struct Artefacts {
     pub rootfs: PathBuf,
     /// An empty ext4 file system to copy for every boot.
     pub scratch: PathBuf,
+    /// target_core_user.ko with our change, which a test loads in place of the stock one.
+    pub module: PathBuf,
 }
 
 /// Takes the artefacts from the cache, building what is not there.
@@ -73,7 +75,9 @@ pub fn prepare(cache: &Cache) -> Result<Artefacts> {
         |at| build_rootfs(&kernel, at),
     )?;
     let scratch = cache.artefact("scratch", &format!("1\n{SCRATCH_SIZE}\n"), build_scratch)?;
+    let module = cache.artefact("module", &module::recipe(&kernel_name), |at| module::build(&kernel, at))?;
     Ok(Artefacts {
+        module: module.join("target_core_user.ko"),
         kernel: kernel.join("vmlinuz"),
         initramfs: initramfs.join("initramfs.zst"),
         rootfs: rootfs.join("rootfs.ext4"),
@@ -111,12 +115,13 @@ fn build_kernel(at: &Path) -> Result<()> {
 }
 
 /// The kernel's version: the one folder under `lib/modules`.
-fn version(kernel: &Path) -> Result<String> {
+pub fn version(kernel: &Path) -> Result<String> {
     let modules = only_entry(&kernel.join("lib/modules"), "")?;
     Ok(modules.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
 }
 
-fn only_entry(dir: &Path, part: &str) -> Result<PathBuf> {
+/// The first entry of a folder whose name contains `part`.
+pub fn only_entry(dir: &Path, part: &str) -> Result<PathBuf> {
     let entries = fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
     for entry in entries {
         let entry = entry?;

@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// Guest memory: room for 64 LUNs with their 8 MiB rings and what their data areas really use.
 pub const MEMORY_MIB: u32 = 4096;
+/// How often a VM that does not reach user space is started anew.
+const BOOT_ATTEMPTS: u32 = 3;
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// A script's time unless it says another.
 const SCRIPT_LIMIT: Duration = Duration::from_secs(120);
@@ -109,6 +111,8 @@ impl RunDir {
             fs::copy(program, bin.join(name))
                 .with_context(|| format!("cannot give {} to the guest", program.display()))?;
         }
+        fs::copy(&lab.artefacts.module, dir.0.join("share/target_core_user.ko"))
+            .context("cannot give the module to the guest")?;
         crate::sh::quiet(
             Command::new("cp")
                 .args(["--sparse=always", "--reflink=auto"])
@@ -138,6 +142,24 @@ impl Guest {
             fs::remove_dir_all(&logs)?;
         }
         fs::create_dir_all(&logs)?;
+        let mut attempt = 1;
+        loop {
+            match Self::boot_once(lab, &logs, limit) {
+                // Under translation the kernel's patching of its own code can trip over itself (an int3 that nobody
+                // owns) before it reaches user space: that is the emulator's, and nothing of ours has run by then.
+                Err(error) if attempt < BOOT_ATTEMPTS => {
+                    println!(
+                        "  a boot failed before user space, and is tried again: {name}, attempt {attempt}"
+                    );
+                    fs::write(logs.join(format!("failed-boot-{attempt}.txt")), format!("{error:?}\n"))?;
+                    attempt += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn boot_once(lab: &Lab, logs: &Path, limit: Duration) -> Result<Self> {
         let dir = RunDir::new(lab)?;
         let socket = dir.path().join("agent.sock");
         let listener =
@@ -171,7 +193,7 @@ impl Guest {
             channel,
             dir,
             transcript: File::create(logs.join("transcript.log"))?,
-            logs,
+            logs: logs.to_owned(),
             requests: 0,
             deadline: Instant::now() + limit * patience(),
             echo: false,

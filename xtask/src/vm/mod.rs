@@ -6,6 +6,7 @@ mod agent;
 mod artefacts;
 mod cache;
 mod guest;
+mod module;
 mod protocol;
 mod qemu;
 mod suite;

@@ -31,11 +31,16 @@ fn vhost(run: &mut Run<'_>) -> Result<()> {
             let text = export[key].as_str().unwrap_or_default();
             ensure!(text.contains(part) && text.contains(WWPN), "{key}: {text}");
         }
-        let result = guest.sh_within(
-            Duration::from_secs(120),
-            &format!("tcmu-dif peer-vhost --wwpn {WWPN} --selftest --json"),
-        )?;
-        let _: serde_json::Value = serde_json::from_str(&result)?;
+        let result = guest.sh_within(Duration::from_secs(120), &format!("tcmu-dif peer-vhost {WWPN}"))?;
+        let result: serde_json::Value = serde_json::from_str(&result)?;
+        let number = |key: &str| result[key].as_u64().unwrap_or_default();
+        ensure!(
+            result["ok"] == true && result["out_of_range_refused"] == true && number("mismatches") == 0,
+            "{result}"
+        );
+        // It did what it says: all that was written was read back, with many commands in flight.
+        ensure!(number("writes") >= 2000 && number("most_in_flight") >= 16, "{result}");
+        ensure!(number("compared") >= number("writes"), "{result}");
         daemon_pid(guest)?;
         delete(guest, "v")?;
         assert_nothing_left(guest)?;

@@ -26,6 +26,13 @@ pub const TESTS: &[Test] = &[
         run: many,
     },
     Test {
+        name: "lifecycle.same-name",
+        promise: "of many who create and delete one name at the same time each gets an answer, and the LUN is whole or gone",
+        limit: 300,
+        group: None,
+        run: same_name,
+    },
+    Test {
         name: "lifecycle.removal-under-load",
         promise: "a LUN removed with I/O in flight hangs nothing, and hurts no other LUN",
         limit: 240,
@@ -137,6 +144,59 @@ fn many(run: &mut Run<'_>) -> Result<()> {
     ensure!(names(guest)?.is_empty());
     ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
     assert_nothing_left(guest)
+}
+
+fn same_name(run: &mut Run<'_>) -> Result<()> {
+    let rounds = run.scale.pick(1, 3, 10);
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    let pid = daemon_pid(guest)?;
+    guest.sh("mkdir -p /scratch/twin && cd /scratch/twin && truncate -s 16M a.raw b.raw")?;
+    for _ in 0..rounds {
+        // Six want it on one image, six on the other.
+        let created = guest.sh(
+            "cd /scratch/twin && rm -f *.json *.err
+             seq 12 | xargs -P 12 -I N sh -c 'image=a; [ $((N % 2)) = 0 ] && image=b
+                 timeout 90 tcmu-dif create twin --image /scratch/twin/$image.raw --export loopback --json > N.json 2> N.err
+                 echo $? > N.status'
+             cat *.status | sort | uniq -c; cat *.err",
+        )?;
+        let statuses = guest.sh("cat /scratch/twin/*.status | sort -u | tr '\\n' ' '")?;
+        ensure!(
+            statuses.split_whitespace().all(|s| ["0", "1"].contains(&s)) && statuses.contains('0'),
+            "{created}"
+        );
+        ensure!(names(guest)? == ["twin"], "{created}");
+        // All who were told "up" were told of the same LUN.
+        let told = guest.sh(
+            "cd /scratch/twin && for n in $(seq 12); do [ $(cat $n.status) = 0 ] && grep -h '\"image\"' $n.json; done | sort -u | wc -l",
+        )?;
+        ensure!(told == "1", "two images are up as one LUN:\n{created}");
+        let disk = show(guest, "twin")?["exports"][0]["device"].as_str().unwrap_or_default().to_owned();
+        guest.sh(&format!("dd if=/dev/urandom of={disk} bs=64k count=4 oflag=direct status=none"))?;
+        let deleted = guest.sh(
+            "cd /scratch/twin && seq 12 | xargs -P 12 -I N sh -c 'timeout 90 tcmu-dif delete twin > /dev/null 2> N.err; echo $?' |
+             sort | uniq -c; cat *.err",
+        )?;
+        ensure!(!deleted.contains("124"), "a delete hangs:\n{deleted}");
+        ensure!(names(guest)?.is_empty(), "{deleted}");
+        assert_nothing_left(guest)?;
+        // Both at once: whatever is left afterwards can be deleted, and then nothing is.
+        guest.sh_within(
+            Duration::from_secs(120),
+            "cd /scratch/twin && seq 12 | xargs -P 12 -I N sh -c '
+                 if [ $((N % 2)) = 0 ]; then timeout 90 tcmu-dif delete twin; \
+                 else timeout 90 tcmu-dif create twin --image /scratch/twin/a.raw --export loopback; fi > N.out 2>&1
+                 [ $? -le 1 ] || echo N >> hangs'
+             [ ! -e hangs ]",
+        )?;
+        if !names(guest)?.is_empty() {
+            delete(guest, "twin")?;
+        }
+        assert_nothing_left(guest)?;
+    }
+    ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
+    Ok(())
 }
 
 fn removal_under_load(run: &mut Run<'_>) -> Result<()> {

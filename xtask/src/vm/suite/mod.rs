@@ -11,6 +11,7 @@ mod initiator;
 mod iscsi;
 mod lifecycle;
 mod lun;
+mod readme;
 mod reference;
 mod refuse;
 
@@ -89,6 +90,7 @@ pub fn all() -> Vec<&'static Test> {
     [
         reference::TESTS,
         refuse::TESTS,
+        readme::TESTS,
         data::TESTS,
         fault::TESTS,
         fabric::TESTS,
