@@ -106,6 +106,21 @@ impl Counters {
     }
 }
 
+impl Counters {
+    /// Both together.
+    pub fn plus(self, other: Counters) -> Counters {
+        Counters {
+            verified: self.verified + other.verified,
+            generated: self.generated + other.generated,
+            guard_errors: self.guard_errors + other.guard_errors,
+            app_errors: self.app_errors + other.app_errors,
+            ref_errors: self.ref_errors + other.ref_errors,
+            unprotected: self.unprotected + other.unprotected,
+            recomputed: self.recomputed + other.recomputed,
+        }
+    }
+}
+
 /// A volume under protection. `S` is the sidecar's storage.
 pub struct Protected<V, S = FileStorage> {
     volume: V,
@@ -378,12 +393,16 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         let (lba, tuples) = self.get(at, to).await?;
         let mut seen = self.counters.get();
         let mut wrong = None;
-        self.checker().check(to, lba, &tuples, |_, _, found| match found {
-            Ok(true) => seen.verified += 1,
-            Ok(false) => seen.unprotected += 1,
-            Err(m) if self.read_only && self.sidecar.is_marked(m.lba) => seen.unprotected += 1,
-            Err(m) => wrong = wrong.or(Some(m)),
+        let checked = self.checker().verify_all(to, lba, &tuples, |m| {
+            // What a crash has left in doubt cannot be rechecked by one who may not write.
+            let in_doubt = self.read_only && self.sidecar.is_marked(m.lba);
+            if !in_doubt {
+                wrong = wrong.or(Some(m));
+            }
+            in_doubt
         });
+        seen.verified += checked.verified;
+        seen.unprotected += checked.unprotected;
         self.counters.set(seen);
         wrong.map_or(Ok(()), |m| Err(self.mismatch(at, m)))
     }

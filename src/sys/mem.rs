@@ -427,10 +427,26 @@ impl Sg {
         None
     }
 
+    /// The list's segments as bare memory, for the SIMD kernels. Valid while the list lives.
+    pub(crate) fn runs(&self) -> Runs<'_> {
+        Runs(self.segs.iter())
+    }
+
     /// The iovecs of the list, for a system call. Valid while the list lives.
     pub(crate) fn iovecs(&self, out: &mut Vec<libc::iovec>) {
         out.clear();
         out.extend(self.segs.iter().map(|s| libc::iovec { iov_base: s.ptr.as_ptr().cast(), iov_len: s.len }));
+    }
+}
+
+/// See [`Sg::runs`]: where each segment starts, and its bytes.
+pub(crate) struct Runs<'a>(std::slice::Iter<'a, Segment>);
+
+impl Iterator for Runs<'_> {
+    type Item = (NonNull<u8>, usize);
+
+    fn next(&mut self) -> Option<(NonNull<u8>, usize)> {
+        self.0.next().map(|s| (s.ptr, s.len))
     }
 }
 

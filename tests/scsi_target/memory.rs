@@ -7,7 +7,10 @@ use std::{
 };
 
 use tcmu_dif::{
-    scsi::{Command, Response, Target, TargetConfig},
+    scsi::{
+        Command, Response, Target, TargetConfig,
+        opcodes::{Op, TABLE},
+    },
     sys::{
         exec::{Executor, yield_now},
         mem::{Buffer, Sg},
@@ -350,6 +353,11 @@ pub fn cdb(opcode: u8, flags: u8, lba: u64, blocks: u64) -> Vec<u8> {
         }
     }
     c
+}
+
+/// The commands of a disk without protection information.
+pub fn table() -> Vec<&'static Op> {
+    TABLE.iter().filter(|o| !o.needs_type_2).collect()
 }
 
 /// A big-endian number of up to 8 bytes.

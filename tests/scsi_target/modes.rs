@@ -3,10 +3,7 @@
 use std::{cell::RefCell, io, rc::Rc};
 
 use tcmu_dif::{
-    scsi::{
-        SavedPages,
-        opcodes::{Kind, TABLE},
-    },
+    scsi::{SavedPages, opcodes::Kind},
     sys::mem::Buffer,
     units::BlockSize,
 };
@@ -186,8 +183,8 @@ fn a_read_only_target_and_a_read_only_volume_refuse_every_command_that_writes() 
 fn refuses_writes(b: &Bench, sense: (u8, u8, u8)) {
     b.volume().take_seen();
     let room = Buffer::zeroed(1024).sg();
-    for op in TABLE {
-        let mut c = cdb(op.opcode, op.service_action.unwrap_or(0), 0, 1);
+    for op in table() {
+        let mut c = cdb(op.opcode, op.service_action.unwrap_or(0) as u8, 0, 1);
         c[op.usage.len() - 1] = 0;
         let refused = b.execute(&c, &room).sense == sense;
         let writes = !matches!(

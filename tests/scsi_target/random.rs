@@ -3,7 +3,6 @@
 
 use proptest::prelude::*;
 use tcmu_dif::{
-    scsi::opcodes::TABLE,
     sys::mem::{Buffer, Sg},
     units::BlockSize,
 };
@@ -12,9 +11,9 @@ use crate::memory::*;
 
 /// A CDB of a supported command with random, mostly plausible fields, or plain noise.
 fn any_cdb() -> impl Strategy<Value = Vec<u8>> {
-    let plausible = (0..TABLE.len(), any::<[u8; 16]>(), any::<[u8; 16]>(), 0u64..1100, 0u64..40, 0..4u8)
+    let plausible = (0..table().len(), any::<[u8; 16]>(), any::<[u8; 16]>(), 0u64..1100, 0u64..40, 0..4u8)
         .prop_map(|(row, noise, sparse, lba, blocks, noisy)| {
-            let op = &TABLE[row];
+            let op = table()[row];
             let mut c = cdb(op.opcode, 0, lba, blocks);
             c.resize(op.usage.len(), 0);
             if op.opcode == 0x89 {
@@ -30,7 +29,7 @@ fn any_cdb() -> impl Strategy<Value = Vec<u8>> {
                 }
             }
             if let Some(action) = op.service_action {
-                c[1] = c[1] & 0xe0 | action;
+                c[1] = c[1] & 0xe0 | action as u8;
             }
             c
         });

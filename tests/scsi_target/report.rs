@@ -1,7 +1,7 @@
 //! INQUIRY, READ CAPACITY, the REPORT family, LOG SENSE, READ DEFECT DATA; the table against what really answers.
 
 use tcmu_dif::{
-    scsi::opcodes::{self, TABLE},
+    scsi::opcodes::{self, Abilities},
     sys::mem::Buffer,
     units::BlockSize,
 };
@@ -78,9 +78,10 @@ fn every_command_that_is_reported_is_answered_and_no_other_is() {
     let room = Buffer::zeroed(4096).sg();
     for opcode in 0..=255u8 {
         for action in 0..32u8 {
-            let listed =
-                TABLE.iter().any(|o| o.opcode == opcode && o.service_action.is_none_or(|a| a == action));
-            let has_actions = TABLE.iter().any(|o| o.opcode == opcode && o.service_action.is_some());
+            let listed = table()
+                .iter()
+                .any(|o| o.opcode == opcode && o.service_action.is_none_or(|a| a == u16::from(action)));
+            let has_actions = table().iter().any(|o| o.opcode == opcode && o.service_action.is_some());
             let mut c = [0u8; 16];
             (c[0], c[1]) = (opcode, action);
             let a = b.execute(&c, &room);
@@ -103,7 +104,7 @@ fn a_cdb_that_is_shorter_than_its_command_is_refused() {
     let b = Bench::new(BlockSize::B512);
     let room = Buffer::zeroed(4096).sg();
     assert_eq!(b.none(&[]).sense, UNKNOWN);
-    for op in TABLE {
+    for op in table() {
         for n in 1..op.usage.len() {
             assert_eq!(b.execute(&op.usage[..n], &room).sense, INVALID_FIELD, "{op:?} {n}");
         }
@@ -114,9 +115,9 @@ fn a_cdb_that_is_shorter_than_its_command_is_refused() {
 #[test]
 fn naca_is_refused_by_every_command() {
     let b = Bench::new(BlockSize::B512);
-    for op in TABLE {
+    for op in table() {
         let mut c = vec![0; op.usage.len()];
-        (c[0], c[1]) = (op.opcode, op.service_action.unwrap_or(0));
+        (c[0], c[1]) = (op.opcode, op.service_action.unwrap_or(0) as u8);
         c[op.usage.len() - 1] = 0x04;
         assert_eq!(b.none(&c).sense, INVALID_FIELD, "{op:?}");
     }
@@ -127,7 +128,7 @@ fn naca_is_refused_by_every_command() {
 fn the_listing_of_supported_commands_leads_to_each_of_them() {
     let b = Bench::new(BlockSize::B512);
     let all = b.get(&rsoc(0, 0, 0), 65535).data;
-    assert_eq!(all.len(), 4 + 8 * TABLE.len());
+    assert_eq!(all.len(), 4 + 8 * table().len());
     for d in all[4..].chunks(8) {
         let (opcode, action) = (d[0], u16::from_be_bytes([d[2], d[3]]));
         let (fits, other) = if d[5] & 1 == 1 { (2, 1) } else { (1, 2) };
@@ -141,7 +142,7 @@ fn the_listing_of_supported_commands_leads_to_each_of_them() {
             assert_eq!(u16::from(usage[1] & 0x1f), action);
         }
         usage[0] = opcode;
-        assert!(opcodes::find(&usage, true).is_ok());
+        assert!(opcodes::find(&usage, Abilities { thin: true, ..Abilities::default() }).is_ok());
     }
     assert_eq!(b.get(&rsoc(4, 0, 0), 65535).sense, INVALID_FIELD);
     assert_eq!(b.get(&rsoc(0, 0, 0), 3).data.len(), 3);

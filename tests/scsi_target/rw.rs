@@ -1,7 +1,7 @@
 //! READ, WRITE, PRE-FETCH, SYNCHRONIZE CACHE, and what becomes of the volume's errors.
 
 use tcmu_dif::{
-    scsi::opcodes::{Kind, TABLE},
+    scsi::opcodes::Kind,
     sys::mem::{Buffer, Sg},
     units::{BlockSize, Lba},
     volume::{IoErrorKind, IoOp, PiMismatch, PiTag},
@@ -93,7 +93,7 @@ fn a_length_of_zero_transfers_nothing_and_in_six_bytes_means_256() {
 fn a_request_for_protection_information_is_refused_by_every_block_command() {
     let b = Bench::new(BlockSize::B512);
     let room = Buffer::zeroed(4096).sg();
-    let protected = TABLE.iter().filter(|o| {
+    let protected = table().into_iter().filter(|o| {
         o.opcode > 0x20
             && matches!(
                 o.kind,

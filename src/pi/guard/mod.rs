@@ -1,20 +1,50 @@
-//! The guard: CRC-16/T10-DIF (polynomial 8BB7h, initial value 0, not reflected, no final XOR; SBC-4 4.21.4.2).
+//! The guard: CRC-16/T10-DIF (polynomial 8BB7h, initial value 0, not reflected, no final XOR; SBC-4 4.21.4.2), and what is
+//! done with guards at the speed of memory: making tuples, comparing them with stored ones, and both while blocks are copied.
 //!
 //! There are several kernels, and all give the same numbers. [`Guard::best`] picks the fastest that this machine runs;
-//! tests and benches name one. A kernel has two doors: whole blocks that lie in one piece of memory, where a wide one can
-//! work on several at a time, and a running CRC for blocks that are cut by the border of a segment.
+//! tests and benches name one. Called by [`super::check`]; `docs/guard.md` has the mathematics and the figures.
 
+#![allow(unsafe_code)]
+
+mod blocks;
+#[cfg(target_arch = "x86_64")]
+mod clmul;
+mod engine;
+#[cfg_attr(not(any(test, target_arch = "x86_64")), allow(dead_code))]
+mod gfni;
+#[doc(hidden)]
+pub mod isal;
+#[cfg_attr(not(any(test, target_arch = "x86_64")), allow(dead_code))]
+mod lanes;
 mod slice;
+mod tags;
+#[cfg(test)]
+mod tests;
+#[cfg_attr(not(any(test, target_arch = "x86_64")), allow(dead_code))]
+mod weights;
 
-use crc_fast::{CrcAlgorithm, Digest};
+use crc_fast::CrcAlgorithm;
+
+use super::tuple::TUPLE_LEN;
+use engine::{Each, Generate, Job, OneByOne, Verify, drive};
+
+pub use blocks::Blocks;
+pub use tags::{Mask, Tags};
 
 /// A way to compute guards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
+    /// GFNI's bit matrices on 512-bit registers, eight blocks at once: Ice Lake, Zen 4 and later.
+    Gfni,
+    /// Carry-less multiplication on 256-bit registers: processors with VPCLMULQDQ and AVX2, such as Zen 3 and Alder Lake.
+    Clmul,
     /// The crate `crc-fast`: carry-less multiplication where the processor has it.
     Fast,
     /// Sixteen tables, sixteen bytes at a time: any processor.
     Slice16,
+    /// [`Kernel::Gfni`]'s sequence of operations in plain Rust.
+    #[cfg(test)]
+    GfniInPlainRust,
 }
 
 /// A kernel that this machine runs.
@@ -23,21 +53,33 @@ pub struct Guard(Kernel);
 
 impl Kernel {
     /// Every kernel there is, the fastest first.
-    pub const ALL: [Kernel; 2] = [Kernel::Fast, Kernel::Slice16];
+    pub const ALL: [Kernel; 4] = [Kernel::Gfni, Kernel::Clmul, Kernel::Fast, Kernel::Slice16];
 
     /// Its name, as `TCMU_DIF_GUARD` takes it.
     pub fn name(self) -> &'static str {
         match self {
+            Kernel::Gfni => "gfni",
+            Kernel::Clmul => "vpclmulqdq",
             Kernel::Fast => "crc-fast",
             Kernel::Slice16 => "slice16",
+            #[cfg(test)]
+            Kernel::GfniInPlainRust => "gfni in plain Rust",
         }
     }
 
-    fn available(self) -> bool {
+    /// Whether this machine runs it.
+    pub fn available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Gfni => gfni::Gfni::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Clmul => clmul::Clmul::new().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            Kernel::Gfni | Kernel::Clmul => false,
             // Without carry-less multiplication the crate falls back to a table of its own.
-            Kernel::Fast => true,
-            Kernel::Slice16 => true,
+            Kernel::Fast | Kernel::Slice16 => true,
+            #[cfg(test)]
+            Kernel::GfniInPlainRust => true,
         }
     }
 }
@@ -45,10 +87,15 @@ impl Kernel {
 impl Guard {
     /// The kernel that the environment variable `TCMU_DIF_GUARD` names, if it can be run, or the fastest.
     pub fn best() -> Guard {
-        let named = std::env::var("TCMU_DIF_GUARD").ok();
-        Guard::all().find(|g| Some(g.kernel().name()) == named.as_deref()).unwrap_or_else(|| {
-            let [first, ..] = Kernel::ALL;
-            Guard::all().next().unwrap_or(Guard(first))
+        let fastest = Guard::all().next().unwrap_or(Guard(Kernel::Slice16));
+        let Some(named) = std::env::var_os("TCMU_DIF_GUARD") else { return fastest };
+        Guard::all().find(|g| named == g.kernel().name()).unwrap_or_else(|| {
+            tracing::warn!(
+                TCMU_DIF_GUARD = %named.display(),
+                instead = fastest.kernel().name(),
+                "this machine runs no guard kernel of that name"
+            );
+            fastest
         })
     }
 
@@ -62,105 +109,91 @@ impl Guard {
         self.0
     }
 
-    /// The CRC of what gave `crc` so far (0 at the start) followed by `bytes`.
-    pub fn update(self, crc: u16, bytes: &[u8]) -> u16 {
-        match self.0 {
-            Kernel::Fast => {
-                let mut digest = Digest::new_with_init_state(CrcAlgorithm::Crc16T10Dif, u64::from(crc));
-                digest.update(bytes);
-                digest.finalize() as u16
-            }
-            Kernel::Slice16 => slice::update(crc, bytes),
-        }
+    /// Calls `each` with the index and the guard of every block, in order.
+    pub fn guards(self, data: Blocks<'_>, each: impl FnMut(usize, u16)) {
+        self.run(data, None, Each(each));
     }
 
-    /// The guards of whole blocks that stand one after the other; calls `each` with the index and the guard, in order.
-    pub fn blocks(self, data: &[u8], block_size: usize, mut each: impl FnMut(usize, u16)) {
-        for (i, block) in data.chunks_exact(block_size).enumerate() {
-            each(i, self.update(0, block));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ORACLE: crc::Crc<u16> = crc::Crc::<u16>::new(&crc::CRC_16_T10_DIF);
-
-    fn noise(len: usize, mut seed: u64) -> Vec<u8> {
-        (0..len)
-            .map(|_| {
-                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (seed >> 56) as u8
-            })
-            .collect()
+    /// Makes the tuples of the blocks, eight bytes each, big-endian ([`super::tuple`]).
+    ///
+    /// # Panics
+    /// If `out` does not have eight bytes a block.
+    pub fn generate(self, data: Blocks<'_>, tags: Tags, out: &mut [u8]) {
+        assert_eq!(out.len(), data.count() * TUPLE_LEN, "as many tuples as there are blocks");
+        self.run(data, None, Generate { tags, out });
     }
 
-    #[test]
-    fn every_kernel_gives_the_catalogue_check_value() {
-        for g in Guard::all() {
-            assert_eq!(g.update(0, b"123456789"), 0xd0db, "{:?}", g.kernel());
-        }
+    /// Compares the blocks with stored tuples, under a mask of the bits that count. Calls `suspect` with the index and the guard
+    /// of each block that differs, or whose application tag is FFFFh so that it may be the escape; in order. All the
+    /// others match.
+    ///
+    /// # Panics
+    /// If `stored` does not have eight bytes a block.
+    pub fn verify(
+        self,
+        data: Blocks<'_>,
+        tags: Tags,
+        mask: Mask,
+        stored: &[u8],
+        suspect: impl FnMut(usize, u16),
+    ) {
+        assert_eq!(stored.len(), data.count() * TUPLE_LEN, "as many tuples as there are blocks");
+        self.run(data, None, Verify { tags, mask, stored, suspect });
     }
 
-    #[test]
-    fn every_kernel_equals_the_oracle_at_every_length_and_odd_alignment() {
-        let data = noise(5000, 1);
-        for g in Guard::all() {
-            for len in (0..300).chain([511, 512, 513, 1024, 4095, 4096, 4097]) {
-                for start in [0, 1, 3, 7, 8, 15, 31, 63] {
-                    let part = &data[start..start + len];
-                    assert_eq!(g.update(0, part), ORACLE.checksum(part), "{:?} {start}+{len}", g.kernel());
-                }
-            }
-        }
+    /// Copies the blocks and makes their tuples meanwhile: as [`Guard::generate`].
+    ///
+    /// # Panics
+    /// If `to` does not have as many blocks of the same size, or `out` not eight bytes for each.
+    pub fn copy_and_generate(self, from: Blocks<'_>, to: Blocks<'_>, tags: Tags, out: &mut [u8]) {
+        assert_eq!(out.len(), from.count() * TUPLE_LEN, "as many tuples as there are blocks");
+        self.run(from, Some(to), Generate { tags, out });
     }
 
-    #[test]
-    fn every_kernel_sees_every_single_bit_of_a_block() {
-        for g in Guard::all() {
-            for size in [512usize, 4096] {
-                let mut block = vec![0; size];
-                for bit in 0..size * 8 {
-                    block[bit / 8] = 0x80 >> (bit % 8);
-                    let crc = g.update(0, &block);
-                    assert_ne!(crc, 0, "{:?} bit {bit} of {size}", g.kernel());
-                    if bit % 61 == 0 {
-                        assert_eq!(crc, ORACLE.checksum(&block), "{:?} bit {bit} of {size}", g.kernel());
+    /// Copies the blocks and compares them with stored tuples meanwhile: as [`Guard::verify`].
+    ///
+    /// # Panics
+    /// If `to` does not have as many blocks of the same size, or `stored` not eight bytes for each.
+    pub fn copy_and_verify(
+        self,
+        from: Blocks<'_>,
+        to: Blocks<'_>,
+        tags: Tags,
+        mask: Mask,
+        stored: &[u8],
+        suspect: impl FnMut(usize, u16),
+    ) {
+        assert_eq!(stored.len(), from.count() * TUPLE_LEN, "as many tuples as there are blocks");
+        self.run(from, Some(to), Verify { tags, mask, stored, suspect });
+    }
+
+    fn run<J: Job>(self, from: Blocks<'_>, to: Option<Blocks<'_>>, job: J) {
+        let fits = to.is_none_or(|to| to.count() == from.count() && to.bytes() == from.bytes());
+        assert!(fits, "as many blocks to copy to as there are to copy");
+        let fast = |block: &[u8]| crc_fast::checksum(CrcAlgorithm::Crc16T10Dif, block) as u16;
+        // SAFETY: a wide kernel is made only where the processor has its features, and the others need none. That `to` has as
+        // many blocks has been seen to; should it be the same memory, then the copy makes no sense but is sound, because
+        // all access is by pointer and allows for it.
+        unsafe {
+            match self.0 {
+                #[cfg(target_arch = "x86_64")]
+                Kernel::Gfni => {
+                    if let Some(kernel) = gfni::Gfni::new() {
+                        return kernel.run(from, to, job);
                     }
-                    block[bit / 8] = 0;
                 }
+                #[cfg(target_arch = "x86_64")]
+                Kernel::Clmul => {
+                    if let Some(kernel) = clmul::Clmul::new() {
+                        return kernel.run(from, to, job);
+                    }
+                }
+                #[cfg(test)]
+                Kernel::GfniInPlainRust => return drive(gfni::Gfni::PLAIN, from, to, job),
+                Kernel::Fast => return drive(OneByOne(fast), from, to, job),
+                _ => (),
             }
-        }
-    }
-
-    #[test]
-    fn a_running_crc_may_be_cut_anywhere() {
-        let data = noise(4096, 2);
-        let whole = ORACLE.checksum(&data);
-        for g in Guard::all() {
-            for cut in (0..=4096).step_by(13) {
-                assert_eq!(
-                    g.update(g.update(0, &data[..cut]), &data[cut..]),
-                    whole,
-                    "{:?} {cut}",
-                    g.kernel()
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn blocks_gives_one_guard_a_block_in_order() {
-        let data = noise(8 * 4096 + 100, 3);
-        for g in Guard::all() {
-            for size in [512usize, 4096] {
-                let mut got = Vec::new();
-                g.blocks(&data, size, |i, crc| got.push((i, crc)));
-                let want: Vec<_> = data.chunks_exact(size).map(|b| ORACLE.checksum(b)).enumerate().collect();
-                assert_eq!(got, want);
-            }
+            drive(OneByOne(|block| slice::update(0, block)), from, to, job);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The guard by tables: sixteen bytes a step, each looked up in the table of its distance from the end of the step.
 //! The last resort, and a second opinion on every other kernel. Called by [`super::Guard`].
 
-const POLY: u16 = 0x8bb7;
+use super::weights::POLY;
 
 /// `TABLES[k][b]`: the CRC of byte `b` followed by `k` zero bytes.
 static TABLES: [[u16; 256]; 16] = tables();
@@ -45,4 +45,20 @@ pub(super) fn update(mut crc: u16, bytes: &[u8]) -> u16 {
         crc = (crc << 8) ^ TABLES[0][usize::from((crc >> 8) as u8 ^ byte)];
     }
     crc
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_catalogue_check_value_and_every_length() {
+        assert_eq!(update(0, b"123456789"), 0xd0db);
+        let oracle = crc::Crc::<u16>::new(&crc::CRC_16_T10_DIF);
+        let data: Vec<u8> = (0..400u32).map(|i| (i.wrapping_mul(2654435761) >> 13) as u8).collect();
+        for len in 0..data.len() {
+            assert_eq!(update(0, &data[..len]), oracle.checksum(&data[..len]), "{len}");
+            assert_eq!(update(update(0, &data[..len]), &data[len..]), oracle.checksum(&data), "{len}");
+        }
+    }
 }

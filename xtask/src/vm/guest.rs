@@ -36,9 +36,17 @@ pub fn patience() -> u32 {
         .and_then(|text| text.parse().ok())
         .filter(|factor| (1..=20).contains(factor))
         .unwrap_or(1)
+        * MORE_PATIENCE.load(Ordering::Relaxed)
 }
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
+/// What patience is multiplied with for the test that runs now.
+static MORE_PATIENCE: AtomicU32 = AtomicU32::new(1);
+
+/// Makes every limit from now on `factor` times as long as it usually is.
+pub fn set_more_patience(factor: u32) {
+    MORE_PATIENCE.store(factor, Ordering::Relaxed);
+}
 
 /// What every boot of this run has in common.
 pub struct Lab {
@@ -83,6 +91,15 @@ impl Output {
     pub fn ok(&self) -> bool {
         self.status == Some(0) && !self.timed_out
     }
+}
+
+/// What an error says whose cause is a time limit: the machine may just have been too busy, so the suite tries such a test
+/// once more, with longer limits.
+pub const TIME_IS_OVER: &str = "time-is-over";
+
+/// Whether an error comes of a time limit, and of nothing that was seen to be wrong.
+pub fn is_time_over(error: &anyhow::Error) -> bool {
+    format!("{error:#}").contains(TIME_IS_OVER)
 }
 
 /// A point in the kernel's log.
@@ -231,7 +248,7 @@ impl Guest {
         let output = self.run(script, true, limit)?;
         if !output.ok() {
             let how = match (output.timed_out, output.status) {
-                (true, _) => format!("was killed after {} s", limit.as_secs()),
+                (true, _) => format!("was killed after {} s ({TIME_IS_OVER})", limit.as_secs()),
                 (false, Some(status)) => format!("exited with {status}"),
                 (false, None) => "was ended by a signal".to_owned(),
             };
@@ -261,7 +278,7 @@ impl Guest {
     pub fn run(&mut self, script: &str, strict: bool, limit: Duration) -> Result<Output> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("the test's time is over");
+            bail!("the test has had all its time ({TIME_IS_OVER})");
         }
         let limit = (limit * patience()).min(left);
         self.requests += 1;
@@ -301,7 +318,7 @@ impl Guest {
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("the VM gave no answer for {} s", limit.as_secs());
+                bail!("the VM gave no answer for {} s ({TIME_IS_OVER})", limit.as_secs());
             }
             self.channel.set_read_timeout(Some(left))?;
             let frame = Frame::read_from(&mut self.channel)

@@ -1,6 +1,6 @@
 //! What others' tools say of the SCSI target: libiscsi's suite, and the reports of sg3-utils as snapshots.
 
-use super::super::guest::Guest;
+use super::super::guest::{Guest, TIME_IS_OVER, patience};
 use super::lun::{assert_image_clean, create_on_loopback, daemon_pid, delete, start_daemon};
 use super::{Run, Test, compare_snapshot, iscsi};
 use anyhow::{Context, Result, ensure};
@@ -92,9 +92,12 @@ const CRASHES: &str = "Sanitize.OverwriteReserved";
 /// Runs one family or test of the suite and reads its log, which is kept.
 fn suite(guest: &mut Guest, sg: &str, test: &str, more: &str) -> Result<BTreeMap<String, iscsi::Ended>> {
     let name = format!("iscsi-test-cu.{test}.log");
-    // Straight to the share, so that the log is there when the suite hangs.
-    let command =
-        format!("iscsi-test-cu --dataloss {more} -V --test={test} {sg} > /host/{name} 2>&1 || true");
+    // Its own time limit, so that the log is there when the suite hangs.
+    let seconds = 380 * patience();
+    let command = format!(
+        "status=0; timeout -k 5 {seconds} iscsi-test-cu --dataloss {more} -V --test={test} {sg} > /tmp/{name} 2>&1 || status=$?
+         cp /tmp/{name} /host/; [ $status != 124 ] || {{ echo {TIME_IS_OVER} >&2; exit 1; }}"
+    );
     let ran = guest.sh_within(Duration::from_secs(400), &command);
     let log = guest.logs().join(&name);
     fs::copy(guest.share().join(&name), &log)?;

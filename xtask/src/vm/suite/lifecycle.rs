@@ -169,7 +169,7 @@ fn same_name(run: &mut Run<'_>) -> Result<()> {
         ensure!(names(guest)? == ["twin"], "{created}");
         // All who were told "up" were told of the same LUN.
         let told = guest.sh(
-            "cd /scratch/twin && for n in $(seq 12); do [ $(cat $n.status) = 0 ] && grep -h '\"image\"' $n.json; done | sort -u | wc -l",
+            "cd /scratch/twin && for n in $(seq 12); do [ $(cat $n.status) != 0 ] || grep -h '\"image\"' $n.json; done | sort -u | wc -l",
         )?;
         ensure!(told == "1", "two images are up as one LUN:\n{created}");
         let disk = show(guest, "twin")?["exports"][0]["device"].as_str().unwrap_or_default().to_owned();
