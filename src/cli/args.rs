@@ -116,6 +116,9 @@ pub struct Create {
     /// Protection information for every block: off, type1, type2 or type3
     #[arg(long, value_name = "TYPE", default_value = "off", value_parser = pi)]
     pub pi: PiSetting,
+    /// How it stays true across a crash: bitmap (what was being written is read again and trusted) or journal (nothing is, and a torn block is an error; slower); as the sidecar has it, if there is one
+    #[arg(long, value_name = "MODE", value_parser = pi_mode)]
+    pub pi_mode: Option<PiMode>,
     /// Who reads and writes it: target (guests see a plain disk) or initiator (guests send and get their own)
     #[arg(long, value_name = "WHO", default_value = "target")]
     pub exposure: Exposure,

@@ -48,7 +48,7 @@ impl Stack {
             image: config.image.clone(),
             sidecar: sidecar_path(&config.image, config.sidecar.as_deref()),
             kind,
-            mode: None,
+            mode: config.pi_mode,
             exposure: config.exposure,
             block_size: params.block_size,
             read_only: config.read_only,

@@ -106,21 +106,6 @@ impl Counters {
     }
 }
 
-impl Counters {
-    /// Both together.
-    pub fn plus(self, other: Counters) -> Counters {
-        Counters {
-            verified: self.verified + other.verified,
-            generated: self.generated + other.generated,
-            guard_errors: self.guard_errors + other.guard_errors,
-            app_errors: self.app_errors + other.app_errors,
-            ref_errors: self.ref_errors + other.ref_errors,
-            unprotected: self.unprotected + other.unprotected,
-            recomputed: self.recomputed + other.recomputed,
-        }
-    }
-}
-
 /// A volume under protection. `S` is the sidecar's storage.
 pub struct Protected<V, S = FileStorage> {
     volume: V,
