@@ -4,6 +4,7 @@
 //! keeps it true.
 
 pub mod cli;
+pub mod conformance;
 pub mod daemon;
 pub mod demo;
 pub mod image;

@@ -61,6 +61,8 @@ pub enum Command {
     Pi(Pi),
     /// Say what this host can do, and how to get what is missing
     CheckHost(CheckHost),
+    /// Judge a SCSI disk with protection information by SBC-4, clause by clause; overwrites it
+    Conformance(Conformance),
     /// Show everything on an embedded fake kernel: no root, no kernel module
     Demo,
     /// Read and write through a vhost target, as a guest would, and compare
@@ -308,6 +310,28 @@ pub struct CheckHost {
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub images: PathBuf,
     /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `conformance`.
+#[derive(Debug, Args)]
+pub struct Conformance {
+    /// The disk: /dev/sgN, or vhost:WWN for a vhost-scsi target
+    #[arg(value_name = "DISK")]
+    pub device: String,
+    /// Agree that what the disk holds is overwritten
+    #[arg(long)]
+    pub destroy_data: bool,
+    /// Send the same random commands to this disk too, and compare (both are overwritten)
+    #[arg(long, value_name = "DISK")]
+    pub against: Option<String>,
+    /// How many random commands
+    #[arg(long, default_value_t = 20_000, requires = "against")]
+    pub commands: u32,
+    /// What the random numbers begin with
+    #[arg(long, default_value_t = 1, requires = "against")]
+    pub seed: u64,
     #[command(flatten)]
     pub json: Json,
 }

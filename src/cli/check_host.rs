@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     image::lock::{ImageLock, LockMode},
-    kernel::{fabric::Fabric, modules},
+    kernel::{dif::Dif, fabric::Fabric, modules},
     sys::io::{Backend, Io},
 };
 
@@ -69,6 +69,7 @@ struct Report {
 
 /// Looks, and prints what it saw. Exit status 1 if LUNs cannot be served here.
 pub fn run(cli: &Cli, args: &CheckHost) -> Done {
+    let dif = Dif::of_this_kernel(Path::new("/sys"));
     let checks = vec![
         root(),
         kernel(),
@@ -76,12 +77,12 @@ pub fn run(cli: &Cli, args: &CheckHost) -> Done {
         module("target_core_user", "serves LUNs in user space; PI at rest works behind every fabric", true),
         module(
             Fabric::Loopback.module(),
-            "--export loopback: a disk on this host; a DIX transfer would lose its PI",
+            &format!("--export loopback: a disk on this host; {}", dif.of_fabric(Fabric::Loopback)),
             false,
         ),
         module(
             Fabric::Vhost.module(),
-            "--export vhost: a disk for a guest; PI sent by the guest would be lost",
+            &format!("--export vhost: a disk for a guest; {}", dif.of_fabric(Fabric::Vhost)),
             false,
         ),
         io_uring(),

@@ -23,9 +23,10 @@ use crate::{
     image::Format,
     kernel::{
         backstore::{self, Backstore, Spec},
+        dif::{self, Dif},
         fabric::{self, Export, Fabric},
         modules,
-        names::Wwn,
+        names::{Name, Wwn},
         undo::Undo,
     },
     lun::config::{ConfigError, DeviceConfig, SUBTYPE, pi_word},
@@ -70,6 +71,11 @@ pub fn run(cli: &Cli, args: &Create) -> Done {
     };
     modules::mount_configfs(&cli.configfs).map_err(unready)?;
     modules::load("target_core_user").map_err(unready)?;
+    if config.exposure == Exposure::Initiator {
+        let interleaved = config.transfer == Transfer::Interleaved;
+        dif::may_expose(Dif::of_this_kernel(Path::new("/sys")), interleaved)
+            .map_err(|e| CliError::from("--exposure", config.exposure, &e).then(e.next_step()))?;
+    }
     for export in &args.export {
         modules::load(export.fabric.module()).map_err(unready)?;
     }
@@ -369,10 +375,18 @@ fn wait_until_up(places: &Places, args: &Create, there: &Backstore) -> Result<Lu
             }
             None => {}
         }
+        if !places.tree.has_now(&there.path) {
+            return Err(deleted_meanwhile(name));
+        }
         places.daemon()?;
         std::thread::sleep(pause);
         pause = (pause * 3 / 2).min(Duration::from_millis(300));
     }
+}
+
+fn deleted_meanwhile(name: &Name) -> CliError {
+    CliError::new("create", name, "somebody else has deleted it at the same time")
+        .then(format!("see what there is: tcmu-dif show {name}"))
 }
 
 fn wait_for_disk(places: &Places, args: &Create, export: &Export) -> Result<ExportView, CliError> {
@@ -381,7 +395,11 @@ fn wait_for_disk(places: &Places, args: &Create, export: &Export) -> Result<Expo
     let sysfs = Path::new(SYSFS);
     // Without sg there is a disk all the same.
     let want_sg = modules::load("sg").is_ok();
-    let disk = fabric::wait_for_disk(sysfs, &address, want_sg, DISK_PATIENCE).ok_or_else(|| {
+    let still_there = || places.tree.has_now(&export.lun_path());
+    let disk = fabric::wait_for_disk(sysfs, &address, want_sg, DISK_PATIENCE, still_there).ok_or_else(|| {
+        if !still_there() {
+            return deleted_meanwhile(&args.name);
+        }
         CliError::new("create", &args.name, format!("no disk has come up at SCSI address {address}")).then(
             "see whether the disk driver is there: modprobe sd_mod; and look at the kernel's messages: dmesg",
         )
@@ -393,6 +411,9 @@ fn wait_for_disk(places: &Places, args: &Create, export: &Export) -> Result<Expo
     // devtmpfs makes the node a moment after sysfs shows the disk.
     let end = Instant::now() + DISK_PATIENCE;
     while view.device.as_ref().is_some_and(|d| !PathBuf::from(d).exists()) && Instant::now() < end {
+        if !still_there() {
+            return Err(deleted_meanwhile(&args.name));
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(view)

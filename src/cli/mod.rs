@@ -5,6 +5,7 @@
 
 mod args;
 mod check_host;
+mod conformance;
 mod create;
 mod delete;
 mod error;
@@ -86,6 +87,7 @@ fn run(cli: &Cli) -> Done {
         Command::Pi(args) => pi::run(args),
         Command::CheckHost(args) => check_host::run(cli, args),
         Command::Demo => demo(),
+        Command::Conformance(args) => conformance::run(args),
         Command::PeerVhost(args) => peer_vhost(args),
     }
 }

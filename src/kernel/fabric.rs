@@ -252,16 +252,23 @@ pub fn disk(sysfs: &Path, address: &str) -> Disk {
     Disk { address: address.to_owned(), block: first("block"), sg: first("scsi_generic") }
 }
 
-/// Waits until the disk has come up: the disk driver looks at it after the link is made. `want_sg` if sg is loaded.
+/// Waits until the disk has come up: the disk driver looks at it after the link is made. `want_sg` if sg is loaded; no
+/// longer than `still_there` says that it may come.
 /// `None` if the disk isn't there in time.
-pub fn wait_for_disk(sysfs: &Path, address: &str, want_sg: bool, patience: Duration) -> Option<Disk> {
+pub fn wait_for_disk(
+    sysfs: &Path,
+    address: &str,
+    want_sg: bool,
+    patience: Duration,
+    still_there: impl Fn() -> bool,
+) -> Option<Disk> {
     let end = Instant::now() + patience;
     loop {
         let found = disk(sysfs, address);
         if found.block.is_some() && (found.sg.is_some() || !want_sg) {
             return Some(found);
         }
-        if Instant::now() >= end {
+        if Instant::now() >= end || !still_there() {
             return found.block.is_some().then_some(found);
         }
         std::thread::sleep(Duration::from_millis(20));

@@ -4,6 +4,7 @@
 //! take down what the kernel exports ([`backstore`], [`fabric`], over [`tree`]), and ask who uses it ([`usage`]).
 
 pub mod backstore;
+pub mod dif;
 pub mod fabric;
 pub mod modules;
 pub mod names;

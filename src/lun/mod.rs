@@ -95,7 +95,8 @@ pub enum LunError {
     },
     /// Initiators were promised protection information, and the kernel would lose it.
     #[error(
-        "this kernel's target_core_user does not pass protection information on, so initiators cannot see that of this LUN"
+        "this kernel's target_core_user drops protection information, whatever the fabric (loopback and vhost-scsi alike), so \
+         initiators cannot send or get any"
     )]
     PiNotCarried,
     /// A capacity that the LUN cannot have.

@@ -43,9 +43,7 @@ use crate::{
     sync::{AsyncMutex, RangeLock},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Blocks, ByteOffset, Lba},
-    volume::{
-        Extent, IoError, IoErrorKind, IoOp, Limits, PiMismatch, PiTag, Result, TupleCheck, Volume, WriteFlags,
-    },
+    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, TupleCheck, Volume, WriteFlags},
 };
 
 /// How an image is protected.
@@ -313,30 +311,6 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         self.end(turn, done).await
     }
 
-    /// Counts a mismatch, and says it as an error.
-    fn mismatch(&self, at: ByteOffset, m: PiMismatch) -> IoError {
-        self.count(|c| match m.tag {
-            PiTag::Guard => c.guard_errors += 1,
-            PiTag::Application => c.app_errors += 1,
-            PiTag::Reference => c.ref_errors += 1,
-        });
-        let place = m.lba.to_bytes(self.checker().block_size).unwrap_or(at);
-        IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place)
-    }
-
-    /// On a volume that may not be written nobody could settle what a crash has cut off: there a block of a marked region
-    /// that does not match its tuple has none.
-    fn forgive(&self, first: Lba, data: &Sg, tuples: &mut [u8]) {
-        let stored = tuples.to_vec();
-        self.checker().check(data, first, &stored, |i, _, found| {
-            if let Err(m) = found
-                && self.sidecar.is_marked(m.lba)
-            {
-                tuples[i * TUPLE_LEN..][..TUPLE_LEN].fill(0xff);
-            }
-        });
-    }
-
     async fn zero(&self, at: ByteOffset, len: u64, keep_space: Option<bool>) -> Result<()> {
         let op = IoOp::Discard;
         let (lba, blocks) = self.blocks(op, at, len)?;
@@ -542,11 +516,14 @@ pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
 }
 
 mod crash;
+mod wrong;
 
 #[cfg(test)]
 mod costs;
 #[cfg(test)]
 mod cuts;
+#[cfg(test)]
+mod initiator_tests;
 #[cfg(test)]
 mod model;
 #[cfg(test)]

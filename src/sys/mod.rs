@@ -7,6 +7,7 @@ pub mod exec;
 pub mod io;
 pub mod mem;
 pub mod ofd;
+pub mod sg;
 pub mod signals;
 pub mod socket;
 pub mod vhost;

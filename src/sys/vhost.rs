@@ -19,6 +19,9 @@ pub const GUEST_BASE: u64 = 0x1000_0000;
 /// VIRTIO_F_VERSION_1 (virtio 1.2, 6): little-endian rings, no legacy layout.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 
+/// VIRTIO_SCSI_F_T10_PI (virtio 1.2, 5.6.3): requests say how many bytes of protection information go before the data.
+pub const VIRTIO_SCSI_F_T10_PI: u64 = 1 << 3;
+
 const VHOST_SCSI_ABI_VERSION: i32 = 1;
 
 #[repr(C)]

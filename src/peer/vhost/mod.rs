@@ -27,7 +27,7 @@ pub use selftest::{Options, Report, selftest};
 
 use crate::sys::{
     mem::Mapping,
-    vhost::{GUEST_BASE, VIRTIO_F_VERSION_1, VhostScsi},
+    vhost::{GUEST_BASE, VIRTIO_F_VERSION_1, VIRTIO_SCSI_F_T10_PI, VhostScsi},
 };
 
 /// Commands that may be in flight at a time.
@@ -42,6 +42,23 @@ pub enum Transfer<'a> {
     Out(&'a [u8]),
     /// Room for that many bytes from the device.
     In(usize),
+    /// Bytes to the device, and their protection information (VIRTIO_SCSI_F_T10_PI).
+    OutPi(&'a [u8], &'a [u8]),
+    /// Room for bytes from the device, and for that many bytes of their protection information.
+    InPi(usize, usize),
+}
+
+impl<'a> Transfer<'a> {
+    /// Bytes out, room in, protection information out, room for protection information.
+    fn parts(self) -> (&'a [u8], usize, &'a [u8], usize) {
+        match self {
+            Transfer::None => (&[], 0, &[], 0),
+            Transfer::Out(bytes) => (bytes, 0, &[], 0),
+            Transfer::In(room) => (&[], room, &[], 0),
+            Transfer::OutPi(bytes, pi) => (bytes, 0, pi, 0),
+            Transfer::InPi(room, pi) => (&[], room, &[], pi),
+        }
+    }
 }
 
 /// A command that has ended.
@@ -59,6 +76,8 @@ pub struct Completion {
     pub residual: u32,
     /// The data that came in.
     pub data: Vec<u8>,
+    /// Their protection information, in the room that was given for it.
+    pub pi: Vec<u8>,
 }
 
 impl Completion {
@@ -152,6 +171,18 @@ impl VhostInitiator {
     /// # Errors
     /// [`VhostError::Setup`] without the module or the right; [`VhostError::Endpoint`] without such a target.
     pub fn connect(wwpn: &str) -> Result<VhostInitiator, VhostError> {
+        VhostInitiator::connect_as(wwpn, false)
+    }
+
+    /// The same with VIRTIO_SCSI_F_T10_PI: commands may carry protection information.
+    ///
+    /// # Errors
+    /// As [`VhostInitiator::connect`]; [`VhostError::Setup`] from a kernel that doesn't offer it.
+    pub fn connect_with_pi(wwpn: &str) -> Result<VhostInitiator, VhostError> {
+        VhostInitiator::connect_as(wwpn, true)
+    }
+
+    fn connect_as(wwpn: &str, with_pi: bool) -> Result<VhostInitiator, VhostError> {
         let setup = |step| move |source| VhostError::Setup { step, source };
         let layout = Layout::new();
         let fd = memfd_create("tcmu-dif-vhost", MemfdFlags::CLOEXEC)
@@ -162,11 +193,12 @@ impl VhostInitiator {
 
         let mut device = VhostScsi::open(memory.clone()).map_err(setup("opening it"))?;
         let offered = device.features().map_err(setup("asking for its features"))?;
-        if offered & VIRTIO_F_VERSION_1 == 0 {
+        let wanted = VIRTIO_F_VERSION_1 | if with_pi { VIRTIO_SCSI_F_T10_PI } else { 0 };
+        if offered & wanted != wanted {
             let source = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-            return Err(setup("it offers no virtio 1.0")(source));
+            return Err(setup("it offers no virtio 1.0, or no protection information")(source));
         }
-        device.set_features(VIRTIO_F_VERSION_1).map_err(setup("settling its features"))?;
+        device.set_features(wanted).map_err(setup("settling its features"))?;
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = || event().map_err(|e| setup("making an eventfd")(e.into()));
         let (kick, call, err) = (event()?, event()?, event()?);
@@ -179,7 +211,7 @@ impl VhostInitiator {
                 .map_err(setup("setting up its queues"))?;
         }
         device.set_endpoint(wwpn).map_err(|source| VhostError::Endpoint { wwpn: wwpn.to_owned(), source })?;
-        let queue = Queue::new(memory, &layout, GUEST_BASE);
+        let queue = Queue::new(memory, &layout, GUEST_BASE, with_pi);
         Ok(VhostInitiator { _device: device, queue, kick, call, err, target: 1, done: VecDeque::new() })
     }
 

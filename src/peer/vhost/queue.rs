@@ -16,6 +16,8 @@ const CHAIN: usize = 16;
 pub(super) const REQUEST_QUEUE: usize = 2;
 /// Bytes of data a command may move.
 pub const MAX_DATA: usize = 256 << 10;
+/// Bytes of protection information a command may move.
+pub const MAX_PI: usize = MAX_DATA / 512 * 8;
 /// Data is cut into pieces of at most this, and a first one that is shorter: fabrics see scatter lists, not one run.
 const PIECE: usize = 32 << 10;
 
@@ -24,6 +26,10 @@ const DESC_F_WRITE: u16 = 2;
 
 /// `struct virtio_scsi_cmd_req`: LUN (8), tag (8), task attribute, priority, CRN, CDB (32).
 const REQUEST: usize = 51;
+/// `struct virtio_scsi_cmd_req_pi`, for every command once VIRTIO_SCSI_F_T10_PI is settled: before the CDB, `pi_bytesout` and
+/// `pi_bytesin` (32 bits each). Protection information stands before the data of its direction.
+const REQUEST_PI: usize = REQUEST + 8;
+const PI_BYTES_AT: usize = 19;
 const CDB_SIZE: usize = 32;
 /// `struct virtio_scsi_cmd_resp`: sense length (4), residual (4), qualifier (2), status, response, sense (96).
 const RESPONSE: usize = 108;
@@ -37,6 +43,7 @@ pub(super) struct Layout {
     pub rings: [Vring; 3],
     headers: u64,
     data: u64,
+    pi: u64,
     pub total: usize,
 }
 
@@ -51,14 +58,16 @@ impl Layout {
         let (event, at) = ring(at, 8);
         let (request, headers) = ring(at, (SLOTS * CHAIN) as u16);
         let data = headers + (SLOTS * HEADER_ROOM) as u64;
-        let total = data as usize + SLOTS * MAX_DATA;
-        Layout { rings: [control, event, request], headers, data, total }
+        let pi = data + (SLOTS * MAX_DATA) as u64;
+        let total = pi as usize + SLOTS * MAX_PI;
+        Layout { rings: [control, event, request], headers, data, pi, total }
     }
 }
 
 struct Pending {
     tag: u64,
     data_in: usize,
+    pi_in: usize,
 }
 
 /// The request queue.
@@ -67,6 +76,9 @@ pub(super) struct Queue {
     ring: Vring,
     headers: u64,
     data: u64,
+    pi: u64,
+    /// VIRTIO_SCSI_F_T10_PI is settled.
+    with_pi: bool,
     guest_base: u64,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
@@ -76,12 +88,14 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(memory: Memory, layout: &Layout, guest_base: u64) -> Queue {
+    pub(super) fn new(memory: Memory, layout: &Layout, guest_base: u64, with_pi: bool) -> Queue {
         Queue {
             memory,
             ring: layout.rings[REQUEST_QUEUE],
             headers: layout.headers,
             data: layout.data,
+            pi: layout.pi,
+            with_pi,
             guest_base,
             pending: (0..SLOTS).map(|_| None).collect(),
             free: (0..SLOTS).rev().collect(),
@@ -97,44 +111,55 @@ impl Queue {
 
     /// Makes a command's chain and puts it into the available ring.
     pub(super) fn push(&mut self, target: u8, cdb: &[u8], transfer: Transfer<'_>) -> Result<u64, VhostError> {
-        let len = match transfer {
-            Transfer::None => 0,
-            Transfer::Out(bytes) => bytes.len(),
-            Transfer::In(room) => room,
-        };
+        let (out, room, pi_out, pi_room) = transfer.parts();
+        let (len, pi_len) = (out.len().max(room), pi_out.len().max(pi_room));
         if cdb.is_empty() || cdb.len() > CDB_SIZE {
             return Err(VhostError::Command("a CDB has 1 to 32 bytes"));
         }
-        if len > MAX_DATA {
+        if len > MAX_DATA || pi_len > MAX_PI {
             return Err(VhostError::Command("more data than a slot holds"));
+        }
+        if pi_len > 0 && !self.with_pi {
+            return Err(VhostError::Command("protection information is not settled with the device"));
         }
         let slot = self.free.pop().ok_or(VhostError::Command("too many are in flight"))?;
         let tag = self.next_tag;
         self.next_tag += 1;
 
-        let mut request = [0u8; REQUEST];
+        let mut request = [0u8; REQUEST_PI];
         // 5.6.6.1: byte 0 is 1, byte 1 the target, bytes 2 and 3 the LUN in flat format.
         request[..4].copy_from_slice(&[1, target, 0x40, 0]);
         request[8..16].copy_from_slice(&tag.to_le_bytes());
-        request[19..19 + cdb.len()].copy_from_slice(cdb);
+        let (cdb_at, request_len) = if self.with_pi {
+            let [from, mid, to] = [PI_BYTES_AT, PI_BYTES_AT + 4, PI_BYTES_AT + 8];
+            request[from..mid].copy_from_slice(&(pi_out.len() as u32).to_le_bytes());
+            request[mid..to].copy_from_slice(&(pi_room as u32).to_le_bytes());
+            (to, REQUEST_PI)
+        } else {
+            (PI_BYTES_AT, REQUEST)
+        };
+        request[cdb_at..cdb_at + cdb.len()].copy_from_slice(cdb);
         let header = self.headers + (slot * HEADER_ROOM) as u64;
         let response = header + RESPONSE_AT as u64;
         let data = self.data + (slot * MAX_DATA) as u64;
-        self.put(header, &request)?;
+        let pi = self.pi + (slot * MAX_PI) as u64;
+        self.put(header, &request[..request_len])?;
         self.put(response, &[0xff; RESPONSE])?;
+        self.put(data, out)?;
+        self.put(pi, pi_out)?;
 
-        let mut chain = vec![(header, REQUEST, 0)];
-        match transfer {
-            Transfer::None => chain.push((response, RESPONSE, DESC_F_WRITE)),
-            Transfer::Out(bytes) => {
-                self.put(data, bytes)?;
-                pieces(tag, len, |at, n| chain.push((data + at as u64, n, 0)));
-                chain.push((response, RESPONSE, DESC_F_WRITE));
-            }
-            Transfer::In(_) => {
-                chain.push((response, RESPONSE, DESC_F_WRITE));
-                pieces(tag, len, |at, n| chain.push((data + at as u64, n, DESC_F_WRITE)));
-            }
+        let mut chain = vec![(header, request_len, 0)];
+        let writable = room > 0;
+        if writable || len == 0 {
+            chain.push((response, RESPONSE, DESC_F_WRITE));
+        }
+        let flags = if writable { DESC_F_WRITE } else { 0 };
+        if pi_len > 0 {
+            chain.push((pi, pi_len, flags));
+        }
+        pieces(tag, len, |at, n| chain.push((data + at as u64, n, flags)));
+        if !writable && len > 0 {
+            chain.push((response, RESPONSE, DESC_F_WRITE));
         }
         let head = slot * CHAIN;
         let last = chain.len() - 1;
@@ -150,8 +175,7 @@ impl Queue {
         let entry = u64::from(self.avail % self.ring.num);
         self.put(self.ring.avail + 4 + 2 * entry, &(head as u16).to_le_bytes())?;
         self.avail = self.avail.wrapping_add(1);
-        let data_in = if let Transfer::In(room) = transfer { room } else { 0 };
-        self.pending[slot] = Some(Pending { tag, data_in });
+        self.pending[slot] = Some(Pending { tag, data_in: room, pi_in: pi_room });
         // Flags (0) and index are one little-endian word; the device sees the entry before the index.
         self.memory.store_release(self.ring.avail, u32::from(self.avail) << 16);
         Ok(tag)
@@ -188,6 +212,8 @@ impl Queue {
         let residual = le32(&response, 4);
         let mut data = vec![0; pending.data_in.saturating_sub(residual as usize)];
         self.get(self.data + (slot * MAX_DATA) as u64, &mut data)?;
+        let mut pi = vec![0; pending.pi_in];
+        self.get(self.pi + (slot * MAX_PI) as u64, &mut pi)?;
         Ok(Completion {
             tag: pending.tag,
             response: response[11],
@@ -195,6 +221,7 @@ impl Queue {
             sense: response[12..12 + sense_len].to_vec(),
             residual,
             data,
+            pi,
         })
     }
 
@@ -284,13 +311,17 @@ mod tests {
     }
 
     fn pair() -> (Queue, Device) {
+        pair_with(false)
+    }
+
+    fn pair_with(with_pi: bool) -> (Queue, Device) {
         let layout = Layout::new();
         let file = tempfile::tempfile().unwrap();
         file.set_len(layout.total as u64).unwrap();
         let memory = Mapping::new(&file, layout.total).unwrap();
         let ring = layout.rings[REQUEST_QUEUE];
         let device = Device { memory: Rc::clone(&memory), ring, seen: 0, used: 0 };
-        (Queue::new(memory, &layout, BASE), device)
+        (Queue::new(memory, &layout, BASE, with_pi), device)
     }
 
     #[test]
@@ -319,6 +350,42 @@ mod tests {
             queue.take_used(&mut done).unwrap();
             assert_eq!((done.len(), done[0].tag, queue.in_flight()), (1, tag, 0));
         }
+    }
+
+    #[test]
+    fn protection_information_stands_before_the_data_of_its_direction() {
+        let (mut queue, mut device) = pair_with(true);
+        let (bytes, tuples) = (vec![7u8; 70_000], vec![9u8; 1096]);
+        queue.push(1, &[0x8a, 0x20], Transfer::OutPi(&bytes, &tuples)).unwrap();
+        let (head, chain) = device.next_chain().unwrap();
+        let request = device.bytes(chain[0].0, chain[0].1);
+        assert_eq!((request.len(), le32(&request, 19), le32(&request, 23)), (59, 1096, 0));
+        assert_eq!(request[27..29], [0x8a, 0x20]);
+        let (response, pieces) = chain[1..].split_last().unwrap();
+        assert!(response.2 && pieces.iter().all(|d| !d.2));
+        let sent: Vec<u8> = pieces.iter().flat_map(|d| device.bytes(d.0, d.1)).collect();
+        assert_eq!(sent, [tuples.clone(), bytes].concat());
+        device.finish(u32::from(head));
+
+        queue.push(1, &[0x88, 0x20], Transfer::InPi(4096, 64)).unwrap();
+        let (head, chain) = device.next_chain().unwrap();
+        let request = device.bytes(chain[0].0, chain[0].1);
+        assert_eq!((le32(&request, 19), le32(&request, 23)), (0, 64));
+        assert_eq!(chain[2].1, 64);
+        assert!(chain[1..].iter().all(|d| d.2));
+        assert!(device.memory.write(chain[1].0, &[0; RESPONSE]));
+        assert!(device.memory.write(chain[2].0, &[5; 64]));
+        device.finish(u32::from(head));
+        let mut done = VecDeque::new();
+        queue.take_used(&mut done).unwrap();
+        assert_eq!((done[1].pi.clone(), done[1].data.len()), (vec![5; 64], 4096));
+
+        queue.push(1, &[0], Transfer::None).unwrap();
+        let (_, chain) = device.next_chain().unwrap();
+        assert_eq!((chain.len(), chain[0].1), (2, 59));
+        let (mut without, _) = pair();
+        let refused = without.push(1, &[0x88], Transfer::InPi(512, 8));
+        assert!(matches!(refused, Err(VhostError::Command(_))));
     }
 
     #[test]

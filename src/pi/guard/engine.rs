@@ -138,10 +138,18 @@ impl<F: FnMut(usize, u16)> Job for Verify<'_, F> {
             _ => tags::suspects(guards, tags, self.mask, stored),
         };
         if suspects != 0 {
-            for (i, guard) in guards.as_chunks::<2>().0.iter().enumerate().take(count) {
-                if suspects >> i & 1 != 0 {
-                    (self.suspect)(index + i, u16::from_be_bytes(*guard));
-                }
+            self.look_again(suspects, index, count, guards);
+        }
+    }
+}
+
+impl<F: FnMut(usize, u16)> Verify<'_, F> {
+    #[cold]
+    #[inline(never)]
+    fn look_again(&mut self, suspects: u8, index: usize, count: usize, guards: Guards) {
+        for (i, guard) in guards.as_chunks::<2>().0.iter().enumerate().take(count) {
+            if suspects >> i & 1 != 0 {
+                (self.suspect)(index + i, u16::from_be_bytes(*guard));
             }
         }
     }
@@ -192,6 +200,7 @@ impl Groups<'_> {
     }
 
     /// Blocks that stand anyhow.
+    #[cold]
     #[inline(never)]
     fn gather(&mut self, group: &mut Group) {
         let size = self.size;

@@ -15,8 +15,6 @@
 //! A line costs a load, two matrix products and a three-way XOR; the sixteen registers of matrices stay where they are. The sequence
 //! is written over [`Lanes`], so that it runs without AVX-512 too, as slowly as that goes, in tests.
 
-use std::marker::PhantomData;
-
 use super::{
     engine::{Engine, Group},
     lanes::Lanes,
@@ -91,9 +89,27 @@ static SPREAD: [u8; 64] = {
 /// The bytes of each word, turned round.
 const SWAP: [u8; 16] = [7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8];
 
-/// The kernel over an implementation of its operations.
+/// The kernel over an implementation of its operations, with the matrices of step 1 at hand.
 #[derive(Clone, Copy)]
-pub(super) struct Gfni<L>(PhantomData<L>);
+pub(super) struct Gfni<L>([[L; 2]; 8]);
+
+impl<L: Lanes> Gfni<L> {
+    /// The kernel, with its matrices in registers.
+    ///
+    /// # Safety
+    /// [`Lanes`]' features.
+    #[inline(always)]
+    unsafe fn ready() -> Gfni<L> {
+        // SAFETY: as for the function; whatever the lanes are made of, the array is overwritten whole.
+        unsafe {
+            let mut lines = [[L::splat(0); 2]; 8];
+            for (line, from) in lines.iter_mut().zip(&LINES) {
+                *line = [L::words(&from[0]).kept(), L::words(&from[1]).kept()];
+            }
+            Gfni(lines)
+        }
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 mod native {
@@ -104,16 +120,20 @@ mod native {
         },
         Gfni,
     };
-    use std::{arch::x86_64::__m512i, marker::PhantomData};
+    use std::arch::x86_64::__m512i;
 
-    impl Gfni<__m512i> {
+    /// Proof that the processor has what the kernel needs, which only [`Native::new`] makes.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Native(());
+
+    impl Native {
         /// The kernel, if this processor runs it.
-        pub(in super::super) fn new() -> Option<Self> {
+        pub(in super::super) fn new() -> Option<Native> {
             let features = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vbmi")
                 && is_x86_feature_detected!("gfni");
-            features.then_some(Gfni(PhantomData))
+            features.then_some(Native(()))
         }
 
         /// [`drive`], compiled for the kernel's features.
@@ -122,25 +142,26 @@ mod native {
         /// As of [`drive`], but for the processor's features.
         pub(in super::super) unsafe fn run<J: Job>(self, from: Blocks<'_>, to: Option<Blocks<'_>>, job: J) {
             #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
-            unsafe fn with_features<J: Job>(
-                engine: Gfni<__m512i>,
-                from: Blocks<'_>,
-                to: Option<Blocks<'_>>,
-                job: J,
-            ) {
+            unsafe fn with_features<J: Job>(from: Blocks<'_>, to: Option<Blocks<'_>>, job: J) {
                 // SAFETY: the features are those of this function; the rest is its caller's promise.
-                unsafe { drive(engine, from, to, job) }
+                unsafe { drive(Gfni::<__m512i>::ready(), from, to, job) }
             }
-            // SAFETY: only `new` makes a `self`, which proves the features; the rest is the caller's promise.
-            unsafe { with_features(self, from, to, job) }
+            // SAFETY: `self` proves the features; the rest is the caller's promise.
+            unsafe { with_features(from, to, job) }
         }
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use native::Native;
+
 #[cfg(test)]
 impl Gfni<super::lanes::Plain> {
     /// The same sequence on any processor.
-    pub(super) const PLAIN: Self = Gfni(PhantomData);
+    pub(super) fn plain() -> Self {
+        // SAFETY: these lanes need no features.
+        unsafe { Gfni::ready() }
+    }
 }
 
 impl<L: Lanes> Engine for Gfni<L> {
@@ -149,7 +170,7 @@ impl<L: Lanes> Engine for Gfni<L> {
         // SAFETY: the features and the places are the caller's promise.
         unsafe {
             if SIZE == STRETCH {
-                return finish(sums::<L, COPY>(&group.from, &group.to));
+                return finish(sums::<L, COPY>(&self.0, &group.from, &group.to));
             }
             let (mut high, mut low) = ([0; 8], [0; 8]);
             for i in 0..group.count {
@@ -159,7 +180,7 @@ impl<L: Lanes> Engine for Gfni<L> {
                     stretches.0[s] = from.add(STRETCH * s);
                     stretches.1[s] = to.wrapping_add(STRETCH * s);
                 }
-                let both = multiplied(sums::<L, COPY>(&stretches.0, &stretches.1), &STRETCHES);
+                let both = multiplied(sums::<L, COPY>(&self.0, &stretches.0, &stretches.1), &STRETCHES);
                 let sums = u128::from_le_bytes(added_up(both).first_lane());
                 (high[i], low[i]) = (sums as u64, (sums >> 64) as u64);
             }
@@ -190,10 +211,14 @@ impl<L: Lanes> Engine for Gfni<L> {
 /// # Safety
 /// [`Lanes`]' features; 512 bytes at every place, and at those to copy to if anything is copied.
 #[inline(always)]
-unsafe fn sums<L: Lanes, const COPY: bool>(from: &[*const u8; 8], to: &[*mut u8; 8]) -> (L, L) {
+unsafe fn sums<L: Lanes, const COPY: bool>(
+    by: &[[L; 2]; 8],
+    from: &[*const u8; 8],
+    to: &[*mut u8; 8],
+) -> (L, L) {
     // SAFETY: as for the function.
     unsafe {
-        let ((h0, l0), (h1, l1)) = (four::<L, COPY, 0>(from, to), four::<L, COPY, 4>(from, to));
+        let ((h0, l0), (h1, l1)) = (four::<L, COPY, 0>(by, from, to), four::<L, COPY, 4>(by, from, to));
         (lanes(h0, h1), lanes(l0, l1))
     }
 }
@@ -205,16 +230,17 @@ unsafe fn sums<L: Lanes, const COPY: bool>(from: &[*const u8; 8], to: &[*mut u8;
 /// As of [`sums`].
 #[inline(always)]
 unsafe fn four<L: Lanes, const COPY: bool, const S: usize>(
+    by: &[[L; 2]; 8],
     from: &[*const u8; 8],
     to: &[*mut u8; 8],
 ) -> (L, L) {
     // SAFETY: as for the function.
     unsafe {
-        let (h0, l0) = stretch::<L, COPY>(from[S], to[S]);
-        let (h1, l1) = stretch::<L, COPY>(from[S + 1], to[S + 1]);
+        let (h0, l0) = stretch::<L, COPY>(by, from[S], to[S]);
+        let (h1, l1) = stretch::<L, COPY>(by, from[S + 1], to[S + 1]);
         let (h01, l01) = (pairs(h0, h1), pairs(l0, l1));
-        let (h2, l2) = stretch::<L, COPY>(from[S + 2], to[S + 2]);
-        let (h3, l3) = stretch::<L, COPY>(from[S + 3], to[S + 3]);
+        let (h2, l2) = stretch::<L, COPY>(by, from[S + 2], to[S + 2]);
+        let (h3, l3) = stretch::<L, COPY>(by, from[S + 3], to[S + 3]);
         (lanes(h01, pairs(h2, h3)), lanes(l01, pairs(l2, l3)))
     }
 }
@@ -224,20 +250,20 @@ unsafe fn four<L: Lanes, const COPY: bool, const S: usize>(
 /// # Safety
 /// [`Lanes`]' features; 512 bytes at both places, or at the first if nothing is copied.
 #[inline(always)]
-unsafe fn stretch<L: Lanes, const COPY: bool>(from: *const u8, to: *mut u8) -> (L, L) {
+unsafe fn stretch<L: Lanes, const COPY: bool>(by: &[[L; 2]; 8], from: *const u8, to: *mut u8) -> (L, L) {
     // SAFETY: as for the function.
     unsafe {
-        let (h0, l0) = line::<L, COPY, 0>(from, to);
-        let (h1, l1) = line::<L, COPY, 1>(from, to);
-        let (h2, l2) = line::<L, COPY, 2>(from, to);
+        let (h0, l0) = line::<L, COPY, 0>(by, from, to);
+        let (h1, l1) = line::<L, COPY, 1>(by, from, to);
+        let (h2, l2) = line::<L, COPY, 2>(by, from, to);
         let (high, low) = (h0.xor3(h1, h2), l0.xor3(l1, l2));
-        let (h0, l0) = line::<L, COPY, 3>(from, to);
-        let (h1, l1) = line::<L, COPY, 4>(from, to);
+        let (h0, l0) = line::<L, COPY, 3>(by, from, to);
+        let (h1, l1) = line::<L, COPY, 4>(by, from, to);
         let (high, low) = (high.xor3(h0, h1), low.xor3(l0, l1));
-        let (h0, l0) = line::<L, COPY, 5>(from, to);
-        let (h1, l1) = line::<L, COPY, 6>(from, to);
+        let (h0, l0) = line::<L, COPY, 5>(by, from, to);
+        let (h1, l1) = line::<L, COPY, 6>(by, from, to);
         let (high, low) = (high.xor3(h0, h1), low.xor3(l0, l1));
-        let (h0, l0) = line::<L, COPY, 7>(from, to);
+        let (h0, l0) = line::<L, COPY, 7>(by, from, to);
         (high.xor(h0), low.xor(l0))
     }
 }
@@ -247,7 +273,11 @@ unsafe fn stretch<L: Lanes, const COPY: bool>(from: *const u8, to: *mut u8) -> (
 /// # Safety
 /// As of [`stretch`].
 #[inline(always)]
-unsafe fn line<L: Lanes, const COPY: bool, const N: usize>(from: *const u8, to: *mut u8) -> (L, L) {
+unsafe fn line<L: Lanes, const COPY: bool, const N: usize>(
+    by: &[[L; 2]; 8],
+    from: *const u8,
+    to: *mut u8,
+) -> (L, L) {
     // SAFETY: as for the function.
     unsafe {
         L::ask_for(from.wrapping_add(64 * N + AHEAD));
@@ -255,8 +285,7 @@ unsafe fn line<L: Lanes, const COPY: bool, const N: usize>(from: *const u8, to: 
         if COPY {
             data.store(to.add(64 * N));
         }
-        let [high, low] = &LINES[N];
-        (data.affine(L::words(high)), data.affine(L::words(low)))
+        (data.affine(by[N][0]), data.affine(by[N][1]))
     }
 }
 

@@ -38,6 +38,12 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// The processor's features.
     unsafe fn first_lane(self) -> [u8; 16];
+    /// The same, and the compiler no longer knows from where it came: it stays in a register, where else it might be loaded
+    /// again for every use.
+    ///
+    /// # Safety
+    /// The processor's features.
+    unsafe fn kept(self) -> Self;
     /// Bitwise exclusive or.
     ///
     /// # Safety
@@ -155,6 +161,21 @@ mod avx512 {
             // SAFETY: the trait's promise; the array has 16 bytes.
             unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_castsi512_si128(self)) }
             out
+        }
+
+        #[inline(always)]
+        unsafe fn kept(self) -> Self {
+            #[inline]
+            #[target_feature(enable = "avx512f")]
+            unsafe fn keep(mut lanes: __m512i) -> __m512i {
+                // SAFETY: no instruction at all.
+                unsafe {
+                    std::arch::asm!("/* {0} */", inout(zmm_reg) lanes, options(pure, nomem, nostack, preserves_flags));
+                }
+                lanes
+            }
+            // SAFETY: the trait's promise.
+            unsafe { keep(self) }
         }
 
         #[inline(always)]
@@ -299,6 +320,10 @@ mod plain {
 
         unsafe fn first_lane(self) -> [u8; 16] {
             from_fn(|i| self.0[i])
+        }
+
+        unsafe fn kept(self) -> Self {
+            self
         }
 
         unsafe fn xor(self, b: Self) -> Self {

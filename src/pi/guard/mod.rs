@@ -71,7 +71,7 @@ impl Kernel {
     pub fn available(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Kernel::Gfni => gfni::Gfni::new().is_some(),
+            Kernel::Gfni => gfni::Native::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Kernel::Clmul => clmul::Clmul::new().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
@@ -178,7 +178,7 @@ impl Guard {
             match self.0 {
                 #[cfg(target_arch = "x86_64")]
                 Kernel::Gfni => {
-                    if let Some(kernel) = gfni::Gfni::new() {
+                    if let Some(kernel) = gfni::Native::new() {
                         return kernel.run(from, to, job);
                     }
                 }
@@ -189,7 +189,7 @@ impl Guard {
                     }
                 }
                 #[cfg(test)]
-                Kernel::GfniInPlainRust => return drive(gfni::Gfni::PLAIN, from, to, job),
+                Kernel::GfniInPlainRust => return drive(gfni::Gfni::plain(), from, to, job),
                 Kernel::Fast => return drive(OneByOne(fast), from, to, job),
                 _ => (),
             }

@@ -8,7 +8,7 @@ use crate::{
     },
     storage::sim::{OpKind, Rng, SimDisk, scaled},
     sys::exec::join_all,
-    volume::PiMismatch,
+    volume::{PiMismatch, PiTag},
 };
 
 const MIB: u64 = 1 << 20;

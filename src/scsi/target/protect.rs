@@ -177,6 +177,13 @@ impl<V: Volume> Target<V> {
             _ if !asked.travels() => Parts::plain(&command.data, size, blocks),
             _ if !command.dif.is_empty() => Parts::separate(&command.data, &command.dif, size, blocks),
             Some(Transfer::Interleaved) => Parts::interleaved(&command.data, size, blocks),
+            // A kernel that passes tuples on by themselves counts the data alone, so a buffer of this very length has them
+            // between the blocks: a command that a program built by hand (SG_IO).
+            Some(Transfer::Separate)
+                if blocks.checked_mul(size.bytes() + TUPLE_LEN as u64) == Some(command.data.len() as u64) =>
+            {
+                Parts::interleaved(&command.data, size, blocks)
+            }
             Some(Transfer::Separate) | None => {
                 warn!(
                     cdb = ?command.cdb,
@@ -212,7 +219,7 @@ impl<V: Volume> Target<V> {
             return Ok(Sent { data: parts.data, tuples: None });
         };
         let sent = parts.tuples.to_vec();
-        let told = asked.told(asked.field.from_initiator(), 0);
+        let told = asked.told(asked.field.on_sent(), 0);
         match self.checker(kind).verify_as_told(&parts.data, lba, &sent, &told) {
             Ok(seen) => {
                 self.count(|c| c.verified += seen.verified);

@@ -16,6 +16,9 @@ const KERNEL_PACKAGE: &str = "linux-image-6.12-amd64";
 /// Modules without which the guest finds neither its disks nor the host's share, in modprobe's names.
 const BOOT_MODULES: &[&str] = &["virtio_blk", "ext4", "9p", "9pnet_virtio"];
 
+/// The same for a guest inside the guest, whose disk is our LUN.
+const INNER_MODULES: &[&str] = &["virtio_scsi", "sd_mod", "ext4", "9p", "9pnet_virtio"];
+
 const RELEASE: &str = "bookworm";
 
 /// What the tests call in the guest.
@@ -30,6 +33,7 @@ const GUEST_PACKAGES: &[&str] = &[
     "lsscsi",
     "procps",
     "python3",
+    "qemu-system-x86",
     "qemu-utils",
     "sdparm",
     "sg3-utils",
@@ -43,6 +47,7 @@ const GUEST_PACKAGES: &[&str] = &[
 const SCRATCH_SIZE: u64 = 12 << 30;
 
 const INITRAMFS_INIT: &str = include_str!("guest/initramfs-init.sh");
+const INNER_INIT: &str = include_str!("guest/inner-init.sh");
 
 /// Where everything lies that a boot needs.
 #[derive(Clone, Debug)]
@@ -57,6 +62,8 @@ pub struct Artefacts {
     pub scratch: PathBuf,
     /// target_core_user.ko with our change, which a test loads in place of the stock one.
     pub module: PathBuf,
+    /// The initramfs of a guest inside the guest.
+    pub inner: PathBuf,
 }
 
 /// Takes the artefacts from the cache, building what is not there.
@@ -67,7 +74,12 @@ pub fn prepare(cache: &Cache) -> Result<Artefacts> {
     let initramfs = cache.artefact(
         "initramfs",
         &format!("1\n{kernel_name}\n{}\n{INITRAMFS_INIT}", BOOT_MODULES.join(" ")),
-        |at| build_initramfs(&kernel, at),
+        |at| build_initramfs(&kernel, at, BOOT_MODULES, INITRAMFS_INIT),
+    )?;
+    let inner = cache.artefact(
+        "inner",
+        &format!("1\n{kernel_name}\n{}\n{INNER_INIT}", INNER_MODULES.join(" ")),
+        |at| build_initramfs(&kernel, at, INNER_MODULES, INNER_INIT),
     )?;
     let rootfs = cache.artefact(
         "rootfs",
@@ -78,6 +90,7 @@ pub fn prepare(cache: &Cache) -> Result<Artefacts> {
     let module = cache.artefact("module", &module::recipe(&kernel_name), |at| module::build(&kernel, at))?;
     Ok(Artefacts {
         module: module.join("target_core_user.ko"),
+        inner: inner.join("initramfs.zst"),
         kernel: kernel.join("vmlinuz"),
         initramfs: initramfs.join("initramfs.zst"),
         rootfs: rootfs.join("rootfs.ext4"),
@@ -132,16 +145,16 @@ pub fn only_entry(dir: &Path, part: &str) -> Result<PathBuf> {
     bail!("nothing called *{part}* in {}", dir.display())
 }
 
-fn build_initramfs(kernel: &Path, at: &Path) -> Result<()> {
+fn build_initramfs(kernel: &Path, at: &Path, modules: &[&str], init: &str) -> Result<()> {
     let root = at.join("root");
     for dir in ["bin", "dev", "proc", "sys", "newroot", "modules"] {
         fs::create_dir_all(root.join(dir))?;
     }
     fs::copy("/bin/busybox", root.join("bin/busybox"))?;
-    fs::write(root.join("init"), INITRAMFS_INIT)?;
+    fs::write(root.join("init"), init)?;
     sh::quiet(Command::new("chmod").arg("755").arg(root.join("init")))?;
     let mut shown = Command::new("modprobe");
-    shown.arg("-d").arg(kernel).args(["-S", &version(kernel)?, "--show-depends", "--all"]).args(BOOT_MODULES);
+    shown.arg("-d").arg(kernel).args(["-S", &version(kernel)?, "--show-depends", "--all"]).args(modules);
     let mut seen = Vec::new();
     for line in sh::quiet(&mut shown)?.lines() {
         let Some(path) = line.strip_prefix("insmod ").map(str::trim) else {

@@ -114,7 +114,10 @@ pub fn knows(word: &str) -> bool {
 
 /// Runs the tests that `names` select, on tcmu-dif built with `profile`.
 pub fn test(names: &[String], scale: Scale, bless: bool, profile: &str) -> Result<suite::Tally> {
-    let tests = suite::select(names)?;
+    let tests = suite::select(names, scale)?;
+    if names.is_empty() && tests.len() < suite::all().len() {
+        println!("{} long tests are left out; full scale runs them", suite::all().len() - tests.len());
+    }
     // The reference tests need no tcmu-dif: they can be run before it builds.
     let own = tests.iter().any(|test| !test.name.starts_with("reference."));
     let lab = lab(own.then(|| profile.to_owned()).as_ref())?;

@@ -11,6 +11,8 @@ mod initiator;
 mod iscsi;
 mod lifecycle;
 mod lun;
+mod pi;
+mod pi_guest;
 mod readme;
 mod reference;
 mod refuse;
@@ -96,14 +98,19 @@ pub fn all() -> Vec<&'static Test> {
         fabric::TESTS,
         lifecycle::TESTS,
         conformance::TESTS,
+        pi::TESTS,
+        pi_guest::TESTS,
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// The tests that `wanted` names: by name, or by a part of it; all if it is empty. A word that names none is an error.
-pub fn select(wanted: &[String]) -> Result<Vec<&'static Test>> {
+/// Tests that take minutes each: run at full scale, or when they are named.
+const LONG: &[&str] = &["pi.guest-"];
+
+/// The tests that `wanted` names: by name, or by a part of it; if it is empty, all that fit the scale. A word that names none is an error.
+pub fn select(wanted: &[String], scale: Scale) -> Result<Vec<&'static Test>> {
     for word in wanted {
         if !all().iter().any(|test| test.name.contains(word.as_str())) {
             bail!("no VM test's name contains {word:?}; `cargo xtask vm list` shows them");
@@ -111,7 +118,11 @@ pub fn select(wanted: &[String]) -> Result<Vec<&'static Test>> {
     }
     Ok(all()
         .into_iter()
-        .filter(|test| wanted.is_empty() || wanted.iter().any(|word| test.name.contains(word.as_str())))
+        .filter(|test| {
+            let named = wanted.iter().any(|word| test.name.contains(word.as_str()));
+            let long = LONG.iter().any(|part| test.name.starts_with(part));
+            named || wanted.is_empty() && (!long || scale == Scale::Full)
+        })
         .collect())
 }
 
@@ -261,10 +272,13 @@ mod tests {
 
     #[test]
     fn a_word_selects_by_part_of_the_name_and_an_unknown_one_is_an_error() {
-        let one = select(&["reference.fileio".to_owned()]).unwrap();
+        let one = select(&["reference.fileio".to_owned()], Scale::Quick).unwrap();
         assert_eq!(one.len(), 1);
-        assert!(select(&["reference".to_owned()]).unwrap().len() > 1);
-        assert!(select(&["no-such-test".to_owned()]).is_err());
-        assert_eq!(select(&[]).unwrap().len(), all().len());
+        assert!(select(&["reference".to_owned()], Scale::Quick).unwrap().len() > 1);
+        assert!(select(&["no-such-test".to_owned()], Scale::Full).is_err());
+        assert_eq!(select(&[], Scale::Full).unwrap().len(), all().len());
+        let usual = select(&[], Scale::Default).unwrap();
+        assert!(usual.len() < all().len() && usual.iter().all(|test| !test.name.starts_with("pi.guest-")));
+        assert_eq!(select(&["pi.guest".to_owned()], Scale::Quick).unwrap().len(), 2);
     }
 }

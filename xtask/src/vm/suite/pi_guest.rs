@@ -1,0 +1,102 @@
+//! A guest inside the guest: QEMU with `vhost-scsi-pci,t10_pi=on`, whose kernel makes and checks the PI of our LUN.
+//!
+//! Emulated twice it takes minutes, so these tests are run at full scale, or when they are named.
+
+use super::lun::{assert_image_clean, assert_nothing_left, create, delete, start_daemon};
+use super::pi::load_patched_module;
+use super::{Run, Test};
+use anyhow::{Context, Result, ensure};
+use std::time::Duration;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "pi.guest-type1",
+        promise: "a guest's kernel makes and checks type 1 PI on our LUN: mkfs, verified writes, reboot, everything still there",
+        limit: 900,
+        group: None,
+        run: |run| guest(run, 1),
+    },
+    Test {
+        name: "pi.guest-type3",
+        promise: "a guest's kernel makes and checks type 3 PI on our LUN: mkfs, verified writes, reboot, everything still there",
+        limit: 900,
+        group: None,
+        run: |run| guest(run, 3),
+    },
+];
+
+const WWPN: &str = "naa.5001405000000041";
+
+/// What the inner guest does in its first and its second life. Its console is a file; it reboots in the end, which ends QEMU.
+const INNER: &str = r#"
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
+exec > /dev/ttyS0 2>&1
+fail() { echo "inner: FAILED: $1"; dmesg | tail -n 20; }
+mount -t tmpfs tmpfs /tmp
+mkdir /tmp/mnt
+work() {
+    for _ in $(seq 300); do [ -b /dev/sda ] && break; sleep 0.1; done
+    dmesg | grep -E 'Enabling DI[FX]'
+    if [ "$(cat /sys/block/sda/integrity/write_generate)" != 1 ]; then fail "the block layer makes no PI"; return; fi
+    if [ "$LIFE" = 1 ]; then
+        mkfs.ext4 -q -F /dev/sda || { fail mkfs; return; }
+        mount -t ext4 /dev/sda /tmp/mnt || { fail mount; return; }
+        fio --name=job --directory=/tmp/mnt --size=4M --rw=randwrite --bs=4k --ioengine=psync --direct=1 \
+            --verify=crc32c --verify_fatal=1 --randseed=7 > /tmp/fio.log 2>&1 || { tail -n 20 /tmp/fio.log; fail fio; return; }
+        head -c 1500000 /usr/bin/qemu-system-x86_64 > /tmp/mnt/file
+        (cd /tmp/mnt && sha256sum file job.0.0 > sums)
+    else
+        e2fsck -fn /dev/sda || { fail fsck; return; }
+        mount -t ext4 /dev/sda /tmp/mnt || { fail mount; return; }
+        (cd /tmp/mnt && sha256sum --check sums) || { fail "what was written is not there"; return; }
+    fi
+    sync
+    umount /tmp/mnt || { fail umount; return; }
+    if dmesg | grep -iE 'i/o error|guard|protection error|ref tag'; then fail "errors in the log"; return; fi
+    echo "inner: done $LIFE"
+}
+work
+echo b > /proc/sysrq-trigger
+sleep 60
+"#;
+
+fn guest(run: &mut Run<'_>, pi: u8) -> Result<()> {
+    let guest = &mut *run.guest;
+    load_patched_module(guest)?;
+    start_daemon(guest, "auto")?;
+    let image = "/scratch/inner.raw";
+    create(
+        guest,
+        "inner",
+        &format!("--image {image} --size 96M --pi type{pi} --exposure initiator --export vhost:{WWPN}"),
+    )?;
+    for life in [1, 2] {
+        let script = format!("LIFE={life}\n{INNER}");
+        guest.sh(&format!("cat > /scratch/inner.sh <<'END'\n{script}\nEND"))?;
+        let qemu = format!(
+            "timeout 380 qemu-system-x86_64 -accel tcg -cpu max -smp 1 -m 512 -nographic -nodefaults -no-reboot \
+             -object memory-backend-memfd,id=memory,size=512M,share=on -machine memory-backend=memory \
+             -kernel /host/vmlinuz -initrd /host/inner.zst \
+             -append 'console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on' \
+             -virtfs local,path=/,mount_tag=outer,security_model=none,readonly=on,multidevs=remap \
+             -device vhost-scsi-pci,wwpn={WWPN},t10_pi=on -serial file:/scratch/inner-{life}.log 2> /scratch/inner-qemu.log"
+        );
+        let ended = guest.run(&qemu, true, Duration::from_secs(400))?;
+        let said =
+            guest.sh(&format!("cat /scratch/inner-{life}.log | tr -d '\\r'; cat /scratch/inner-qemu.log"))?;
+        let log = format!("inner-{life}.log");
+        std::fs::write(guest.logs().join(&log), &said).with_context(|| format!("cannot keep {log}"))?;
+        ensure!(
+            ended.ok() && said.contains(&format!("inner: done {life}")),
+            "life {life} of the guest ended with {:?}:\n{}",
+            ended.status,
+            crate::sh::last_lines(&said, 30)
+        );
+        for line in ["Enabling DIX T10-DIF-TYPE", &format!("Enabling DIF Type {pi} protection")] {
+            ensure!(said.contains(line), "the guest's kernel does not say {line:?}:\n{said}");
+        }
+    }
+    delete(guest, "inner")?;
+    assert_nothing_left(guest)?;
+    assert_image_clean(guest, image, "raw", true)
+}
