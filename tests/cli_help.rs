@@ -32,6 +32,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["pi"],
         &["pi", "verify"],
         &["pi", "rebuild"],
+        &["pi", "adopt"],
         &["pi", "status"],
         &["check-host"],
         &["conformance"],

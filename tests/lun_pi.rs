@@ -35,7 +35,14 @@ impl Rig {
             create_raw(&io, &image, BLOCKS * 512).await.unwrap();
             let stamp = Stamp::of(&image).unwrap();
             let (kind, format) = (PiType::Type1, ImageFormat::Raw);
-            let new = NewSidecar { block_size: B, kind, capacity: Blocks(BLOCKS), format, stamp };
+            let new = NewSidecar {
+                block_size: B,
+                kind,
+                mode: tcmu_dif::pi::PiMode::Bitmap,
+                capacity: Blocks(BLOCKS),
+                format,
+                stamp,
+            };
             tools::create(&io, &image, &default_path(&image), new).await.unwrap();
         });
         let kernel = Kernel::new(Options { flags, cut: Some(5), ..Options::default() }).unwrap();

@@ -76,6 +76,7 @@ impl Pi {
         let dir = tempfile::tempdir().unwrap();
         create_raw(io, &path(&dir), BLOCKS * size.bytes()).await.unwrap();
         let new = NewSidecar {
+            mode: tcmu_dif::pi::PiMode::Bitmap,
             block_size: size,
             kind,
             capacity: Blocks(BLOCKS),
@@ -91,6 +92,7 @@ impl Pi {
         let image = open(io, &path(&dir), &options).await.unwrap();
         let stamp = image.stamp().unwrap();
         let how = Protection {
+            mode: None,
             image: path(&dir),
             sidecar: default_path(&path(&dir)),
             kind,
