@@ -120,7 +120,7 @@ fn any_one_operation_may_fail_once_without_a_false_alarm_then_or_later() {
 }
 
 fn one_failure(seed: u64, mode: PiMode) {
-    let size = if seed % 2 == 0 { BlockSize::B512 } else { BlockSize::B4096 };
+    let size = if seed.is_multiple_of(2) { BlockSize::B512 } else { BlockSize::B4096 };
     let model = || Model::new(size, mode, WIDE);
     let fresh = || World::made(seed, (PiType::Type1, mode), size, model().capacity(), SHORT);
     let dry = fresh();
