@@ -29,6 +29,19 @@ pub const FOR_VM: &[&str] = &[
     "zstd",
 ];
 
+/// What `cargo xtask emulate-guard` needs: the emulator, and what makes its boot disc.
+pub const FOR_EMULATION: &[&str] = &[
+    "binutils",
+    "bochs",
+    "bochs-term",
+    "bochsbios",
+    "busybox-static",
+    "cpio",
+    "isolinux",
+    "syslinux-common",
+    "xorriso",
+];
+
 /// Makes sure that every package of `wanted` is installed.
 pub fn ensure(wanted: &[&str]) -> Result<()> {
     let missing: Vec<&str> = wanted.iter().copied().filter(|name| !installed(name)).collect();

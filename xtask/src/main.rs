@@ -1,12 +1,14 @@
 //! Project chores: `cargo xtask test`, `cargo xtask vm`, `cargo xtask ci`.
 
 mod debian;
+mod emulate;
 mod sh;
 mod steps;
 mod vm;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+use std::time::Duration;
 use vm::Scale;
 
 #[derive(Parser)]
@@ -39,6 +41,18 @@ enum Chore {
         #[command(subcommand)]
         action: vm::Action,
     },
+    /// The guard kernels' tests in Bochs, which has AVX-512 and GFNI where this machine may not
+    EmulateGuard {
+        /// Bochs' model of processor (`bochs --help cpu`)
+        #[arg(long, default_value = "corei7_icelake_u")]
+        model: String,
+        /// Build the tests with this cargo profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+        /// Seconds to wait for the result
+        #[arg(long, default_value_t = 3600)]
+        patience: u64,
+    },
     /// What runs in the guest
     #[command(hide = true)]
     GuestAgent,
@@ -52,6 +66,9 @@ fn main() -> ExitCode {
         Chore::Test { no_vm, filters, .. } => test(Scale::Default, !no_vm, filters),
         Chore::Ci => test(Scale::Default, true, Vec::new()),
         Chore::Vm { action } => vm::main(action),
+        Chore::EmulateGuard { model, profile, patience } => {
+            emulate::main(&model, &profile, Duration::from_secs(patience))
+        }
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

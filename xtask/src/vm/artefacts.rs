@@ -69,7 +69,7 @@ pub struct Artefacts {
 /// Takes the artefacts from the cache, building what is not there.
 pub fn prepare(cache: &Cache) -> Result<Artefacts> {
     debian::ensure(debian::FOR_VM)?;
-    let kernel = cache.artefact("kernel", &format!("1\n{KERNEL_PACKAGE}\n"), build_kernel)?;
+    let kernel = kernel(cache)?;
     let kernel_name = kernel.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let initramfs = cache.artefact(
         "initramfs",
@@ -96,6 +96,15 @@ pub fn prepare(cache: &Cache) -> Result<Artefacts> {
         rootfs: rootfs.join("rootfs.ext4"),
         scratch: scratch.join("scratch.ext4"),
     })
+}
+
+fn kernel(cache: &Cache) -> Result<PathBuf> {
+    cache.artefact("kernel", &format!("1\n{KERNEL_PACKAGE}\n"), build_kernel)
+}
+
+/// The kernel's image alone.
+pub fn vmlinuz(cache: &Cache) -> Result<PathBuf> {
+    Ok(kernel(cache)?.join("vmlinuz"))
 }
 
 fn build_kernel(at: &Path) -> Result<()> {

@@ -13,7 +13,6 @@ mod suite;
 
 use crate::sh;
 use anyhow::{Context, Result, bail};
-use cache::Cache;
 use clap::Subcommand;
 use guest::{Guest, Lab, RunDir};
 use qemu::Accel;
@@ -22,6 +21,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 pub use agent::serve;
+pub use artefacts::vmlinuz;
+pub use cache::Cache;
 pub use suite::Scale;
 
 /// What can be done with the VM.
