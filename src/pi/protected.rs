@@ -8,11 +8,17 @@
 //! not match, and opening makes those tuples anew and says how many. There is never a false alarm; what bitmap mode cannot
 //! see is damage done to a marked region between its last write and the reopening.
 //!
+//! Crashes (mode "journal"): the new tuples of a write, and the old ones, are durable in the sidecar's journal before the write
+//! begins, and stay there until a flush of both. So after a crash each block gets that one of its tuples that its data match; a
+//! block that matches none was torn by the crash, and stays an error. Nothing is made anew, at the price of a durable
+//! write for every batch of writes.
+//!
 //! A write that fails half-way leaves each block old, new or torn, and so its tuples. While the range is still locked its
 //! data are read back: blocks that match keep their tuple, others get one for what the medium holds now (the initiator was
 //! told that the write failed, so this is not passed off as what it wrote). If even that cannot be done the range is kept
 //! as "in doubt": every operation on it tries again first, and fails with a medium error rather than with a false alarm,
-//! and its region stays marked for the next open.
+//! and its region stays marked (its record kept) for the next open. In mode "journal" a block that was torn gets no new
+//! tuple then either: reading it is an error until it is written.
 //!
 //! Changes of the image by somebody else are told by its stamp (size and time of modification) after a clean close. After
 //! a crash there is no stamp to compare: outside marked regions such a change shows as a mismatch when it is read.

@@ -11,7 +11,8 @@
 //!
 //! The file is sparse: a hole in the tuples reads as zeros, which inverted is the escape, "no protection information".
 //! A sidecar covers the blocks of one LUN as its guest sees them. A block that was not written through this handler
-//! since the sidecar was made (data of a backing file, say) has the escape until `pi rebuild`, and is not checked.
+//! since the sidecar was made has the escape until `pi rebuild`, and is not checked, unless a backing file holds it that
+//! has a sidecar of its own ([`super::chain`]).
 //!
 //! What holds at any instant, power loss included:
 //! - Mode "bitmap": a block whose region is not marked in the map matches its durable tuple, or its tuple is the escape.
