@@ -261,6 +261,10 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         if self.sidecar.mode() == PiMode::Journal {
             let claims = self.sidecar.claims(true).await;
             let claims = claims.map_err(|e| IoError::from_io(IoOp::Read, e).path(&self.sidecar_path))?;
+            if !claims.zeros.is_empty() {
+                // The journal does not know the tuples that zeros take the place of: these go once the zeros are durable.
+                self.volume.flush().await?;
+            }
             let all = range.clone();
             let done = replay(&self.volume, &self.sidecar, &checker, &claims, all, Sink::File).await?;
             if done.unreadable > 0 {
