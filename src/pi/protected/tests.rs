@@ -337,6 +337,17 @@ fn the_intent_costs_one_durable_write_a_region_and_not_one_a_write() {
 }
 
 #[test]
+fn a_write_across_the_border_of_two_regions_marks_both_and_no_other() {
+    let world = World::new(15, PiType::Type1, BlockSize::B512, 256 * MIB);
+    block_on(async move {
+        let p = world.open().await;
+        write(&p, 128 * MIB - 512, &[1; 1024]).await.unwrap();
+        let region = 64 * MIB / 512;
+        assert_eq!(p.sidecar().marked(), [region..2 * region, 2 * region..3 * region]);
+    });
+}
+
+#[test]
 fn growing_and_shrinking_keep_the_tuples_of_what_stays_and_forget_the_rest() {
     let world = World::new(12, PiType::Type1, BlockSize::B512, MIB);
     block_on(async move {
