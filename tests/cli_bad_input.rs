@@ -155,6 +155,12 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
         ("create vm1 --image good.raw --export vhost --export vhost", &["--export", "vhost", "twice"]),
         ("create vm1 --image good.raw --serial é", &["--serial", "é"]),
         ("create vm1 --image good.raw --sidecar s.pi", &["--sidecar", "s.pi", "--pi"]),
+        ("create vm1 --image good.raw --exposure all", &["--exposure", "all", "initiator"]),
+        ("create vm1 --image good.raw --exposure initiator", &["--exposure", "--pi off", "--pi type1"]),
+        (
+            "create vm1 --image good.raw --pi type1 --pi-transfer interleaved",
+            &["--pi-transfer", "interleaved", "--exposure initiator"],
+        ),
         ("create vm1 --image new.raw --size 1M --format vmdk", &["--format", "vmdk", "raw and qcow2"]),
         ("image create -f raw -o cluster_size=65536 new.raw 1M", &["-o", "cluster_size=65536"]),
         ("image create -f qcow2 -o colour=red new.qcow2 1M", &["-o", "colour=red"]),

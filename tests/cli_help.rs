@@ -32,8 +32,10 @@ fn the_help_of_every_command_is_as_it_was() {
         &["pi"],
         &["pi", "verify"],
         &["pi", "rebuild"],
+        &["pi", "adopt"],
         &["pi", "status"],
         &["check-host"],
+        &["conformance"],
         &["demo"],
     ] {
         let name = ["tcmu-dif"].iter().chain(words).copied().collect::<Vec<_>>().join("_");

@@ -9,7 +9,7 @@ use std::{
 
 use tcmu_dif::{
     pi::{
-        PiOpenErrorKind, PiType, Protected, Protection,
+        PiMode, PiOpenErrorKind, PiType, Protected, Protection,
         store::{ImageFormat, NewSidecar, Stamp, StoreError, default_path},
         tools,
     },
@@ -96,6 +96,7 @@ fn new_sidecar(at: &Place, len: u64) -> NewSidecar {
     NewSidecar {
         block_size: BlockSize::B4096,
         kind: PiType::Type1,
+        mode: PiMode::Bitmap,
         capacity: Blocks(len / 4096),
         format: ImageFormat::Raw,
         stamp: Stamp::of(&at.image).unwrap(),
@@ -107,6 +108,7 @@ fn protection(at: &Place) -> Protection {
         image: at.image.clone(),
         sidecar: at.sidecar.clone(),
         kind: PiType::Type1,
+        mode: None,
         exposure: tcmu_dif::pi::Exposure::Target,
         block_size: BlockSize::B4096,
         read_only: false,
@@ -227,5 +229,68 @@ fn a_sidecar_that_is_missing_a_directory_or_read_only_says_so() {
         std::fs::create_dir(&at.sidecar).unwrap();
         let e = Protected::open(&io, PlainFile::open(&io, &at.image), &protection(&at)).await.err().unwrap();
         assert!(matches!(e.what, PiOpenErrorKind::Store(StoreError::Io(_))), "{e}");
+    });
+}
+
+#[test]
+fn the_sidecar_of_a_sixteen_tebibyte_image_takes_kilobytes_in_either_mode() {
+    for mode in [PiMode::Bitmap, PiMode::Journal] {
+        sys::run(async move |io| {
+            const TIB: u64 = 1 << 40;
+            let at = place(LEN);
+            // The file is small and the disk large: what was never written needs no file under it.
+            let image = |io: &Io| PlainFile { capacity: 16 * TIB, ..PlainFile::open(io, &at.image) };
+            let new = NewSidecar { mode, ..new_sidecar(&at, 16 * TIB) };
+            tools::create(&io, &at.image, &at.sidecar, new).await.unwrap();
+            let p = Protected::open(&io, image(&io), &protection(&at)).await.unwrap();
+            for at in [0, TIB, 8 * TIB + 4096] {
+                write(&p, at, &[1; 65536]).await;
+            }
+            p.flush().await.unwrap();
+            p.read(ByteOffset(8 * TIB), &Buffer::zeroed(65536).sg()).await.unwrap();
+            assert_eq!((p.counters().verified, p.counters().unprotected), (15, 1));
+            let meta = std::fs::metadata(&at.sidecar).unwrap();
+            assert!(meta.len() > 16 << 30, "the tuples of 16 TiB have their place: {}", meta.len());
+            assert!(meta.blocks() * 512 <= 128 << 10, "{mode}: {} bytes", meta.blocks() * 512);
+            p.close().await.unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_rebuild_changes_the_mode_and_a_journal_is_recovered_on_a_real_file() {
+    sys::run(|io| async move {
+        let at = place(LEN);
+        tools::create(&io, &at.image, &at.sidecar, new_sidecar(&at, LEN)).await.unwrap();
+        let journal = Protection { mode: Some(PiMode::Journal), ..protection(&at) };
+        let e = Protected::open(&io, PlainFile::open(&io, &at.image), &journal).await.err().unwrap();
+        assert!(
+            matches!(e.what, PiOpenErrorKind::Mode { has: PiMode::Bitmap, wanted: PiMode::Journal }),
+            "{e}"
+        );
+        assert!(e.next_step().unwrap().contains("--mode journal"));
+        let options = tools::RebuildOptions { mode: Some(PiMode::Journal), ..Default::default() };
+        let volume = PlainFile::open(&io, &at.image);
+        tools::rebuild(&io, &volume, &at.image, &at.sidecar, options, |_, _| ()).await.unwrap();
+
+        let p = Protected::open(&io, volume, &journal).await.unwrap();
+        write(&p, 0, &[1; 65536]).await;
+        p.flush().await.unwrap();
+        write(&p, 0, &[2; 65536]).await;
+        drop(p);
+        // What power loss may leave: one block old, one torn.
+        let file = std::fs::File::options().write(true).open(&at.image).unwrap();
+        file.write_all_at(&[1; 4096], 4096).unwrap();
+        file.write_all_at(&[1; 512], 8192).unwrap();
+        let status = tools::status(&io, &at.image, &at.sidecar).await.unwrap();
+        assert_eq!((status.info.mode, status.info.in_use), (PiMode::Journal, true));
+        let p = Protected::open(&io, PlainFile::open(&io, &at.image), &journal).await.unwrap();
+        assert_eq!((p.counters().torn, p.counters().recomputed), (1, 0));
+        p.read(ByteOffset(0), &Buffer::zeroed(8192).sg()).await.unwrap();
+        let e = p.read(ByteOffset(0), &Buffer::zeroed(65536).sg()).await.unwrap_err();
+        let IoErrorKind::Protection(m) = e.kind else { panic!("{e}") };
+        assert_eq!((m.lba.0, m.tag), (2, PiTag::Guard));
+        p.close().await.unwrap();
+        assert!(!tools::status(&io, &at.image, &at.sidecar).await.unwrap().info.in_use);
     });
 }

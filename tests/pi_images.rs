@@ -11,7 +11,8 @@ use tcmu_dif::{
         qcow2::CreateOptions,
     },
     pi::{
-        PiOpenError, PiOpenErrorKind, PiType, Protected, Protection,
+        PiMode, PiOpenError, PiOpenErrorKind, PiType, Protected, Protection,
+        chain::Beneath,
         store::{ImageFormat, NewSidecar, Stamp, default_path},
         tools,
     },
@@ -30,6 +31,7 @@ async fn attach(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenError> {
         image: path.to_owned(),
         sidecar: default_path(path),
         kind: PiType::Type1,
+        mode: None,
         exposure: tcmu_dif::pi::Exposure::Target,
         block_size: BlockSize::B512,
         read_only: false,
@@ -45,7 +47,14 @@ async fn made(io: &Io, dir: &Path, format: ImageFormat) -> PathBuf {
         _ => create_raw(io, &path, LEN).await.unwrap(),
     }
     let (kind, block_size, capacity) = (PiType::Type1, BlockSize::B512, Blocks(LEN / 512));
-    let new = NewSidecar { block_size, kind, capacity, format, stamp: Stamp::of(&path).unwrap() };
+    let new = NewSidecar {
+        block_size,
+        kind,
+        mode: PiMode::Bitmap,
+        capacity,
+        format,
+        stamp: Stamp::of(&path).unwrap(),
+    };
     tools::create(io, &path, &default_path(&path), new).await.unwrap();
     path
 }
@@ -133,4 +142,102 @@ fn a_write_past_the_protection_is_an_error_at_the_first_block_that_it_hit() {
             assert_eq!(p.counters().guard_errors, 1);
         });
     }
+}
+
+/// A protected base with an overlay over it, whose own sidecar is new.
+async fn chained(io: &Io, dir: &Path) -> (PathBuf, PathBuf) {
+    let base = made(io, dir, ImageFormat::Qcow2).await;
+    let p = attach(io, &base).await.unwrap();
+    write(&p, 0, 1).await;
+    write(&p, 64 << 20, 2).await;
+    p.close().await.unwrap();
+    let top = dir.join("top.qcow2");
+    let options = CreateOptions {
+        backing_file: Some("vm1.img".into()),
+        backing_format: Some("qcow2".into()),
+        ..CreateOptions::new(LEN)
+    };
+    create_qcow2(io, &top, &options).await.unwrap();
+    let (kind, block_size, capacity) = (PiType::Type3, BlockSize::B512, Blocks(LEN / 512));
+    let (mode, format, stamp) = (PiMode::Bitmap, ImageFormat::Qcow2, Stamp::of(&top).unwrap());
+    let new = NewSidecar { block_size, kind, mode, capacity, format, stamp };
+    tools::create(io, &top, &default_path(&top), new).await.unwrap();
+    (base, top)
+}
+
+async fn attach_chain(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenError> {
+    let image = open(io, path, &OpenOptions::default()).await.unwrap();
+    let files = image.files().to_vec();
+    let cluster = u64::from(image.limits().discard_granularity);
+    let stamp = image.stamp().unwrap();
+    let how = Protection {
+        image: path.to_owned(),
+        sidecar: default_path(path),
+        kind: PiType::Type3,
+        mode: None,
+        exposure: tcmu_dif::pi::Exposure::Target,
+        block_size: BlockSize::B512,
+        read_only: false,
+        found: Stamp { size: stamp.size, mtime: stamp.mtime },
+    };
+    let beneath = Beneath::open(io, &files[1..], BlockSize::B512, cluster).await?;
+    Ok(Protected::open(io, image, &how).await?.over(beneath))
+}
+
+#[test]
+fn a_block_that_an_overlay_does_not_hold_is_checked_with_the_tuple_of_its_backing_file() {
+    sys::run(async move |io| {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = chained(&io, dir.path()).await;
+        let p = attach_chain(&io, &top).await.unwrap();
+        let buffer = Buffer::zeroed(128 << 10);
+        p.read(ByteOffset(0), &buffer.sg()).await.unwrap();
+        assert_eq!((p.counters().verified, p.counters().unprotected), (256, 0));
+        // A part of a cluster is written, and the rest copied: all of it is protected.
+        let one = Buffer::from_slice(&[9; 1024]);
+        p.write(ByteOffset(7 * 512), &one.sg(), WriteFlags::default()).await.unwrap();
+        p.read(ByteOffset(0), &buffer.sg()).await.unwrap();
+        assert_eq!((p.counters().verified, p.counters().unprotected), (512, 0));
+        // What is discarded here is zeros without protection, whatever lies below.
+        p.discard(ByteOffset(65536), 512).await.unwrap();
+        p.read(ByteOffset(65536), &buffer.sg().slice(0, 65536)).await.unwrap();
+        assert_eq!((p.counters().verified, p.counters().unprotected), (512 + 127, 1));
+        p.close().await.unwrap();
+        drop(p);
+
+        // The overlay's own copy is protected by its own tuple, and the rest by the base's: damage to either is found.
+        let p = attach_chain(&io, &top).await.unwrap();
+        assert_eq!(p.counters().recomputed, 0);
+        for (at, lba) in [(512, 1), ((64 << 20) + 512, (64 << 11) + 1)] {
+            let extent = p.map_extents(ByteOffset(at), 512).await.unwrap()[0];
+            let file = if extent.depth == 0 { &top } else { &base };
+            let damaged = std::fs::File::options().write(true).open(file).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&damaged, &[0x55], extent.host_offset.unwrap()).unwrap();
+            let e = p.read(ByteOffset(at - 512), &buffer.sg()).await.unwrap_err();
+            let IoErrorKind::Protection(m) = e.kind else { panic!("{e}") };
+            assert_eq!(m.lba.0, lba);
+        }
+    });
+}
+
+#[test]
+fn a_backing_file_that_was_changed_is_refused_and_one_without_a_sidecar_is_unprotected() {
+    sys::run(async move |io| {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = chained(&io, dir.path()).await;
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::File::options()
+            .write(true)
+            .open(&base)
+            .unwrap()
+            .set_modified(std::time::SystemTime::now())
+            .unwrap();
+        let e = attach_chain(&io, &top).await.err().unwrap();
+        assert!(matches!(e.what, PiOpenErrorKind::ImageChanged { .. }), "{e}");
+        assert!(e.next_step().unwrap().contains(&format!("pi adopt {}", base.display())), "{e}");
+        std::fs::remove_file(default_path(&base)).unwrap();
+        let p = attach_chain(&io, &top).await.unwrap();
+        p.read(ByteOffset(0), &Buffer::zeroed(65536).sg()).await.unwrap();
+        assert_eq!((p.counters().verified, p.counters().unprotected), (0, 128));
+    });
 }

@@ -13,7 +13,7 @@ use crate::{
         names::{Name, Wwn},
     },
     lun::saved_pages::STATE_DIR,
-    pi::{Exposure, PiType, Transfer},
+    pi::{Exposure, PiMode, PiType, Transfer},
     units::BlockSize,
 };
 
@@ -118,6 +118,9 @@ pub struct Create {
     /// Protection information for every block: off, type1, type2 or type3
     #[arg(long, value_name = "TYPE", default_value = "off", value_parser = pi)]
     pub pi: PiSetting,
+    /// How it stays true across a crash: bitmap (what was being written is read again and trusted) or journal (nothing is, and a torn block is an error; slower); as the sidecar has it, if there is one
+    #[arg(long, value_name = "MODE", value_parser = pi_mode)]
+    pub pi_mode: Option<PiMode>,
     /// Who reads and writes it: target (guests see a plain disk) or initiator (guests send and get their own)
     #[arg(long, value_name = "WHO", default_value = "target")]
     pub exposure: Exposure,
@@ -259,11 +262,13 @@ pub enum Pi {
     Verify(PiImage),
     /// Make the protection information anew from the blocks as they are
     Rebuild(PiRebuild),
+    /// After a change by something else, take the blocks as they are, and name those that differ
+    Adopt(PiImage),
     /// Say what the sidecar says
     Status(PiImage),
 }
 
-/// `pi verify` and `pi status`.
+/// `pi verify`, `pi adopt` and `pi status`.
 #[derive(Debug, Args)]
 pub struct PiImage {
     /// The image
@@ -284,6 +289,9 @@ pub struct PiRebuild {
     /// The type of protection: type1, type2 or type3; as the sidecar has it, if there is one
     #[arg(long, value_name = "TYPE", value_parser = pi_type)]
     pub pi: Option<PiType>,
+    /// How it stays true across a crash: bitmap or journal; as the sidecar has it, if there is one
+    #[arg(long, value_name = "MODE", value_parser = pi_mode)]
+    pub mode: Option<PiMode>,
     /// Bytes of a block: 512 or 4096; as the sidecar has it, if there is one
     #[arg(long, value_name = "BYTES", value_parser = block_size)]
     pub block_size: Option<BlockSize>,
@@ -366,6 +374,10 @@ fn block_size(text: &str) -> Result<BlockSize, String> {
 
 fn pi_type(text: &str) -> Result<PiType, String> {
     text.parse().map_err(|_| "the types of protection are type1, type2 and type3".to_owned())
+}
+
+fn pi_mode(text: &str) -> Result<PiMode, String> {
+    text.parse().map_err(|_| "the modes of protection information are bitmap and journal".to_owned())
 }
 
 fn pi(text: &str) -> Result<PiSetting, String> {

@@ -106,6 +106,10 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
         )
         .then("add --pi type1, or leave --sidecar out"));
     }
+    if let Some(mode) = args.pi_mode.filter(|_| args.pi.0.is_none()) {
+        let why = "there is no protection information to keep with --pi off";
+        return Err(CliError::usage("--pi-mode", mode, why).then("add --pi type1, or leave --pi-mode out"));
+    }
     if args.exposure == Exposure::Initiator && args.pi.0.is_none() {
         return Err(CliError::usage(
             "--exposure",
@@ -142,6 +146,7 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
         // The longest word, for the check of the length; what the image is comes when it has been looked at.
         format: Some(args.format.unwrap_or(Format::Qcow2)),
         pi: args.pi.0,
+        pi_mode: args.pi_mode,
         exposure: args.exposure,
         transfer: args.pi_transfer,
         read_only: args.read_only,
@@ -234,6 +239,9 @@ fn differences(args: &Create, config: &DeviceConfig, there: &Backstore, exports:
         Some(Ok(is)) => {
             differ("image", is.image.display().to_string(), config.image.display().to_string());
             differ("--pi", is.pi.map_or("off", pi_word).into(), config.pi.map_or("off", pi_word).into());
+            let mode =
+                |c: &DeviceConfig| c.pi_mode.map_or("as the sidecar has it".to_owned(), |m| m.to_string());
+            differ("--pi-mode", mode(&is), mode(config));
             differ("--exposure", is.exposure.to_string(), config.exposure.to_string());
             differ("--pi-transfer", is.transfer.to_string(), config.transfer.to_string());
             let sidecar = |c: &DeviceConfig| {
@@ -340,7 +348,7 @@ fn protect(config: &DeviceConfig, args: &Create, undo: &mut Undo<'_>) -> Result<
         // The daemon opens it, and says what is wrong with it.
         return Ok(());
     }
-    super::pi::protect(&config.image, &sidecar, pi, args.block_size)?;
+    super::pi::protect(&config.image, &sidecar, pi, config.pi_mode.unwrap_or_default(), args.block_size)?;
     undo.note("the new sidecar", move || fs::remove_file(sidecar));
     Ok(())
 }

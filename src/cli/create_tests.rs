@@ -61,6 +61,7 @@ fn every_word_that_differs_is_named() {
     for (words, difference) in [
         ("--image /b.raw --pi type1", "image /a.raw and not /b.raw"),
         ("--image /a.raw", "--pi type1 and not off"),
+        ("--image /a.raw --pi type1 --exposure initiator", "--exposure target and not initiator"),
         ("--image /a.raw --pi type1 --sidecar /s", "--sidecar /a.raw.pi and not /s"),
         ("--image /a.raw --pi type1 --read-only", "access writable and not read-only"),
         ("--image /a.raw --pi type1 --block-size 4096", "--block-size 512 and not 4096"),
@@ -89,6 +90,8 @@ fn words_that_contradict_each_other_are_usage_errors_with_a_next_step() {
         ("vm1 --image /a --size 1000", "--size"),
         ("vm1 --image /a --size 1536 --block-size 4096", "--size"),
         ("vm1 --image /a --sidecar /s", "--sidecar"),
+        ("vm1 --image /a --exposure initiator", "--exposure"),
+        ("vm1 --image /a --pi type1 --pi-transfer interleaved", "--pi-transfer"),
         ("vm1 --image /a --size 1M --read-only", "--read-only"),
         ("vm1 --image /a --export vhost --export vhost", "--export"),
     ] {

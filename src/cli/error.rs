@@ -111,6 +111,7 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "info",
         "verify",
         "rebuild",
+        "adopt",
         "status",
     ];
     let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();

@@ -21,21 +21,22 @@ use crate::{
     },
     lun::config::pi_word,
     pi::{
-        PiType,
+        PiMode, PiType,
         error::PiOpenError,
         store::{ImageFormat, default_path},
-        tools::{self, RebuildOptions, RebuildReport, StatusReport, VerifyReport},
+        tools::{self, AdoptReport, BadBlock, RebuildOptions, RebuildReport, StatusReport, VerifyReport},
     },
     sys::{self, io::Io},
     units::BlockSize,
     volume::IoError,
 };
 
-/// Runs `pi verify`, `pi rebuild` or `pi status`.
+/// Runs `pi verify`, `pi rebuild`, `pi adopt` or `pi status`.
 pub fn run(args: &Pi) -> Done {
     match args {
         Pi::Verify(args) => verify(args),
         Pi::Rebuild(args) => rebuild(args),
+        Pi::Adopt(args) => adopt(args),
         Pi::Status(args) => status(args),
     }
 }
@@ -110,7 +111,9 @@ fn verify(args: &PiImage) -> Done {
     let report = sys::run(async move |io| -> Result<VerifyReport, Failure> {
         let volume = reader(&io, &image).await?;
         let sidecar = tools::inspect(&io, &image, &sidecar).await?;
-        Ok(tools::verify(&volume, &sidecar, step).await?)
+        let mut report = tools::verify(&volume, &sidecar, step).await?;
+        tools::name_files(&mut report.bad, volume.files());
+        Ok(report)
     });
     bar.finish_and_clear();
     let report = report.map_err(|e| e.told("pi verify", &args.image))?;
@@ -130,7 +133,7 @@ fn verify(args: &PiImage) -> Done {
         wrong.push(format!("{} blocks cannot be read", report.unreadable));
     }
     Err(CliError::new("pi verify", args.image.display(), wrong.join(", ")).then(format!(
-        "bring these blocks back from a backup, or take the data as they are: tcmu-dif pi rebuild {}",
+        "bring these blocks back from a backup, or take the data as they are: tcmu-dif pi adopt {}",
         args.image.display()
     )))
 }
@@ -145,26 +148,56 @@ fn verify_text(image: &Path, r: &VerifyReport) -> String {
         ("unreadable", r.unreadable.to_string()),
         ("mismatches", r.mismatches.to_string()),
     ]);
-    for b in &r.bad {
-        let place = match (b.host_offset, b.depth) {
-            (Some(at), 0) => format!(" (byte {at} of the file)"),
-            (Some(at), depth) => format!(" (byte {at} of backing file {depth})"),
-            (None, _) => String::new(),
-        };
+    out.push_str(&bad_text(&r.bad, r.mismatches));
+    out
+}
+
+/// A line for each block that does not match: which, what of it, and where it lies.
+fn bad_text(bad: &[BadBlock], all: u64) -> String {
+    let mut out = String::new();
+    for b in bad {
+        let file = b.file.as_ref().map_or("the image".into(), |f| f.display().to_string());
+        let place = b.host_offset.map_or_else(String::new, |at| format!(" (byte {at} of {file})"));
         out.push_str(&format!(
             "\nblock {}: {} is {:#x}, expected {:#x}{place}",
             b.lba, b.tag, b.found, b.expected
         ));
     }
-    if (r.bad.len() as u64) < r.mismatches {
-        out.push_str(&format!("\nand {} more", r.mismatches - r.bad.len() as u64));
+    if (bad.len() as u64) < all {
+        out.push_str(&format!("\nand {} more", all - bad.len() as u64));
     }
     out
 }
 
+fn adopt(args: &PiImage) -> Done {
+    let bar = bar("adopting");
+    let (image, sidecar) = (args.image.clone(), sidecar_of(&args.image, args.sidecar.as_ref()));
+    let step = advance(&bar);
+    let report = sys::run(async move |io| -> Result<AdoptReport, Failure> {
+        let volume = reader(&io, &image).await?;
+        let mut report = tools::adopt(&io, &volume, &image, &sidecar, step).await?;
+        tools::name_files(&mut report.changed, volume.files());
+        Ok(report)
+    });
+    bar.finish_and_clear();
+    let report = report.map_err(|e| e.told("pi adopt", &args.image))?;
+    if args.json.json {
+        return output::json(&report);
+    }
+    let mut text = output::lines(&[
+        ("image", args.image.display().to_string()),
+        ("blocks", report.blocks.to_string()),
+        ("adopted", report.adopted.to_string()),
+        ("protected", report.protected.to_string()),
+        ("unreadable", report.unreadable.to_string()),
+    ]);
+    text.push_str(&bad_text(&report.changed, report.adopted));
+    output::print(&text)
+}
+
 fn rebuild(args: &PiRebuild) -> Done {
     let sidecar = sidecar_of(&args.image, args.sidecar.as_ref());
-    let report = make(&args.image, &sidecar, args.pi, args.block_size)?;
+    let report = make(&args.image, &sidecar, args.pi, args.mode, args.block_size)?;
     if args.json.json {
         return output::json(&report);
     }
@@ -172,6 +205,7 @@ fn rebuild(args: &PiRebuild) -> Done {
         ("image", args.image.display().to_string()),
         ("sidecar", sidecar.display().to_string()),
         ("protection", report.pi.map_or("off", pi_word).to_owned()),
+        ("mode", report.mode.to_string()),
         ("block size", report.block_size.to_string()),
         ("blocks", report.blocks.to_string()),
         ("protected", report.protected.to_string()),
@@ -184,6 +218,7 @@ fn make(
     image: &Path,
     sidecar: &Path,
     kind: Option<PiType>,
+    mode: Option<PiMode>,
     block_size: Option<BlockSize>,
 ) -> Result<RebuildReport, CliError> {
     let bar = bar("protecting");
@@ -195,7 +230,7 @@ fn make(
             Format::Raw => ImageFormat::Raw,
             Format::Qcow2 => ImageFormat::Qcow2,
         };
-        let options = RebuildOptions { kind, block_size, format };
+        let options = RebuildOptions { kind, mode, block_size, format };
         Ok(tools::rebuild(&io, &volume, &path, &sidecar, options, step).await?)
     });
     bar.finish_and_clear();
@@ -207,8 +242,14 @@ fn make(
 ///
 /// # Errors
 /// No sidecar is left behind then.
-pub fn protect(image: &Path, sidecar: &Path, kind: PiType, block_size: BlockSize) -> Result<(), CliError> {
-    let report = make(image, sidecar, Some(kind), Some(block_size))?;
+pub fn protect(
+    image: &Path,
+    sidecar: &Path,
+    kind: PiType,
+    mode: PiMode,
+    block_size: BlockSize,
+) -> Result<(), CliError> {
+    let report = make(image, sidecar, Some(kind), Some(mode), Some(block_size))?;
     if report.unreadable > 0 {
         tracing::warn!(
             "{}: {} blocks cannot be read, and are without protection",
@@ -232,20 +273,24 @@ fn status(args: &PiImage) -> Done {
 
 fn status_text(image: &Path, sidecar: &Path, r: &StatusReport) -> String {
     let state = match r.image_changed {
-        None => "in use, or left by a crash: marked regions are checked when it is opened",
+        None => "in use, or left by a crash: what was being written is checked when it is opened",
         Some(false) => "closed cleanly",
         Some(true) => "the image has been changed by something else since",
     };
     let info = &r.info;
     let marked = info.marked_regions.saturating_mul(info.region_bytes);
-    output::lines(&[
+    let mut pairs = vec![
         ("image", image.display().to_string()),
         ("sidecar", sidecar.display().to_string()),
         ("protection", pi_word(info.pi).to_owned()),
+        ("mode", info.mode.to_string()),
         ("block size", info.block_size.to_string()),
         ("blocks", info.blocks.to_string()),
         ("state", state.to_owned()),
-        ("marked", format!("{} regions, {}", info.marked_regions, size::human(marked))),
         ("uuid", info.uuid.clone()),
-    ])
+    ];
+    if info.mode == PiMode::Bitmap {
+        pairs.push(("marked", format!("{} regions, {}", info.marked_regions, size::human(marked))));
+    }
+    output::lines(&pairs)
 }

@@ -82,6 +82,23 @@ pub fn show(cli: &Cli, args: &Show) -> Done {
     output::print(&text(&view))
 }
 
+/// Every counter with its name in words; what belongs together stands together, and what there is none of is left out.
+fn counters(all: &serde_json::Value) -> Vec<(String, String)> {
+    let mut out = Vec::new();
+    for (name, value) in all.as_object().into_iter().flatten() {
+        let name = name.replace('_', " ");
+        match value {
+            serde_json::Value::Null => {}
+            serde_json::Value::String(word) => out.push((name, word.clone())),
+            serde_json::Value::Object(_) => {
+                out.extend(counters(value).into_iter().map(|(inner, n)| (format!("{name} {inner}"), n)));
+            }
+            number => out.push((name, number.to_string())),
+        }
+    }
+    out
+}
+
 fn text(v: &LunView) -> String {
     let yes = |b: bool| if b { "yes" } else { "no" }.to_owned();
     let mut pairs = vec![("name", v.name.clone()), ("state", v.state.clone())];
@@ -106,8 +123,20 @@ fn text(v: &LunView) -> String {
         let at = if at.is_empty() { String::new() } else { format!(" as {}", at.join(" and ")) };
         pairs.push(("export", format!("{} {}{at}", e.fabric, e.wwn)));
     }
-    let counters: Vec<_> = v.counters.as_object().into_iter().flatten().collect();
-    let counters: Vec<_> = counters.iter().map(|(k, n)| (k.replace('_', " "), n.to_string())).collect();
+    let counters = counters(&v.counters);
     pairs.extend(counters.iter().map(|(k, n)| (k.as_str(), n.clone())));
     output::lines(&pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_words_and_numbers_one_on_a_line() {
+        let all = serde_json::json!({ "bytes_in": 3, "formatted_with": "type3", "pi": { "guard_errors": 1 }, "none": null });
+        let lines = counters(&all);
+        let want = [("bytes in", "3"), ("formatted with", "type3"), ("pi guard errors", "1")];
+        assert_eq!(lines, want.map(|(k, v)| (k.to_owned(), v.to_owned())));
+    }
 }

@@ -66,9 +66,28 @@ impl Case<'_> {
 const BAD_FIELD: (u8, u8, u8) = (5, 0x24, 0);
 const NO_OPCODE: (u8, u8, u8) = (5, 0x20, 0);
 const OUT_OF_RANGE: (u8, u8, u8) = (5, 0x21, 0);
+const MISCOMPARE: (u8, u8, u8) = (0x0e, 0x1d, 0);
 
 /// Every difference that is known.
 pub const EXPECTATIONS: &[Expectation] = &[
+    Expectation {
+        name: "scsi_debug adds address and length without a look at the carry",
+        clause: "an address beyond the end is LOGICAL BLOCK ADDRESS OUT OF RANGE (SBC-4 4.5)",
+        holds: |c| {
+            let wraps = c.op.lba.checked_add(c.op.blocks.into()).is_none();
+            c.peer_is("scsi_debug") && wraps && c.ours_is(OUT_OF_RANGE)
+        },
+    },
+    Expectation {
+        name: "scsi_debug's VERIFY without data, or of no blocks, looks at nothing, not even the address",
+        clause: "VERIFY beyond the end is LOGICAL BLOCK ADDRESS OUT OF RANGE (SBC-4 4.5, 5.36)",
+        holds: |c| {
+            c.peer_is("scsi_debug")
+                && (c.op.kind == Kind::Verify(0) || c.op.kind == Kind::Verify(1) && c.op.blocks == 0)
+                && c.theirs.status == 0
+                && c.ours_is(OUT_OF_RANGE)
+        },
+    },
     Expectation {
         name: "scsi_debug takes the reserved values",
         clause: "RDPROTECT, WRPROTECT and VRPROTECT 110b and 111b are reserved: INVALID FIELD IN CDB (SBC-4 tables of 5.13, 5.42, 5.36)",
@@ -76,7 +95,10 @@ pub const EXPECTATIONS: &[Expectation] = &[
             c.peer_is("scsi_debug")
                 && c.op.protect >= 6
                 && c.ours_is(BAD_FIELD)
-                && (c.theirs.status == 0 || c.theirs_is(NO_OPCODE) || c.theirs_is(OUT_OF_RANGE))
+                && (c.theirs.status == 0
+                    || c.theirs_is(NO_OPCODE)
+                    || c.theirs_is(OUT_OF_RANGE)
+                    || c.op.kind == Kind::Verify(1) && c.theirs_is(MISCOMPARE))
         },
     },
     Expectation {
@@ -106,6 +128,21 @@ pub const EXPECTATIONS: &[Expectation] = &[
                     (c.op.kind, c.op.size),
                     (Kind::Verify(_) | Kind::WriteVerify, 10 | 12 | 16 | 32) | (Kind::WriteSame, 32)
                 ))
+        },
+    },
+    Expectation {
+        name: "LIO's VERIFY looks at nothing",
+        clause: "VERIFY compares and checks as BYTCHK and VRPROTECT say, and 110b and 111b are reserved (SBC-4 5.36)",
+        holds: |c| c.peer_is("LIO-ORG") && matches!(c.op.kind, Kind::Verify(_)) && c.theirs.status == 0,
+    },
+    Expectation {
+        name: "LIO's ramdisk lacks the command",
+        clause: "VERIFY(12), WRITE AND VERIFY(12) and WRITE SAME are optional (SBC-4 table 25)",
+        holds: |c| {
+            c.peer_is("LIO-ORG")
+                && c.theirs_is(NO_OPCODE)
+                && (c.op.kind == Kind::WriteSame
+                    || c.op.size == 12 && matches!(c.op.kind, Kind::Verify(_) | Kind::WriteVerify))
         },
     },
 ];
@@ -295,7 +332,10 @@ pub fn run(first: &mut Disk, second: &mut Disk, options: &Options) -> Result<Rep
                 }
             }
         }
-        if op.writes() {
+        if op.writes() && op.lba >= a.blocks && theirs.status == 0 {
+            // It went somewhere else than it was sent to.
+            level(first, second, &mut generator)?;
+        } else if op.writes() {
             mend(first, second, &op, &mut generator)?;
         }
     }

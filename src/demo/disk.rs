@@ -13,7 +13,7 @@ use crate::{
     lun::{self, LunHandle, LunParams, config::DeviceConfig},
     peer::kernel::{Data, Ended, Kernel, Options},
     pi::{
-        PiType,
+        PiMode, PiType,
         protected::sidecar_path,
         store::{ImageFormat, NewSidecar, Sidecar, Stamp, create_file},
     },
@@ -56,6 +56,7 @@ impl Disk {
             let new = NewSidecar {
                 block_size: BlockSize::B512,
                 kind: PiType::Type1,
+                mode: PiMode::Bitmap,
                 capacity: BlockSize::B512.blocks_in(capacity),
                 format: match format {
                     Format::Raw => ImageFormat::Raw,

@@ -86,13 +86,16 @@ pub struct Image {
     driver: Driver,
     path: PathBuf,
     file: Rc<File>,
+    /// The files of the chain, this one first.
+    files: Vec<PathBuf>,
     /// On every file of the chain. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<ImageLock>>,
 }
 
 impl Image {
     fn new(driver: Driver, path: PathBuf, file: Rc<File>) -> Image {
-        Image { driver, path, file, locks: RefCell::default() }
+        let files = vec![path.clone()];
+        Image { driver, path, file, files, locks: RefCell::default() }
     }
 
     /// The format it was opened as.
@@ -106,6 +109,11 @@ impl Image {
     /// The file or block device, as it was named.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The files of the chain, by the depth that [`Extent::depth`] counts: the image, its backing file, and so on.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// The driver, for what only one format has.

@@ -87,8 +87,9 @@ pub(super) async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -
         let driver = driver.map_err(|e| OpenError::driver(&layer.path, e).backing_of(above))?;
         image = Some(Image::new(driver, layer.path, layer.file));
     }
-    let Some(image) = image else { return Err(OpenError::new(path, OpenErrorKind::Io)) };
+    let Some(mut image) = image else { return Err(OpenError::new(path, OpenErrorKind::Io)) };
     image.locks.replace(locks);
+    image.files = names;
     tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)
 }

@@ -1,7 +1,7 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
 //! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
-//! `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
+//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
 
@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::{
     image::Format,
-    pi::{Exposure, PiType, Transfer},
+    pi::{Exposure, PiMode, PiType, Transfer},
 };
 
 /// Our subtype: the first part of `dev_config`.
@@ -36,6 +36,8 @@ pub struct DeviceConfig {
     pub format: Option<Format>,
     /// Protection information at rest.
     pub pi: Option<PiType>,
+    /// How it stays true across a crash, if that is asked for; otherwise as its sidecar has it.
+    pub pi_mode: Option<PiMode>,
     /// Who sees it.
     pub exposure: Exposure,
     /// How it travels to those who do.
@@ -86,6 +88,7 @@ impl DeviceConfig {
             image: image.into(),
             format: None,
             pi: None,
+            pi_mode: None,
             exposure: Exposure::Target,
             transfer: Transfer::Separate,
             read_only: false,
@@ -114,6 +117,10 @@ impl DeviceConfig {
                     let kind = pi_type(v).ok_or(ConfigError::Value { key: "pi", value: v.to_owned() })?;
                     once("pi", &mut out.pi, kind)?;
                 }
+                ("pimode", Some(v)) => {
+                    let unknown = ConfigError::Value { key: "pimode", value: v.to_owned() };
+                    once("pimode", &mut out.pi_mode, v.parse().map_err(|_| unknown)?)?;
+                }
                 ("exposure", Some(v)) => {
                     let unknown = ConfigError::Value { key: "exposure", value: v.to_owned() };
                     once("exposure", &mut exposure, v.parse().map_err(|_| unknown)?)?;
@@ -138,6 +145,9 @@ impl DeviceConfig {
         }
         out.exposure = exposure.unwrap_or_default();
         out.transfer = transfer.unwrap_or_default();
+        if out.pi_mode.is_some() && out.pi.is_none() {
+            return Err(ConfigError::Without("pimode", "pi"));
+        }
         if out.exposure == Exposure::Initiator && out.pi.is_none() {
             return Err(ConfigError::Without("exposure=initiator", "pi"));
         }
@@ -173,6 +183,9 @@ impl fmt::Display for DeviceConfig {
         }
         if let Some(pi) = self.pi {
             write!(f, ";pi={}", pi_word(pi))?;
+        }
+        if let Some(mode) = self.pi_mode {
+            write!(f, ";pimode={mode}")?;
         }
         if self.exposure != Exposure::Target {
             write!(f, ";exposure={}", self.exposure)?;
@@ -278,11 +291,13 @@ mod tests {
             image in any_path(),
             format in prop::option::of(prop::sample::select(vec![Format::Raw, Format::Qcow2])),
             (pi, exposure, transfer) in protection(),
+            mode in prop::option::of(prop::sample::select(vec![PiMode::Bitmap, PiMode::Journal])),
             read_only: bool,
             sidecar in prop::option::of(any_path()),
             serial in prop::option::of("\\PC{1,20}|[;%,=\n]{1,5}"),
         ) -> DeviceConfig {
-            DeviceConfig { image, format, pi, exposure, transfer, read_only, sidecar, serial }
+            let pi_mode = mode.filter(|_| pi.is_some());
+            DeviceConfig { image, format, pi, pi_mode, exposure, transfer, read_only, sidecar, serial }
         }
     }
 
@@ -312,6 +327,8 @@ mod tests {
             ("/a;pi=type4", Value { key: "pi", value: "type4".into() }),
             ("/a;pi", Unknown("pi".into())),
             ("/a;pi=type1;exposure=all", Value { key: "exposure", value: "all".into() }),
+            ("/a;pi=type1;pimode=fast", Value { key: "pimode", value: "fast".into() }),
+            ("/a;pimode=journal", Without("pimode", "pi")),
             ("/a;exposure=initiator", Without("exposure=initiator", "pi")),
             ("/a;pi=type1;transfer=interleaved", Without("transfer=interleaved", "exposure=initiator")),
             ("/a;ro;ro", Twice("ro")),

@@ -32,7 +32,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     image::open::OpenError,
-    pi::{self, Exposure, PiOpenError, Transfer},
+    pi::{self, Exposure, PiOpenError, PiType, Transfer},
     ring::{Device, Ring, RingError},
     sys::{
         exec::Executor,
@@ -95,7 +95,8 @@ pub enum LunError {
     },
     /// Initiators were promised protection information, and the kernel would lose it.
     #[error(
-        "this kernel's target_core_user does not pass protection information on, so initiators cannot see that of this LUN"
+        "this kernel's target_core_user drops protection information, whatever the fabric (loopback and vhost-scsi alike), so \
+         initiators cannot send or get any"
     )]
     PiNotCarried,
     /// A capacity that the LUN cannot have.
@@ -195,6 +196,9 @@ pub struct Stats {
     /// What commands have come to.
     #[serde(flatten)]
     pub counted: PublicStats,
+    /// The type of protection that initiators see now: FORMAT UNIT may have chosen another than the configuration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub formatted_with: Option<PiType>,
     /// Protection, where there is any.
     pub pi: Option<pi::Counters>,
 }

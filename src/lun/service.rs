@@ -62,6 +62,7 @@ impl Lun {
             capacity_bytes: self.stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
+            formatted_with: self.stack.protection(),
             pi: self.stack.pi_counters().map(|below| below.plus(self.target.pi_counters())),
         }
     }

@@ -9,7 +9,7 @@ use crate::{
         Image,
         open::{OpenOptions, open},
     },
-    pi::{Counters, Protected, Protection, protected::sidecar_path, store::Stamp},
+    pi::{Counters, Protected, Protection, chain::Beneath, protected::sidecar_path, store::Stamp},
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
     volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
@@ -48,12 +48,16 @@ impl Stack {
             image: config.image.clone(),
             sidecar: sidecar_path(&config.image, config.sidecar.as_deref()),
             kind,
+            mode: config.pi_mode,
             exposure: config.exposure,
             block_size: params.block_size,
             read_only: config.read_only,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
         };
-        Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?)))
+        // Opened first: what is wrong with a backing file is said before anything is changed.
+        let cluster = u64::from(image.limits().discard_granularity);
+        let beneath = Beneath::open(io, &image.files()[1..], params.block_size, cluster).await?;
+        Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?.over(beneath))))
     }
 
     /// The image at the bottom.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    store::{Stamp, StoreError},
+    store::{PiMode, Stamp, StoreError},
     tuple::PiType,
 };
 use crate::volume::IoError;
@@ -41,6 +41,14 @@ pub enum PiOpenErrorKind {
         has: PiType,
         /// Asked for.
         wanted: PiType,
+    },
+    /// It stays true across a crash in another way.
+    #[error("it is in mode {has}, and mode {wanted} was asked for")]
+    Mode {
+        /// In the sidecar.
+        has: PiMode,
+        /// Asked for.
+        wanted: PiMode,
     },
     /// It is for blocks of another size.
     #[error("it is for blocks of {has} bytes, and the LUN has blocks of {wanted}")]
@@ -82,13 +90,15 @@ impl PiOpenError {
         let default = super::store::default_path(&self.image) == self.sidecar;
         let words = if default { String::new() } else { format!(" --sidecar {}", self.sidecar.display()) };
         let rebuild = format!("`tcmu-dif pi rebuild {image}{words}`");
+        let adopt = format!("`tcmu-dif pi adopt {image}{words}`");
         let verify = format!("`tcmu-dif pi verify {image}{words}`");
         use PiOpenErrorKind as K;
         Some(match &self.what {
             K::Missing => format!("make one with {rebuild}"),
             K::Exists => format!("see what it says with `tcmu-dif pi status {image}{words}`"),
             K::ImageChanged { .. } | K::Capacity { .. } => format!(
-                "see which blocks differ with {verify}; if the image is as it should be, take it as it is with {rebuild}"
+                "see which blocks differ with {verify}; if the image is as it should be, take those blocks as they are with \
+                 {adopt}, or make everything anew with {rebuild}"
             ),
             K::Store(StoreError::Damaged) => {
                 format!("make it anew from the data, which is then taken as good, with {rebuild}")
@@ -102,6 +112,9 @@ impl PiOpenError {
             K::Store(StoreError::TooLarge(_)) => "use a smaller image, or no protection".to_owned(),
             K::Store(StoreError::Io(_)) => "see to the file and its directory, and try again".to_owned(),
             K::Type { has, .. } => format!("ask for {has}, or change the type with {rebuild} --pi TYPE"),
+            K::Mode { has, wanted } => {
+                format!("ask for mode {has}, or make it anew with {rebuild} --mode {wanted}")
+            }
             K::BlockSize { has, .. } => {
                 format!("ask for blocks of {has} bytes, or make it anew with {rebuild} --block-size N")
             }

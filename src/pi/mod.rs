@@ -5,12 +5,14 @@
 //! a write that the disk dropped or put elsewhere is found as well as a flipped bit. The LUN thread puts
 //! [`protected::Protected`] between the SCSI room and the image; the command line calls [`tools`].
 
+pub mod chain;
 pub mod check;
 pub mod error;
 pub mod exposure;
 pub mod guard;
 pub mod protected;
 mod recompute;
+mod replay;
 pub mod store;
 #[cfg(test)]
 mod testing;
@@ -22,4 +24,5 @@ pub mod wire;
 pub use error::{PiOpenError, PiOpenErrorKind};
 pub use exposure::{Exposure, Transfer};
 pub use protected::{Counters, Protected, Protection};
+pub use store::PiMode;
 pub use tuple::{PiType, Tuple};

@@ -23,29 +23,27 @@
 use std::{
     cell::{Cell, RefCell},
     io,
-    ops::Range,
     path::{Path, PathBuf},
 };
 
 use serde::Serialize;
 
+use self::crash::{Doubt, New};
 use super::{
+    chain::Beneath,
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind},
     exposure::Exposure,
     guard::Guard,
-    recompute::{Mode, Recomputed, recompute},
-    store::{Sidecar, Stamp, open_file},
+    store::{PiMode, Sidecar, Stamp, open_file},
     tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
     storage::{FileStorage, Storage},
-    sync::{RangeGuard, RangeLock},
+    sync::{AsyncMutex, RangeLock},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Blocks, ByteOffset, Lba},
-    volume::{
-        Extent, IoError, IoErrorKind, IoOp, Limits, PiMismatch, PiTag, Result, TupleCheck, Volume, WriteFlags,
-    },
+    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, TupleCheck, Volume, WriteFlags},
 };
 
 /// How an image is protected.
@@ -57,6 +55,8 @@ pub struct Protection {
     pub sidecar: PathBuf,
     /// The type asked for.
     pub kind: PiType,
+    /// How it stays true across a crash, if that is asked for; otherwise as the sidecar has it.
+    pub mode: Option<PiMode>,
     /// Whether initiators read and write the tuples.
     pub exposure: Exposure,
     /// The LUN's block size.
@@ -84,6 +84,8 @@ pub struct Counters {
     pub unprotected: u64,
     /// Tuples made anew after a crash or a failed write.
     pub recomputed: u64,
+    /// Blocks that a crash or a failed write has torn (mode "journal"): they are errors until they are written.
+    pub torn: u64,
 }
 
 impl Counters {
@@ -97,6 +99,7 @@ impl Counters {
             ref_errors: self.ref_errors + other.ref_errors,
             unprotected: self.unprotected + other.unprotected,
             recomputed: self.recomputed + other.recomputed,
+            torn: self.torn + other.torn,
         }
     }
 }
@@ -105,6 +108,7 @@ impl Counters {
 pub struct Protected<V, S = FileStorage> {
     volume: V,
     sidecar: Sidecar<S>,
+    beneath: Beneath<S>,
     checker: Cell<Checker>,
     exposure: Exposure,
     /// FORMAT UNIT has turned protection off as far as initiators see.
@@ -112,8 +116,10 @@ pub struct Protected<V, S = FileStorage> {
     capacity: Cell<Blocks>,
     read_only: bool,
     lock: RangeLock,
-    /// Ranges of blocks of which it is not known whether they match.
-    doubt: RefCell<Vec<Range<u64>>>,
+    /// Blocks of which it is not known whether they match.
+    doubt: RefCell<Vec<Doubt>>,
+    /// Held by who empties the journal because it is full.
+    making_room: AsyncMutex,
     failed: Cell<bool>,
     counters: Cell<Counters>,
     sidecar_path: PathBuf,
@@ -153,6 +159,9 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         if info.pi != how.kind && !info.formatted {
             return Err(fault(PiOpenErrorKind::Type { has: info.pi, wanted: how.kind }));
         }
+        if let Some(wanted) = how.mode.filter(|mode| *mode != info.mode) {
+            return Err(fault(PiOpenErrorKind::Mode { has: info.mode, wanted }));
+        }
         if info.block_size != how.block_size.bytes() {
             let (has, wanted) = (info.block_size, how.block_size.bytes());
             return Err(fault(PiOpenErrorKind::BlockSize { has, wanted }));
@@ -170,6 +179,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let me = Protected {
             volume,
             sidecar,
+            beneath: Beneath::nothing(),
             checker: Cell::new(Checker {
                 guard: Guard::best(),
                 kind: info.pi,
@@ -182,6 +192,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             read_only: how.read_only,
             lock: RangeLock::new(),
             doubt: RefCell::default(),
+            making_room: AsyncMutex::new(),
             failed: Cell::new(false),
             counters: Cell::default(),
             sidecar_path: how.sidecar.clone(),
@@ -197,37 +208,14 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 me.sidecar.forget_beyond(capacity.min(Blocks(info.blocks))).await.map_err(store)?;
                 me.sidecar.set_capacity(capacity).await.map_err(store)?;
             }
-            me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
         }
+        me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
         Ok(me)
     }
 
-    /// Looks at the regions that the last session left marked, makes the tuples anew that do not match, and clears them.
-    async fn recheck(&self) -> Result<()> {
-        let marked = self.sidecar.marked();
-        if marked.is_empty() {
-            return Ok(());
-        }
-        let mut done = Recomputed::default();
-        for blocks in &marked {
-            let checker = self.checker();
-            let part = recompute(&self.volume, &self.sidecar, &checker, blocks.clone(), Mode::Mend, |_| ());
-            done.add(part.await.map_err(|e| e.path(&self.sidecar_path))?);
-        }
-        self.count(|c| c.recomputed += done.recomputed + done.protected);
-        tracing::info!(
-            sidecar = %self.sidecar_path.display(),
-            regions = marked.len(),
-            blocks_read = done.read,
-            recomputed = done.recomputed,
-            protected_anew = done.protected,
-            unreadable = done.unreadable,
-            "not closed cleanly: regions that were being written have been rechecked"
-        );
-        // What was read came from the page cache, maybe; it has to stay as it is before the marks may go.
-        self.flush().await?;
-        self.sidecar.end_flush(self.sidecar.begin_flush(), true).await;
-        Ok(())
+    /// The same, with the sidecars of the image's backing files: blocks that the image does not hold are checked too.
+    pub fn over(self, beneath: Beneath<S>) -> Self {
+        Protected { beneath, ..self }
     }
 
     /// The volume beneath. What is done to it past the protection will not match.
@@ -281,78 +269,17 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         Ok(())
     }
 
-    /// Locks a range of which nothing is in doubt: what is, is settled first, or the operation fails.
-    async fn locked(&self, op: IoOp, lba: Lba, blocks: u64, exclusive: bool) -> Result<RangeGuard> {
-        let overlap = |r: &Range<u64>| r.start < lba.0 + blocks && lba.0 < r.end;
-        loop {
-            let guard = match exclusive {
-                true => self.lock.exclusive(lba.0, blocks).await,
-                false => self.lock.shared(lba.0, blocks).await,
-            };
-            // Looked at under the lock: a write that we waited for may have failed.
-            let Some(range) = self.doubt.borrow().iter().find(|r| overlap(r)).cloned() else {
-                return Ok(guard);
-            };
-            drop(guard);
-            let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
-            if !self.doubt.borrow().contains(&range) {
-                continue;
-            }
-            if let Err(e) = self.settle(&range).await {
-                let why = "a failed write left this range in doubt, and that could not be mended";
-                let kind = IoErrorKind::Medium;
-                return Err(IoError { source: e.source, ..IoError::new(kind, op) }
-                    .at(ByteOffset(lba.0 << self.checker().block_size.shift()))
-                    .detail(why));
-            }
-            self.doubt.borrow_mut().retain(|r| *r != range);
-        }
-    }
-
-    /// After a failed write, with the range locked: gives every block a tuple that matches.
-    async fn settle(&self, range: &Range<u64>) -> Result<()> {
-        let done = recompute(&self.volume, &self.sidecar, &self.checker(), range.clone(), Mode::Mend, |_| ())
-            .await?;
-        self.count(|c| c.recomputed += done.recomputed + done.protected);
-        tracing::warn!(
-            sidecar = %self.sidecar_path.display(),
-            first_lba = range.start,
-            blocks = range.end - range.start,
-            recomputed = done.recomputed,
-            unreadable = done.unreadable,
-            "a write failed; the tuples of its blocks have been made to match what the medium holds"
-        );
-        Ok(())
-    }
-
-    /// Does something to a range of data and tuples, under the lock and with its regions marked. If it fails the range is
-    /// settled, or stays in doubt; so it does if the future is dropped half-way.
-    async fn change(
-        &self,
-        op: IoOp,
-        at: ByteOffset,
-        (lba, blocks): (Lba, u64),
-        work: impl AsyncFnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let _alone = self.locked(op, lba, blocks, true).await?;
-        let writing = self.sidecar.intend(lba, blocks).await.map_err(|e| self.sidecar_error(op, at, e))?;
-        let range = lba.0..lba.0 + blocks;
-        let mut doubt = InDoubt { list: &self.doubt, range: Some(range.clone()) };
-        let done = work().await;
-        if done.is_ok() || self.settle(&range).await.is_ok() {
-            doubt.range = None;
-            writing.finish();
-        }
-        done
-    }
-
     /// Reads data and their tuples.
     async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
         let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
         let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
         let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
         data?;
-        Ok((lba, tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?))
+        let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
+        if !self.beneath.is_empty() {
+            self.beneath.fill(&self.volume, &self.checker(), lba, &mut tuples).await?;
+        }
+        Ok((lba, tuples))
     }
 
     /// Writes data and their tuples.
@@ -365,45 +292,23 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         flags: WriteFlags,
     ) -> Result<()> {
         let op = IoOp::Write;
-        self.change(op, at, (lba, blocks), async || {
-            let data = self.volume.write(at, from, flags);
-            let has_space = self.sidecar.has_space(lba, blocks);
-            let tuples = self.sidecar.write_tuples(lba, tuples, flags.fua);
-            if has_space {
-                let (data, tuples) = join(data, tuples).await;
-                data?;
-                tuples.map_err(|e| self.sidecar_error(op, at, e))
-            } else {
-                // The first tuples in a page may find the disk full: before the data are touched, then.
-                tuples.await.map_err(|e| self.sidecar_error(op, at, e))?;
-                data.await
+        let turn = self.begin(op, at, (lba, blocks), New::Blocks(from, &tuples)).await?;
+        // What the journal holds needs not be durable twice.
+        let dsync = flags.fua && self.sidecar.mode() == PiMode::Bitmap;
+        let data = self.volume.write(at, from, flags);
+        let has_space = self.sidecar.has_space(lba, blocks);
+        let tuples = self.sidecar.write_tuples(lba, tuples, dsync);
+        let done = if has_space {
+            let (data, tuples) = join(data, tuples).await;
+            data.and(tuples.map_err(|e| self.sidecar_error(op, at, e)))
+        } else {
+            // The first tuples in a page may find the disk full: before the data are touched, then.
+            match tuples.await {
+                Ok(()) => data.await,
+                Err(e) => Err(self.sidecar_error(op, at, e)),
             }
-        })
-        .await
-    }
-
-    /// Counts a mismatch, and says it as an error.
-    fn mismatch(&self, at: ByteOffset, m: PiMismatch) -> IoError {
-        self.count(|c| match m.tag {
-            PiTag::Guard => c.guard_errors += 1,
-            PiTag::Application => c.app_errors += 1,
-            PiTag::Reference => c.ref_errors += 1,
-        });
-        let place = m.lba.to_bytes(self.checker().block_size).unwrap_or(at);
-        IoError::new(IoErrorKind::Protection(m), IoOp::Read).at(place)
-    }
-
-    /// On a volume that may not be written nobody could settle what a crash has cut off: there a block of a marked region
-    /// that does not match its tuple has none.
-    fn forgive(&self, first: Lba, data: &Sg, tuples: &mut [u8]) {
-        let stored = tuples.to_vec();
-        self.checker().check(data, first, &stored, |i, _, found| {
-            if let Err(m) = found
-                && self.sidecar.is_marked(m.lba)
-            {
-                tuples[i * TUPLE_LEN..][..TUPLE_LEN].fill(0xff);
-            }
-        });
+        };
+        self.end(turn, done).await
     }
 
     async fn zero(&self, at: ByteOffset, len: u64, keep_space: Option<bool>) -> Result<()> {
@@ -413,29 +318,21 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         if blocks == 0 {
             return Ok(());
         }
-        self.change(op, at, (lba, blocks), async || {
+        let turn = self.begin(op, at, (lba, blocks), New::Zeros).await?;
+        let done = async {
             match keep_space {
                 None => self.volume.discard(at, len).await?,
                 Some(keep) => self.volume.write_zeroes(at, len, !keep).await?,
             }
+            if self.sidecar.mode() == PiMode::Journal {
+                // The journal knows nothing of the tuples that are given up: the data go first, then.
+                self.volume.flush().await?;
+            }
             let cleared = self.sidecar.clear_tuples(lba, blocks, keep_space == Some(true)).await;
             cleared.map_err(|e| self.sidecar_error(op, at, e))
-        })
-        .await
-    }
-}
-
-/// Puts its range on the list of those in doubt when it is dropped, unless it was taken out.
-struct InDoubt<'a> {
-    list: &'a RefCell<Vec<Range<u64>>>,
-    range: Option<Range<u64>>,
-}
-
-impl Drop for InDoubt<'_> {
-    fn drop(&mut self) {
-        if let Some(range) = self.range.take() {
-            self.list.borrow_mut().push(range);
-        }
+        };
+        let done = done.await;
+        self.end(turn, done).await
     }
 }
 
@@ -527,6 +424,7 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
             return Err(IoError::new(IoErrorKind::OutOfRange, IoOp::Resize));
         }
         let store = |e| self.sidecar_error(IoOp::Resize, ByteOffset(0), e);
+        self.forget_journal(IoOp::Resize).await?;
         if new < self.capacity.get() {
             self.sidecar.forget_beyond(new).await.map_err(store)?;
         }
@@ -580,6 +478,7 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
         self.writable(IoOp::Discard)?;
         let _alone = self.lock.exclusive(0, u64::MAX).await;
+        self.forget_journal(IoOp::Discard).await?;
         let done = self.sidecar.reformat(protection).await;
         done.map_err(|e| self.sidecar_error(IoOp::Discard, ByteOffset(0), e))?;
         self.hidden.set(protection.is_none());
@@ -592,18 +491,22 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         if self.read_only {
             return self.volume.close().await;
         }
-        let epoch = self.sidecar.begin_flush();
+        let mark = self.sidecar.begin_flush();
         let flushed = self.flush().await;
         if flushed.is_ok() {
-            self.sidecar.end_flush(epoch, true).await;
+            self.sidecar.end_flush(mark, true).await;
         }
         // Closing may change the image once more, and gives up its lock; the stamp is taken right after.
         let closed = self.volume.close().await;
         flushed?;
         closed?;
         let stamp = (self.stamp)().map_err(|e| IoError::from_io(IoOp::Close, e))?;
-        let clean = self.sidecar.end_use(stamp).await;
-        clean.map_err(|e| self.sidecar_error(IoOp::Close, ByteOffset(0), e))
+        let store = |e| self.sidecar_error(IoOp::Close, ByteOffset(0), e);
+        if self.doubt.borrow().is_empty() {
+            // What is in doubt is for the next opening to look at.
+            self.sidecar.clear_journal().await.map_err(store)?;
+        }
+        self.sidecar.end_use(stamp).await.map_err(store)
     }
 }
 
@@ -612,7 +515,18 @@ pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
     named.map_or_else(|| super::store::default_path(image), Path::to_owned)
 }
 
+mod crash;
+mod wrong;
+
+#[cfg(test)]
+mod costs;
 #[cfg(test)]
 mod cuts;
+#[cfg(test)]
+mod initiator_tests;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod power;
 #[cfg(test)]
 mod tests;

@@ -14,7 +14,7 @@ use crate::{
     storage::Storage,
     sys::{exec::join, mem::Buffer},
     units::{BlockSize, ByteOffset, Lba},
-    volume::{ExtentKind, IoError, IoOp, Result, Volume},
+    volume::{ExtentKind, IoError, IoOp, PiMismatch, Result, Volume},
 };
 
 /// Bytes of data that are looked at together.
@@ -109,7 +109,20 @@ pub(super) async fn recompute<V: Volume, S: Storage>(
     checker: &Checker,
     blocks: Range<u64>,
     mode: Mode,
+    progress: impl FnMut(u64),
+) -> Result<Recomputed> {
+    recompute_seeing(volume, sidecar, checker, blocks, mode, progress, |_, _| ()).await
+}
+
+/// [`recompute`], and `seen` hears of every block that did not match.
+pub(super) async fn recompute_seeing<V: Volume, S: Storage>(
+    volume: &V,
+    sidecar: &Sidecar<S>,
+    checker: &Checker,
+    blocks: Range<u64>,
+    mode: Mode,
     mut progress: impl FnMut(u64),
+    mut seen: impl FnMut(&Run, PiMismatch),
 ) -> Result<Recomputed> {
     let mut done = Recomputed::default();
     let mut from = blocks.start;
@@ -120,7 +133,7 @@ pub(super) async fn recompute<V: Volume, S: Storage>(
             let cleared = sidecar.clear_tuples(Lba(run.blocks.start), n, false).await;
             cleared.map_err(|e| IoError::from_io(IoOp::Write, e))?;
         } else {
-            done.add(one_run(volume, sidecar, checker, &run, mode).await?);
+            done.add(one_run(volume, sidecar, checker, &run, mode, &mut seen).await?);
         }
         progress(from);
     }
@@ -134,6 +147,7 @@ async fn one_run<V: Volume, S: Storage>(
     checker: &Checker,
     run: &Run,
     mode: Mode,
+    seen: &mut impl FnMut(&Run, PiMismatch),
 ) -> Result<Recomputed> {
     let size = checker.block_size;
     let (first, count) = (Lba(run.blocks.start), run.blocks.end - run.blocks.start);
@@ -171,7 +185,10 @@ async fn one_run<V: Volume, S: Storage>(
                 return;
             }
             (Ok(false), _) => out.protected += 1,
-            (Err(_), _) => out.recomputed += 1,
+            (Err(m), _) => {
+                out.recomputed += 1;
+                seen(run, m);
+            }
         }
         changed = true;
         let old = super::tuple::tuples(slot).next().unwrap_or(Tuple::ESCAPE);

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     PiOpenError, PiType, Protected, Protection,
-    store::{ImageFormat, NewSidecar, Sidecar, Stamp},
+    store::{ImageFormat, LAYOUT, Layout, NewSidecar, PiMode, Sidecar, Stamp},
 };
 use crate::{
     storage::{
@@ -138,6 +138,7 @@ pub(crate) struct World {
     pub image: SimDisk,
     pub sidecar: SimDisk,
     pub kind: PiType,
+    pub mode: PiMode,
     pub block_size: BlockSize,
     /// What the image looks like to `stat`, now.
     pub stamp: Stamp,
@@ -146,11 +147,23 @@ pub(crate) struct World {
 impl World {
     /// A new image of zeros with a new sidecar.
     pub fn new(seed: u64, kind: PiType, block_size: BlockSize, capacity: u64) -> World {
+        World::made(seed, (kind, PiMode::Bitmap), block_size, capacity, LAYOUT)
+    }
+
+    /// [`World::new`] in any mode and layout.
+    pub fn made(
+        seed: u64,
+        (kind, mode): (PiType, PiMode),
+        block_size: BlockSize,
+        capacity: u64,
+        layout: Layout,
+    ) -> World {
         let (image, sidecar) = (SimDisk::new(seed), SimDisk::new(!seed));
         let stamp = Stamp { size: capacity, mtime: (1, 2) };
         let new = NewSidecar {
             block_size,
             kind,
+            mode,
             capacity: Blocks(capacity / block_size.bytes()),
             format: ImageFormat::Raw,
             stamp,
@@ -159,9 +172,9 @@ impl World {
         block_on(async move {
             i.set_len(capacity).await.unwrap();
             i.sync().await.unwrap();
-            Sidecar::create(s, new).await.unwrap();
+            Sidecar::create_as(s, new, layout).await.unwrap();
         });
-        World { image, sidecar, kind, block_size, stamp }
+        World { image, sidecar, kind, mode, block_size, stamp }
     }
 
     /// What a power cut leaves of it.
@@ -178,6 +191,7 @@ impl World {
             image: PathBuf::from("/vm1.raw"),
             sidecar: PathBuf::from("/vm1.raw.pi"),
             kind: self.kind,
+            mode: Some(self.mode),
             exposure: crate::pi::Exposure::Target,
             block_size: self.block_size,
             read_only,

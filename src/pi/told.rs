@@ -25,35 +25,30 @@ impl Checker {
         stored: &[u8],
         told: &TupleCheck,
     ) -> Result<Checked, PiMismatch> {
-        debug_assert_eq!(stored.len() / TUPLE_LEN, data.len() / self.block_size.bytes() as usize);
-        let mut checked = Checked::default();
+        let blocks = stored.len() / TUPLE_LEN;
+        debug_assert_eq!(blocks, data.len() / self.block_size.bytes() as usize);
+        let (mut unprotected, mut mismatches) = (0, 0);
         let mut wrong: Option<PiMismatch> = None;
         let mut one = |i: usize, guard: Option<u16>| {
             let lba = Lba(first.0.wrapping_add(i as u64));
             let tuple = tuples(&stored[i * TUPLE_LEN..]).next().unwrap_or(Tuple::ESCAPE);
             if tuple.is_escape(self.kind) {
-                checked.unprotected += 1;
-                return;
-            }
-            match tags(told, i, lba, guard, tuple) {
-                Ok(()) => checked.verified += 1,
-                Err(m) => wrong = wrong.or(Some(m)),
+                unprotected += 1;
+            } else if let Err(m) = tags(told, i, lba, guard, tuple) {
+                mismatches += 1;
+                wrong = wrong.or(Some(m));
             }
         };
-        let blocks = Blocks::of(data, self.block_size);
-        match told.fast_mask() {
-            Some((expected, mask)) if told.guard => {
-                let mut looked_at = 0;
-                self.guard.verify(blocks, expected, mask, stored, |i, guard| {
-                    looked_at += 1;
-                    one(i, Some(guard));
-                });
-                // Those that it passed over match.
-                checked.verified += blocks.count() as u64 - looked_at;
+        match (told.guard, fast(told)) {
+            // Eight at a time, and a closer look at those alone that differ or may be the escape.
+            (true, Some((tags, mask))) => {
+                let data = Blocks::of(data, self.block_size);
+                self.guard.verify(data, tags, mask, stored, |i, guard| one(i, Some(guard)));
             }
-            _ if told.guard => self.guard.guards(blocks, |i, guard| one(i, Some(guard))),
-            _ => (0..blocks.count()).for_each(|i| one(i, None)),
+            (true, None) => self.guards(data, |i, guard| one(i, Some(guard))),
+            (false, _) => (0..blocks).for_each(|i| one(i, None)),
         }
+        let checked = Checked { verified: blocks as u64 - unprotected - mismatches, unprotected };
         match wrong {
             None => Ok(checked),
             Some(mismatch) => Err(mismatch),
@@ -61,18 +56,16 @@ impl Checker {
     }
 }
 
-impl TupleCheck {
-    /// What the fast comparison takes, if the tags are the same for all blocks but for the reference tag's counting up.
-    fn fast_mask(&self) -> Option<(Tags, Mask)> {
-        let (app, app_mask) = match self.app {
-            AppTags::Unknown => (0, 0),
-            AppTags::One { tag, mask } => (tag, mask),
-            AppTags::ByRange(_) => return None,
-        };
-        let reference_mask = if self.reference.is_some() { u32::MAX } else { 0 };
-        let tags = Tags { app, reference: self.reference.unwrap_or(0), step: 1 };
-        Some((tags, Mask { guard: u16::MAX, app: app_mask, reference: reference_mask }))
-    }
+/// What the fast comparison looks at, unless the application tags differ from block to block.
+fn fast(told: &TupleCheck) -> Option<(Tags, Mask)> {
+    let (app, app_mask) = match &told.app {
+        AppTags::Unknown => (0, 0),
+        AppTags::One { tag, mask } => (*tag, *mask),
+        AppTags::ByRange(_) => return None,
+    };
+    let tags = Tags { app, reference: told.reference.unwrap_or(0), step: 1 };
+    let reference = if told.reference.is_some() { u32::MAX } else { 0 };
+    Some((tags, Mask { app: app_mask, reference, ..Mask::ALL }))
 }
 
 fn tags(told: &TupleCheck, i: usize, lba: Lba, guard: Option<u16>, found: Tuple) -> Result<(), PiMismatch> {

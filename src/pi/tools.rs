@@ -12,13 +12,18 @@ use std::{
 
 use serde::Serialize;
 
+pub use adopt::{AdoptReport, adopt};
+
 use super::{
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind as Kind},
     exposure::Exposure,
     guard::Guard,
-    recompute::{Mode, Recomputed, bytes, next_run, recompute},
-    store::{ImageFormat, NewSidecar, Sidecar, SidecarInfo, Stamp, StoreError, create_file, open_file},
+    recompute::{Mode, Recomputed, Run, bytes, next_run, recompute},
+    replay::{Sink, replay},
+    store::{
+        ImageFormat, NewSidecar, PiMode, Sidecar, SidecarInfo, Stamp, StoreError, create_file, open_file,
+    },
     tuple::PiType,
 };
 use crate::{
@@ -46,6 +51,29 @@ pub struct BadBlock {
     pub host_offset: Option<u64>,
     /// In which file: 0 for the image, 1 for its backing file, and so on.
     pub depth: u32,
+    /// That file's path, if it is known.
+    pub file: Option<PathBuf>,
+}
+
+impl BadBlock {
+    fn new(run: &Run, size: BlockSize, m: PiMismatch) -> BadBlock {
+        BadBlock {
+            lba: m.lba.0,
+            tag: m.tag.to_string(),
+            expected: m.expected,
+            found: m.found,
+            host_offset: run.host_offset.map(|host| host + ((m.lba.0 - run.blocks.start) << size.shift())),
+            depth: run.data_depth.unwrap_or(0),
+            file: None,
+        }
+    }
+}
+
+/// Names the files in which the blocks lie, of an image whose chain has these.
+pub fn name_files(bad: &mut [BadBlock], files: &[PathBuf]) {
+    for block in bad {
+        block.file = files.get(block.depth as usize).cloned();
+    }
 }
 
 /// How a verification went.
@@ -85,6 +113,8 @@ pub struct RebuildReport {
     pub unreadable: u64,
     /// The type of protection.
     pub pi: Option<PiType>,
+    /// How it stays true across a crash.
+    pub mode: PiMode,
     /// The block size in bytes.
     pub block_size: u64,
 }
@@ -156,6 +186,14 @@ pub async fn status(io: &Io, image: &Path, sidecar: &Path) -> std::result::Resul
     Ok(StatusReport { info, found, image_changed })
 }
 
+/// Brings the image's data to stable storage, whoever wrote them: a tuple that outlives its data is a false alarm.
+fn sync_image(image: &Path, sidecar: &Path) -> std::result::Result<(), PiOpenError> {
+    File::open(image).and_then(|file| file.sync_data()).map_err(|e| {
+        let e = IoError::from_io(IoOp::Flush, e).path(image);
+        PiOpenError::new(sidecar, image, Kind::Image(Box::new(e)))
+    })
+}
+
 fn stamp_of(image: &Path, sidecar: &Path) -> std::result::Result<Stamp, PiOpenError> {
     Stamp::of(image).map_err(|e| {
         PiOpenError::new(sidecar, image, Kind::Image(Box::new(IoError::from_io(IoOp::Open, e).path(image))))
@@ -180,6 +218,9 @@ pub async fn verify<V: Volume, S: Storage>(
     let blocks = size.blocks_in(volume.limits().capacity).0;
     let (_, total) = bytes(size, 0..blocks)?;
     let mut report = VerifyReport { blocks, ..VerifyReport::default() };
+    // What a crash has left in the journal comes before the tuples.
+    let claims = sidecar.claims(false).await.map_err(|e| IoError::from_io(IoOp::Read, e))?;
+    replay(volume, sidecar, &checker, &claims, 0..blocks, Sink::Memory).await?;
     let mut from = 0;
     while let Some(run) = next_run(volume, sidecar, from, blocks).await? {
         from = run.blocks.end;
@@ -206,14 +247,6 @@ pub async fn verify<V: Volume, S: Storage>(
                 }
             }
         }
-        let bad = |m: PiMismatch| BadBlock {
-            lba: m.lba.0,
-            tag: m.tag.to_string(),
-            expected: m.expected,
-            found: m.found,
-            host_offset: run.host_offset.map(|host| host + ((m.lba.0 - first) << size.shift())),
-            depth: run.data_depth.unwrap_or(0),
-        };
         checker.check(&sg, Lba(first), &tuples, |i, _, found| match found {
             _ if unreadable.binary_search(&i).is_ok() => report.unreadable += 1,
             Ok(true) => report.verified += 1,
@@ -222,7 +255,7 @@ pub async fn verify<V: Volume, S: Storage>(
             Err(m) => {
                 report.mismatches += 1;
                 if report.bad.len() < LISTED {
-                    report.bad.push(bad(m));
+                    report.bad.push(BadBlock::new(&run, size, m));
                 }
             }
         });
@@ -236,11 +269,13 @@ fn is_escape(bytes: &[u8], kind: PiType) -> bool {
     super::tuple::tuples(bytes).all(|t| t.is_escape(kind))
 }
 
-/// What [`rebuild`] is to make; what is left open is taken from the sidecar that is there, or is type 1 and 512 bytes.
+/// What [`rebuild`] is to make; what is left open is taken from the sidecar that is there, or is type 1, bitmap and 512 bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RebuildOptions {
     /// The type of protection.
     pub kind: Option<PiType>,
+    /// How it is to stay true across a crash.
+    pub mode: Option<PiMode>,
     /// The block size.
     pub block_size: Option<BlockSize>,
     /// The image's format, for the header.
@@ -263,13 +298,14 @@ pub async fn rebuild<V: Volume>(
     let fault = |what| PiOpenError::new(sidecar, image, what);
     let file = |e: io::Error| PiOpenError::new(sidecar, image, Kind::Store(e.into()));
     let old = match inspect(io, image, sidecar).await {
-        Ok(old) => Some((old.kind(), old.block_size())),
+        Ok(old) => Some((old.kind(), old.block_size(), old.mode())),
         Err(PiOpenError { what: Kind::Missing | Kind::Store(StoreError::Damaged), .. }) => None,
         Err(PiOpenError { what: Kind::Store(StoreError::NotASidecar), .. }) if is_empty(sidecar) => None,
         Err(e) => return Err(e),
     };
     let kind = options.kind.or(old.map(|o| o.0)).unwrap_or(PiType::Type1);
     let block_size = options.block_size.or(old.map(|o| o.1)).unwrap_or(BlockSize::B512);
+    let mode = options.mode.or(old.map(|o| o.2)).unwrap_or_default();
     let capacity = block_size.blocks_in(volume.limits().capacity);
     let stamp = stamp_of(image, sidecar)?;
 
@@ -279,7 +315,7 @@ pub async fn rebuild<V: Volume>(
         _ => (),
     }
     let storage = create_file(io, &unfinished).await.map_err(file)?;
-    let new = NewSidecar { block_size, kind, capacity, format: options.format, stamp };
+    let new = NewSidecar { block_size, kind, mode, capacity, format: options.format, stamp };
     let done = fill(volume, storage, new, progress).await;
     let done = match done {
         Ok(done) => done,
@@ -289,6 +325,8 @@ pub async fn rebuild<V: Volume>(
             return Err(fault(e));
         }
     };
+    // The volume was read only, so its flush has done nothing; the data may be in the page cache alone.
+    sync_image(image, sidecar)?;
     std::fs::rename(&unfinished, sidecar).map_err(file)?;
     let dir = sidecar.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(file)?;
@@ -297,6 +335,7 @@ pub async fn rebuild<V: Volume>(
         protected: done.protected + done.recomputed,
         unreadable: done.unreadable,
         pi: Some(kind),
+        mode,
         block_size: block_size.bytes(),
     })
 }
@@ -332,5 +371,6 @@ fn is_empty(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == 0)
 }
 
+mod adopt;
 #[cfg(test)]
 mod tests;

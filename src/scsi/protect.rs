@@ -48,7 +48,7 @@ impl Field {
 
     /// What is checked of tuples from the medium by READ, by VERIFY with BYTCHK = 00b, and by ORWRITE. DPICZ turns the
     /// check off that is made though no tuples travel.
-    pub fn from_medium(self, dpicz: bool) -> Checks {
+    pub fn on_medium(self, dpicz: bool) -> Checks {
         match self.0 {
             0 if dpicz => Checks::NONE,
             0 => Checks::ALL,
@@ -58,12 +58,12 @@ impl Field {
 
     /// What is checked of tuples from the medium while they, or the data, are compared with what was sent: VERIFY with
     /// BYTCHK = 01b or 11b.
-    pub fn from_medium_compared(self, dpicz: bool) -> Checks {
-        if self.travels() { Checks::NONE } else { self.from_medium(dpicz) }
+    pub fn on_medium_compared(self, dpicz: bool) -> Checks {
+        if self.travels() { Checks::NONE } else { self.on_medium(dpicz) }
     }
 
     /// What is checked of tuples from an initiator, before anything is written or compared.
-    pub fn from_initiator(self) -> Checks {
+    pub fn on_sent(self) -> Checks {
         self.row()
     }
 
@@ -109,11 +109,11 @@ mod tests {
         for (value, medium, medium_dpicz, compared, compared_dpicz, sent) in rows {
             let f = Field::new(value).unwrap();
             assert_eq!(f.travels(), value > 0);
-            assert_eq!(bits(f.from_medium(false)), medium, "{value}");
-            assert_eq!(bits(f.from_medium(true)), medium_dpicz, "{value}");
-            assert_eq!(bits(f.from_medium_compared(false)), compared, "{value}");
-            assert_eq!(bits(f.from_medium_compared(true)), compared_dpicz, "{value}");
-            assert_eq!(bits(f.from_initiator()), sent, "{value}");
+            assert_eq!(bits(f.on_medium(false)), medium, "{value}");
+            assert_eq!(bits(f.on_medium(true)), medium_dpicz, "{value}");
+            assert_eq!(bits(f.on_medium_compared(false)), compared, "{value}");
+            assert_eq!(bits(f.on_medium_compared(true)), compared_dpicz, "{value}");
+            assert_eq!(bits(f.on_sent()), sent, "{value}");
         }
     }
 

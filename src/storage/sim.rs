@@ -85,9 +85,9 @@ pub enum OpKind {
 #[derive(Clone, Default)]
 struct Sector {
     /// `None` is zeros.
-    durable: Option<Box<Bytes>>,
+    durable: Option<Rc<Bytes>>,
     /// Newer contents, oldest first, each with its number.
-    newer: Vec<(u64, Option<Box<Bytes>>)>,
+    newer: Vec<(u64, Option<Rc<Bytes>>)>,
 }
 
 impl Sector {
@@ -107,6 +107,14 @@ impl Sector {
     }
 }
 
+/// What lies beyond a file's end is zeros when the file grows again.
+fn until(mut bytes: Rc<Bytes>, len: u64) -> Rc<Bytes> {
+    if len < SECTOR {
+        Rc::make_mut(&mut bytes)[len as usize..].fill(0);
+    }
+    bytes
+}
+
 struct State {
     sectors: BTreeMap<u64, Sector>,
     dirty: BTreeSet<u64>,
@@ -119,7 +127,11 @@ struct State {
     fail_from: Option<(OpKind, i32)>,
     max_delay: u64,
     rng: Rng,
+    watcher: Option<Watcher>,
 }
+
+/// Hears of every step that changes what a cut may leave.
+type Watcher = Rc<dyn Fn()>;
 
 /// A simulated disk; clones are the same disk.
 #[derive(Clone)]
@@ -140,6 +152,7 @@ impl SimDisk {
             fail_from: None,
             max_delay: 3,
             rng: Rng::new(seed),
+            watcher: None,
         })))
     }
 
@@ -164,8 +177,10 @@ impl SimDisk {
                     0 => sector.durable.clone(),
                     k => sector.newer[k as usize - 1].1.clone(),
                 };
-                if bytes.is_some() && at * SECTOR < out.durable_len {
-                    out.sectors.insert(*at, Sector { durable: bytes, newer: Vec::new() });
+                let kept = out.durable_len.saturating_sub(at * SECTOR);
+                if let Some(bytes) = bytes.filter(|_| kept > 0) {
+                    let durable = Some(until(bytes, kept));
+                    out.sectors.insert(*at, Sector { durable, newer: Vec::new() });
                 }
             }
         }
@@ -196,6 +211,19 @@ impl SimDisk {
     /// Operations take at most so many turns.
     pub fn set_max_delay(&self, turns: u64) {
         self.0.borrow_mut().max_delay = turns;
+    }
+
+    /// Calls `watcher` after every step that changes what a cut may leave: each write, sync, change of space or of length, as
+    /// it takes effect.
+    pub fn watch(&self, watcher: Option<Rc<dyn Fn()>>) {
+        self.0.borrow_mut().watcher = watcher;
+    }
+
+    fn stepped(&self) {
+        let watcher = self.0.borrow().watcher.clone();
+        if let Some(watcher) = watcher {
+            watcher();
+        }
     }
 
     /// The bytes as a read would give them, at once.
@@ -287,9 +315,9 @@ impl State {
             let (sector, skip) = (pos / SECTOR, (pos % SECTOR) as usize);
             let n = (bytes.len() - done).min(SECTOR as usize - skip);
             let entry = self.sectors.entry(sector).or_default();
-            let mut new = Box::new(entry.now().copied().unwrap_or([0; SECTOR as usize]));
+            let mut new = entry.now().copied().unwrap_or([0; SECTOR as usize]);
             new[skip..skip + n].copy_from_slice(&bytes[done..done + n]);
-            entry.newer.push((self.seq, Some(new)));
+            entry.newer.push((self.seq, Some(Rc::new(new))));
             self.dirty.insert(sector);
             done += n;
         }
@@ -390,14 +418,18 @@ impl Storage for SimDisk {
             }
             s.seq
         };
+        self.stepped();
         self.end().await;
         if let Some(e) = fail {
             return Err(e);
         }
         if dsync {
-            let mut s = self.0.borrow_mut();
-            s.settle_range(at, bytes.len() as u64, seq);
-            s.settle_len(seq);
+            {
+                let mut s = self.0.borrow_mut();
+                s.settle_range(at, bytes.len() as u64, seq);
+                s.settle_len(seq);
+            }
+            self.stepped();
         }
         Ok(())
     }
@@ -410,6 +442,7 @@ impl Storage for SimDisk {
             return Err(e);
         }
         self.0.borrow_mut().settle_all(seq);
+        self.stepped();
         self.end().await;
         Ok(())
     }
@@ -426,6 +459,7 @@ impl Storage for SimDisk {
                 Fallocate::PunchHole | Fallocate::ZeroRange => s.clear(at, len),
             }
         }
+        self.stepped();
         self.end().await;
         Ok(())
     }
@@ -449,6 +483,7 @@ impl Storage for SimDisk {
             let seq = s.seq;
             s.newer_len.push((seq, len));
         }
+        self.stepped();
         self.end().await;
         Ok(())
     }

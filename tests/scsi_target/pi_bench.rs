@@ -41,6 +41,10 @@ impl Dice {
         self.next() % n
     }
 
+    pub fn bytes(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| self.next() as u8).collect()
+    }
+
     pub fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
@@ -72,6 +76,7 @@ impl Pi {
         let dir = tempfile::tempdir().unwrap();
         create_raw(io, &path(&dir), BLOCKS * size.bytes()).await.unwrap();
         let new = NewSidecar {
+            mode: tcmu_dif::pi::PiMode::Bitmap,
             block_size: size,
             kind,
             capacity: Blocks(BLOCKS),
@@ -87,6 +92,7 @@ impl Pi {
         let image = open(io, &path(&dir), &options).await.unwrap();
         let stamp = image.stamp().unwrap();
         let how = Protection {
+            mode: None,
             image: path(&dir),
             sidecar: default_path(&path(&dir)),
             kind,

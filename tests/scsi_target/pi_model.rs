@@ -409,7 +409,7 @@ fn random_commands_come_to_what_the_tables_say() {
                 for transfer in [Transfer::Interleaved, Transfer::Separate] {
                     let pi = Pi::new(&io, kind, size, transfer).await;
                     let seed = u64::from(kind.number()) << 16 | size.bytes() | transfer as u64;
-                    run(&pi, seed, scale(400), kind).await;
+                    run(&pi, seed, scale(150), kind).await;
                 }
             }
         }

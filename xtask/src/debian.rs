@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use std::process::{Command, Stdio};
 
 /// What `cargo xtask test --quick` needs: bindgen's library and the images' second opinion.
-pub const FOR_TESTS: &[&str] = &["libclang-14-dev", "qemu-utils"];
+pub const FOR_TESTS: &[&str] = &["libclang-14-dev", "libisal2", "qemu-utils"];
 
 /// What the VM needs on top: the emulator, and what builds its artefacts.
 pub const FOR_VM: &[&str] = &[

@@ -4,11 +4,14 @@
 
 use std::ffi::{CStr, c_void};
 
+type Crc = unsafe extern "C" fn(u16, *const u8, u64) -> u16;
+type CrcCopy = unsafe extern "C" fn(u16, *mut u8, *const u8, u64) -> u16;
+
 /// `crc16_t10dif` and `crc16_t10dif_copy` of ISA-L 2.
 #[derive(Debug, Clone, Copy)]
 pub struct IsaL {
-    crc: unsafe extern "C" fn(u16, *const u8, u64) -> u16,
-    copy: unsafe extern "C" fn(u16, *mut u8, *const u8, u64) -> u16,
+    crc: Crc,
+    copy: CrcCopy,
 }
 
 impl IsaL {
@@ -26,7 +29,12 @@ impl IsaL {
         };
         let (crc, copy) = (symbol(c"crc16_t10dif")?, symbol(c"crc16_t10dif_copy")?);
         // SAFETY: these are the functions' signatures in `isa-l/crc.h` of every version 2.
-        unsafe { Some(IsaL { crc: std::mem::transmute(crc), copy: std::mem::transmute(copy) }) }
+        unsafe {
+            Some(IsaL {
+                crc: std::mem::transmute::<*mut c_void, Crc>(crc),
+                copy: std::mem::transmute::<*mut c_void, CrcCopy>(copy),
+            })
+        }
     }
 
     /// The guard of a block.

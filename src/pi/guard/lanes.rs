@@ -286,25 +286,32 @@ mod plain {
         }
     }
 
+    // Never inlined: the kernel is one function of a hundred of these, which is nothing in instructions, and minutes of compiling
+    // in loops.
     impl Lanes for Plain {
+        #[inline(never)]
         unsafe fn load(from: *const u8) -> Self {
             // SAFETY: the trait's promise.
             Plain(unsafe { from.cast::<[u8; 64]>().read_unaligned() })
         }
 
+        #[inline(never)]
         unsafe fn store(self, to: *mut u8) {
             // SAFETY: the trait's promise.
             unsafe { to.cast::<[u8; 64]>().write_unaligned(self.0) }
         }
 
+        #[inline(never)]
         unsafe fn words(words: &[u64; 8]) -> Self {
             Plain::from_words(|i| words[i])
         }
 
+        #[inline(never)]
         unsafe fn splat(word: u64) -> Self {
             Plain::from_words(|_| word)
         }
 
+        #[inline(never)]
         unsafe fn add_halves(self, b: Self) -> Self {
             Plain::from_words(|i| {
                 let half = |shift: u32| (self.word(i) >> shift) as u32;
@@ -314,26 +321,32 @@ mod plain {
             })
         }
 
+        #[inline(never)]
         unsafe fn in_every_lane(bytes: [u8; 16]) -> Self {
             Plain(from_fn(|i| bytes[i % 16]))
         }
 
+        #[inline(never)]
         unsafe fn first_lane(self) -> [u8; 16] {
             from_fn(|i| self.0[i])
         }
 
+        #[inline(never)]
         unsafe fn kept(self) -> Self {
             self
         }
 
+        #[inline(never)]
         unsafe fn xor(self, b: Self) -> Self {
             Plain(from_fn(|i| self.0[i] ^ b.0[i]))
         }
 
+        #[inline(never)]
         unsafe fn xor3(self, b: Self, c: Self) -> Self {
             Plain(from_fn(|i| self.0[i] ^ b.0[i] ^ c.0[i]))
         }
 
+        #[inline(never)]
         unsafe fn affine(self, matrices: Self) -> Self {
             Plain(from_fn(|i| {
                 let row = |bit: usize| matrices.0[i / 8 * 8 + 7 - bit];
@@ -341,26 +354,32 @@ mod plain {
             }))
         }
 
+        #[inline(never)]
         unsafe fn low_words(self, b: Self) -> Self {
             Plain::from_words(|i| if i % 2 == 0 { self.word(i) } else { b.word(i - 1) })
         }
 
+        #[inline(never)]
         unsafe fn high_words(self, b: Self) -> Self {
             Plain::from_words(|i| if i % 2 == 0 { self.word(i + 1) } else { b.word(i) })
         }
 
+        #[inline(never)]
         unsafe fn even_lanes(self, b: Self) -> Self {
             self.lanes(b, [0, 2])
         }
 
+        #[inline(never)]
         unsafe fn odd_lanes(self, b: Self) -> Self {
             self.lanes(b, [1, 3])
         }
 
+        #[inline(never)]
         unsafe fn permute(self, from: Self) -> Self {
             Plain(from_fn(|i| self.0[usize::from(from.0[i] % 64)]))
         }
 
+        #[inline(never)]
         unsafe fn shuffle(self, from: Self) -> Self {
             Plain(from_fn(|i| match from.0[i] {
                 0x80.. => 0,
@@ -368,18 +387,22 @@ mod plain {
             }))
         }
 
+        #[inline(never)]
         unsafe fn and(self, b: Self) -> Self {
             Plain(from_fn(|i| self.0[i] & b.0[i]))
         }
 
+        #[inline(never)]
         unsafe fn or(self, b: Self) -> Self {
             Plain(from_fn(|i| self.0[i] | b.0[i]))
         }
 
+        #[inline(never)]
         unsafe fn words_that_differ(self, b: Self) -> u8 {
             (0..8).fold(0, |out, i| out | u8::from(self.word(i) != b.word(i)) << i)
         }
 
+        #[inline(never)]
         unsafe fn ask_for(_: *const u8) {}
     }
 }

@@ -3,15 +3,17 @@
 use super::*;
 use crate::{
     pi::{
-        store::{CLEAR_EVERY, StoreError},
+        store::{CLEAR_EVERY, Layout, StoreError},
         testing::{Trick, World, block_on, read, write},
     },
     storage::sim::{OpKind, Rng, SimDisk, scaled},
     sys::exec::join_all,
-    volume::PiMismatch,
+    volume::{PiMismatch, PiTag},
 };
 
 const MIB: u64 = 1 << 20;
+/// A journal that is full after a hundred writes.
+const SMALL: Layout = Layout { region_shift: 26, journal_len: 64 << 10 };
 
 fn mismatch(e: IoError) -> PiMismatch {
     match e.kind {
@@ -126,7 +128,8 @@ fn random_operations_side_by_side_equal_a_naive_model() {
         let size = if seed % 2 == 0 { BlockSize::B512 } else { BlockSize::B4096 };
         let kind = if seed % 3 == 0 { PiType::Type3 } else { PiType::Type1 };
         let blocks = 200u64;
-        let world = World::new(seed, kind, size, blocks * size.bytes());
+        let mode = if seed % 4 < 2 { PiMode::Bitmap } else { PiMode::Journal };
+        let world = World::made(seed, (kind, mode), size, blocks * size.bytes(), SMALL);
         block_on(async move {
             let mut rng = Rng::new(seed);
             let bs = size.bytes();
@@ -180,7 +183,8 @@ fn random_operations_side_by_side_equal_a_naive_model() {
 #[test]
 fn overlapping_writes_and_reads_never_see_a_block_without_its_tuple() {
     for seed in 0..scaled(30) {
-        let world = World::new(seed, PiType::Type1, BlockSize::B512, MIB);
+        let mode = if seed % 2 == 0 { PiMode::Bitmap } else { PiMode::Journal };
+        let world = World::made(seed, (PiType::Type1, mode), BlockSize::B512, MIB, SMALL);
         block_on(async move {
             let p = &world.open().await;
             join_all((0..24u64).map(|i| async move {
@@ -216,6 +220,7 @@ fn a_foreign_change_is_refused_with_the_two_commands_that_mend_it() {
         assert!(matches!(e.what, PiOpenErrorKind::ImageChanged { .. }));
         let next = e.next_step().unwrap();
         assert!(next.contains("`tcmu-dif pi verify /vm1.raw`"), "{next}");
+        assert!(next.contains("`tcmu-dif pi adopt /vm1.raw`"), "{next}");
         assert!(next.contains("`tcmu-dif pi rebuild /vm1.raw`"), "{next}");
         assert_eq!(
             e.to_string(),
@@ -395,7 +400,8 @@ fn a_sixteen_tebibyte_image_costs_kilobytes_until_it_is_written() {
 #[test]
 fn a_write_that_is_dropped_half_way_leaves_no_false_alarm() {
     for seed in 0..scaled(100) {
-        let world = World::new(seed, PiType::Type1, BlockSize::B512, MIB);
+        let mode = if seed % 2 == 0 { PiMode::Bitmap } else { PiMode::Journal };
+        let world = World::made(seed, (PiType::Type1, mode), BlockSize::B512, MIB, SMALL);
         block_on(async move {
             let p = world.open().await;
             write(&p, 0, &[1; 4096]).await.unwrap();

@@ -23,7 +23,9 @@
 //! | 96 | 8 | where the intent map starts |
 //! | 104 | 8 | bytes kept for it |
 //! | 112 | 8 | where the tuples start |
-//! | 120 | 388 | reserved, 0: what later features need (a journal's place, say) has a feature bit of its own |
+//! | 120 | 8 | where the journal starts, if incompatible feature bit 0 says that there is one |
+//! | 128 | 8 | bytes kept for it |
+//! | 136 | 372 | reserved, 0: what later features need has a feature bit of its own |
 //! | 508 | 4 | CRC-32C of bytes 0–507 |
 
 use crc_fast::{CrcAlgorithm, checksum};
@@ -42,6 +44,12 @@ pub(super) const COPIES: [u64; 2] = [0, 4096];
 
 const MAGIC: [u8; 8] = *b"TCMU-DIF";
 const VERSION: u32 = 1;
+/// Incompatible feature: there is a journal, and what it claims comes before the tuples.
+const JOURNAL: u64 = 1;
+/// Incompatible features that this version knows.
+const KNOWN_INCOMPATIBLE: u64 = JOURNAL;
+/// The smallest journal: what a write of 1 MiB of the smallest blocks needs.
+const LEAST_JOURNAL: u64 = 64 << 10;
 /// Compatible feature: initiators have written tuples, so application tags (and the reference tags of types 2 and 3) are
 /// not known to be ours.
 pub(super) const INITIATOR_TAGS: u64 = 1 << 0;
@@ -49,9 +57,6 @@ pub(super) const INITIATOR_TAGS: u64 = 1 << 0;
 pub(super) const FORMATTED: u64 = 1 << 1;
 /// Compatible feature: FORMAT UNIT has turned protection off as far as initiators see.
 pub(super) const HIDDEN: u64 = 1 << 2;
-
-/// Incompatible features that this version knows: none yet.
-const KNOWN_INCOMPATIBLE: u64 = 0;
 
 /// Which format the image has, as the header keeps it; for people, and to tell a swapped image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -80,6 +85,8 @@ pub(super) struct Header {
     pub map_offset: u64,
     pub map_len: u64,
     pub tuple_offset: u64,
+    /// The journal's offset and length, in a sidecar of that mode.
+    pub journal: Option<(u64, u64)>,
 }
 
 /// What one copy turned out to be.
@@ -100,6 +107,7 @@ impl Header {
         let mut put = |at: usize, bytes: &[u8]| b[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &MAGIC);
         put(8, &VERSION.to_be_bytes());
+        put(16, &if self.journal.is_some() { JOURNAL } else { 0 }.to_be_bytes());
         put(24, &self.compatible.to_be_bytes());
         put(32, &self.generation.to_be_bytes());
         put(40, &(self.block_size.bytes() as u32).to_be_bytes());
@@ -119,6 +127,10 @@ impl Header {
         put(96, &self.map_offset.to_be_bytes());
         put(104, &self.map_len.to_be_bytes());
         put(112, &self.tuple_offset.to_be_bytes());
+        if let Some((offset, len)) = self.journal {
+            put(120, &offset.to_be_bytes());
+            put(128, &len.to_be_bytes());
+        }
         let crc = crc_of(&b);
         b[508..].copy_from_slice(&crc.to_be_bytes());
         b
@@ -166,6 +178,7 @@ impl Header {
             map_offset: be64(b, 96),
             map_len: be64(b, 104),
             tuple_offset: be64(b, 112),
+            journal: (be64(b, 16) & JOURNAL != 0).then(|| (be64(b, 120), be64(b, 128))),
         };
         if header.is_sane() { Copy::Good(header) } else { Copy::Damaged }
     }
@@ -185,7 +198,16 @@ impl Header {
             && self.map_len <= 1 << 30
             && self.tuple_offset.is_multiple_of(4096)
             && self.tuple_offset < LIMIT
-            && map_end.is_some_and(|end| end <= self.tuple_offset)
+            && map_end.is_some_and(|end| {
+                end <= self.tuple_offset
+                    && self.journal.is_none_or(|(offset, len)| {
+                        offset.is_multiple_of(4096)
+                            && len.is_multiple_of(4096)
+                            && (LEAST_JOURNAL..=1 << 30).contains(&len)
+                            && end <= offset
+                            && offset.checked_add(len).is_some_and(|end| end <= self.tuple_offset)
+                    })
+            })
     }
 }
 
@@ -224,13 +246,21 @@ mod tests {
             map_offset: 65536,
             map_len: 65536,
             tuple_offset: 1 << 20,
+            journal: None,
         }
+    }
+
+    fn journalled() -> Header {
+        Header { journal: Some((1 << 20, 8 << 20)), tuple_offset: 9 << 20, ..header() }
     }
 
     #[test]
     fn a_header_survives_the_round_trip_and_any_flipped_bit_is_seen() {
         let bytes = header().to_bytes();
         assert!(matches!(Header::from_bytes(&bytes), Copy::Good(h) if h == header()));
+        let journal = journalled().to_bytes();
+        assert!(matches!(Header::from_bytes(&journal), Copy::Good(h) if h == journalled()));
+        assert_eq!(journal[16..24], [0, 0, 0, 0, 0, 0, 0, 1], "an incompatible feature");
         for bit in 0..HEADER_LEN * 8 {
             let mut bytes = bytes;
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -239,7 +269,11 @@ mod tests {
     }
 
     fn sealed(change: impl FnOnce(&mut [u8; HEADER_LEN])) -> Copy {
-        let mut bytes = header().to_bytes();
+        resealed(&header(), change)
+    }
+
+    fn resealed(header: &Header, change: impl FnOnce(&mut [u8; HEADER_LEN])) -> Copy {
+        let mut bytes = header.to_bytes();
         change(&mut bytes);
         let crc = crc_of(&bytes);
         bytes[508..].copy_from_slice(&crc.to_be_bytes());
@@ -261,6 +295,10 @@ mod tests {
     fn a_sealed_header_that_makes_no_sense_is_damaged() {
         for (at, value) in [(43, 7), (45, 2), (48, 0xff), (95, 90), (104, 0xff), (112, 0xff), (119, 1)] {
             assert!(matches!(sealed(|b| b[at] = value), Copy::Damaged), "{at}");
+        }
+        // A journal over the map, over the tuples, of no length, off its page.
+        for (at, value) in [(125, 1), (133, 0xf0), (133, 0), (127, 1), (128, 0xff)] {
+            assert!(matches!(resealed(&journalled(), |b| b[at] = value), Copy::Damaged), "journal {at}");
         }
     }
 }

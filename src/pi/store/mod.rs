@@ -5,7 +5,8 @@
 //! 4 KiB    header, second copy
 //! 64 KiB   intent map: bit i (bit i % 8 of byte i / 8) is set while region i, 64 MiB of data, may hold blocks that do
 //!          not match their tuples; room for 480 TiB
-//! 1 MiB    tuples: 8 bytes a block, every bit inverted
+//! 1 MiB    mode "journal" alone: the journal (journal.rs), 8 MiB
+//! 1 or 9 MiB  tuples: 8 bytes a block, every bit inverted
 //! ```
 //!
 //! The file is sparse: a hole in the tuples reads as zeros, which inverted is the escape, "no protection information".
@@ -13,38 +14,44 @@
 //! since the sidecar was made (data of a backing file, say) has the escape until `pi rebuild`, and is not checked.
 //!
 //! What holds at any instant, power loss included:
-//! - A block whose region is not marked in the map matches its durable tuple, or its tuple is the escape.
+//! - Mode "bitmap": a block whose region is not marked in the map matches its durable tuple, or its tuple is the escape.
+//! - Mode "journal": a block matches its durable tuple, or that is the escape, or one of the tuples that the journal claims
+//!   for it, unless the disk has torn it.
 //! - While the header says "clean", nobody of ours has written since the stamp was taken.
 //!
 //! The intent map has no checksum: a bit lost to bit rot could turn a crash into a false alarm, one gained costs a
 //! look at a region. Torn writes of it are harmless, which a checksum would end.
 //!
-//! Kept free for later: type 2 is a value of the type field; initiators' application tags stand in the tuples as they
-//! are; a journal gets an incompatible feature bit and a place between map and tuples, whose offset is in the header.
+//! Initiators' application tags stand in the tuples as they are.
 //!
 //! [`super::protected`] and [`super::tools`] are the callers; the lock on image and sidecar is the image room's.
 
+mod error;
 mod file;
 mod header;
 mod intent;
+mod journal;
+mod mode;
+mod recording;
+mod stamp;
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
-    fs::File,
     io,
     ops::Range,
-    os::unix::fs::MetadataExt,
-    path::Path,
 };
 
-use rustix::fs::{SeekFrom, seek};
 use serde::Serialize;
 use uuid::Uuid;
 
+pub use error::StoreError;
 pub use file::{create_file, default_path, open_file};
 pub use header::ImageFormat;
 pub use intent::{CLEAR_EVERY, Writing};
+pub use journal::{Claim, Claims, ENTRY, Intention, Recorded, entry};
+pub use mode::{PiMode, UnknownPiMode};
+pub use stamp::Stamp;
 
 use super::{
     exposure::Exposure,
@@ -58,80 +65,23 @@ use crate::{
 };
 use header::{COPIES, Copy, FORMATTED, HEADER_LEN, HIDDEN, Header, INITIATOR_TAGS};
 use intent::Intent;
+use journal::Journal;
 
-const REGION_SHIFT: u32 = 26;
 const MAP_OFFSET: u64 = 64 << 10;
-const TUPLE_OFFSET: u64 = 1 << 20;
+const MAP_END: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
-/// What of a file changes when somebody writes to it and stays when `cp -p` or `rsync -a` copies it. A write within the
-/// tick of the file system's clock (some milliseconds) in which the stamp was taken, and to the same size, is not seen
-/// by it; nor is one to a block device, which has no time of modification of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-pub struct Stamp {
-    /// Bytes.
-    pub size: u64,
-    /// Time of the last modification: seconds since 1970, and nanoseconds. (0, 0) for a block device.
-    pub mtime: (i64, u32),
+/// How a new sidecar is laid out; tests take smaller pieces.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    /// log2 of the bytes of data in a region of the intent map.
+    pub region_shift: u32,
+    /// Bytes of the journal.
+    pub journal_len: u64,
 }
 
-impl Stamp {
-    /// The stamp of a file or block device.
-    ///
-    /// # Errors
-    /// Those of `stat`, or of opening a block device to ask for its size.
-    pub fn of(path: &Path) -> io::Result<Stamp> {
-        let meta = std::fs::metadata(path)?;
-        if meta.is_file() {
-            return Ok(Stamp { size: meta.len(), mtime: (meta.mtime(), meta.mtime_nsec() as u32) });
-        }
-        let size = seek(File::open(path)?, SeekFrom::End(0))?;
-        Ok(Stamp { size, mtime: (0, 0) })
-    }
-}
-
-impl Stamp {
-    /// Whether what was left with this stamp is unchanged by the look of `found`. A block device has no time to compare.
-    pub fn matches(&self, found: &Stamp) -> bool {
-        self.size == found.size && (self.mtime == (0, 0) || self.mtime == found.mtime)
-    }
-}
-
-impl std::fmt::Display for Stamp {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes, modified at {}.{:09}", self.size, self.mtime.0, self.mtime.1)
-    }
-}
-
-/// Why a file is no sidecar that can be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StoreError {
-    /// The file could not be read or written.
-    #[error("cannot read or write the sidecar")]
-    Io(#[from] io::Error),
-    /// Neither copy of the header has the magic.
-    #[error("not a sidecar: the magic is missing")]
-    NotASidecar,
-    /// No copy of the header is whole.
-    #[error("both copies of the sidecar's header are damaged")]
-    Damaged,
-    /// Of a later version.
-    #[error("the sidecar has version {0}, and this program knows version 1")]
-    Version(u32),
-    /// Features that change the format.
-    #[error("the sidecar has features that this program does not know: {0:#x}")]
-    Features(u64),
-    /// A type of protection that is not served.
-    #[error("the sidecar holds protection of type {0}, which this program does not serve")]
-    UnknownType(u8),
-    /// A new sidecar where there is something.
-    #[error("the file is not empty")]
-    NotEmpty,
-    /// More blocks than the map has room for.
-    #[error("a sidecar cannot cover {0} blocks")]
-    TooLarge(u64),
-}
+/// The usual layout.
+pub(super) const LAYOUT: Layout = Layout { region_shift: 26, journal_len: 8 << 20 };
 
 /// What a new sidecar is for.
 #[derive(Debug, Clone, Copy)]
@@ -140,6 +90,8 @@ pub struct NewSidecar {
     pub block_size: BlockSize,
     /// The type of protection.
     pub kind: PiType,
+    /// How it stays true across a crash.
+    pub mode: PiMode,
     /// The LUN's capacity.
     pub capacity: Blocks,
     /// The image's format.
@@ -155,6 +107,8 @@ pub struct SidecarInfo {
     pub uuid: String,
     /// Type of protection.
     pub pi: PiType,
+    /// How it stays true across a crash.
+    pub mode: PiMode,
     /// Whose tags the tuples have.
     pub tags: Exposure,
     /// An initiator's FORMAT UNIT has chosen the type.
@@ -181,6 +135,9 @@ pub struct Sidecar<S> {
     header: RefCell<Header>,
     header_turn: AsyncMutex,
     intent: Intent,
+    journal: Option<Journal>,
+    /// Tuples that differ from those in the file: what the journal of a sidecar that is only read makes of them.
+    overlay: RefCell<HashMap<u64, [u8; TUPLE_LEN]>>,
     /// Pages of tuples that are known to have their space, 64 a word.
     pages: RefCell<HashMap<u64, u64>>,
     written: Cell<u64>,
@@ -194,9 +151,19 @@ impl<S: Storage> Sidecar<S> {
     /// # Errors
     /// [`StoreError::NotEmpty`], [`StoreError::TooLarge`], or what the file says.
     pub async fn create(storage: S, new: NewSidecar) -> Result<Sidecar<S>, StoreError> {
+        Sidecar::create_as(storage, new, LAYOUT).await
+    }
+
+    /// [`Sidecar::create`] with another layout.
+    pub(super) async fn create_as(
+        storage: S,
+        new: NewSidecar,
+        layout: Layout,
+    ) -> Result<Sidecar<S>, StoreError> {
         if storage.len().await? != 0 {
             return Err(StoreError::NotEmpty);
         }
+        let journal = (new.mode == PiMode::Journal).then_some((MAP_END, layout.journal_len));
         let header = Header {
             compatible: 0,
             generation: 1,
@@ -207,10 +174,11 @@ impl<S: Storage> Sidecar<S> {
             capacity: new.capacity,
             uuid: Uuid::new_v4(),
             stamp: new.stamp,
-            region_shift: REGION_SHIFT,
+            region_shift: layout.region_shift,
             map_offset: MAP_OFFSET,
-            map_len: TUPLE_OFFSET - MAP_OFFSET,
-            tuple_offset: TUPLE_OFFSET,
+            map_len: MAP_END - MAP_OFFSET,
+            tuple_offset: journal.map_or(MAP_END, |(offset, len)| offset + len),
+            journal,
         };
         let sidecar = Sidecar::new(storage, header);
         sidecar.reserve_map(new.capacity).await?;
@@ -259,13 +227,19 @@ impl<S: Storage> Sidecar<S> {
 
     fn new(storage: S, header: Header) -> Sidecar<S> {
         let intent = Intent::new(header.map_offset, header.region_shift);
+        let journal = header.journal.map(|(offset, len)| Journal::new(offset, len));
+        // What an earlier session wrote, and `kill -9` has left in the page cache, is as little durable as what this one
+        // writes: the first sync is never spared.
+        let written = u64::from(header.in_use);
         Sidecar {
             storage,
             header: RefCell::new(header),
             header_turn: AsyncMutex::new(),
             intent,
+            journal,
+            overlay: RefCell::default(),
             pages: RefCell::default(),
-            written: Cell::new(0),
+            written: Cell::new(written),
             synced: Cell::new(0),
             failed: Cell::new(false),
         }
@@ -277,6 +251,7 @@ impl<S: Storage> Sidecar<S> {
         SidecarInfo {
             uuid: h.uuid.to_string(),
             pi: h.kind,
+            mode: self.mode(),
             tags: tags_of(&h),
             formatted: h.compatible & FORMATTED != 0,
             hidden: h.compatible & HIDDEN != 0,
@@ -292,6 +267,11 @@ impl<S: Storage> Sidecar<S> {
     /// The type of protection.
     pub fn kind(&self) -> PiType {
         self.header.borrow().kind
+    }
+
+    /// How it stays true across a crash.
+    pub fn mode(&self) -> PiMode {
+        if self.journal.is_some() { PiMode::Journal } else { PiMode::Bitmap }
     }
 
     /// Whose tags the tuples have.
@@ -347,9 +327,9 @@ impl<S: Storage> Sidecar<S> {
         &self.storage
     }
 
-    /// Durable writes of the intent map so far.
+    /// Durable writes of the intent map, or of the journal, so far.
     pub fn intent_commits(&self) -> u64 {
-        self.intent.commits()
+        self.journal.as_ref().map_or(self.intent.commits(), Journal::commits)
     }
 
     /// Writes the other copy of the header, durably, after a change.
@@ -433,7 +413,21 @@ impl<S: Storage> Sidecar<S> {
         self.storage.read(self.tuple_at(lba), &buffer.sg()).await?;
         let mut bytes = buffer.to_vec();
         invert(&mut bytes);
+        let overlay = self.overlay.borrow();
+        if !overlay.is_empty() {
+            for (i, slot) in bytes.as_chunks_mut::<TUPLE_LEN>().0.iter_mut().enumerate() {
+                if let Some(tuple) = overlay.get(&(lba.0 + i as u64)) {
+                    *slot = *tuple;
+                }
+            }
+        }
         Ok(bytes)
+    }
+
+    /// From now on reads give these tuples; the file stays as it is.
+    pub fn overlay(&self, lba: Lba, tuples: &[u8]) {
+        let tuples = tuples.as_chunks::<TUPLE_LEN>().0.iter().enumerate();
+        self.overlay.borrow_mut().extend(tuples.map(|(i, tuple)| (lba.0 + i as u64, *tuple)));
     }
 
     /// Writes tuples in the form that travels. The region must be marked.
@@ -539,17 +533,31 @@ impl<S: Storage> Sidecar<S> {
     }
 
     /// A flush of data and tuples begins.
-    pub fn begin_flush(&self) -> u64 {
-        self.intent.begin_flush()
+    pub fn begin_flush(&self) -> FlushMark {
+        FlushMark {
+            epoch: self.intent.begin_flush(),
+            run: self.journal.as_ref().map_or((0, 0), Journal::begin_flush),
+        }
     }
 
     /// The flush that began so has succeeded, for data and tuples: idle regions (with `all`, every region without a writer)
-    /// may be cleared. If that fails they stay marked, which costs a look at the next open and nothing else.
-    pub async fn end_flush(&self, epoch: u64, all: bool) {
-        if let Err(e) = self.intent.end_flush(&self.storage, epoch, all).await {
-            tracing::warn!(error = %e, "the intent map of the protection information could not be cleared");
+    /// and the journal may be cleared. If that fails they stay, which costs a look at the next open and nothing else.
+    pub async fn end_flush(&self, mark: FlushMark, all: bool) {
+        let done = match &self.journal {
+            None => self.intent.end_flush(&self.storage, mark.epoch, all).await,
+            Some(journal) => journal.end_flush(&self.storage, mark.run).await,
+        };
+        if let Err(e) = done {
+            tracing::warn!(error = %e, "the intent map or journal of the protection information could not be cleared");
         }
     }
+}
+
+/// When a flush began.
+#[derive(Debug, Clone, Copy)]
+pub struct FlushMark {
+    epoch: u64,
+    run: (u64, u64),
 }
 
 fn tags_of(h: &Header) -> Exposure {

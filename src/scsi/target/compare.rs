@@ -65,7 +65,7 @@ impl<V: Volume> Target<V> {
     /// Reads a range as the protection field asks for, and throws the data away.
     async fn look_at(&self, at: ByteOffset, len: u64, asked: &Asked) -> Result<(), Failure> {
         let buffer = Buffer::zeroed(len.min(CHUNK) as usize).sg();
-        let checks = asked.field.from_medium(self.dpicz());
+        let checks = asked.field.on_medium(self.dpicz());
         let mut done = 0;
         while done < len {
             let n = (len - done).min(CHUNK);
@@ -88,7 +88,7 @@ impl<V: Volume> Target<V> {
         let block = self.block_size.bytes();
         let period = sent.data.len() as u64;
         let buffer = Buffer::zeroed(len.min(CHUNK) as usize).sg();
-        let checks = asked.field.from_medium_compared(self.dpicz());
+        let checks = asked.field.on_medium_compared(self.dpicz());
         let mut done = 0;
         while done < len {
             let n = (len - done).min(CHUNK);
@@ -175,7 +175,7 @@ impl<V: Volume> Target<V> {
         let new = self.verify_sent(&asked, lba, both.part(self.block_size, blocks, blocks))?;
         let _guard = self.gate.hold(lba.0, blocks).await;
         let got = Buffer::zeroed(len as usize).sg();
-        self.fetch(at, &got, &asked, asked.field.from_medium(self.dpicz()), 0).await?;
+        self.fetch(at, &got, &asked, asked.field.on_medium(self.dpicz()), 0).await?;
         if let Some(byte) = got.mismatch(&expected) {
             return Err(miscompare(byte as u64));
         }
@@ -194,7 +194,7 @@ impl<V: Volume> Target<V> {
         let sent = self.sent(command, &asked, range.lba, range.blocks.0, range.length_at)?;
         let _guard = self.gate.hold(range.lba.0, range.blocks.0).await;
         let both = Buffer::zeroed(len as usize).sg();
-        self.fetch(at, &both, &asked, asked.field.from_medium(self.dpicz()), 0).await?;
+        self.fetch(at, &both, &asked, asked.field.on_medium(self.dpicz()), 0).await?;
         or_into(&both, &sent.data);
         let tuples = match (asked.kind, sent.tuples) {
             (Some(kind), Some(mut tuples)) => {

@@ -219,7 +219,7 @@ impl<V: Volume> Target<V> {
             return Ok(Sent { data: parts.data, tuples: None });
         };
         let sent = parts.tuples.to_vec();
-        let told = asked.told(asked.field.from_initiator(), 0);
+        let told = asked.told(asked.field.on_sent(), 0);
         match self.checker(kind).verify_as_told(&parts.data, lba, &sent, &told) {
             Ok(seen) => {
                 self.count(|c| c.verified += seen.verified);

@@ -33,7 +33,7 @@ impl<V: Volume> Target<V> {
             // What is read is what the medium has: so the medium gets it first.
             self.volume.flush().await.map_err(|e| self.failure(e))?;
         }
-        let checks = asked.field.from_medium(self.dpicz());
+        let checks = asked.field.on_medium(self.dpicz());
         if let Some(parts) = travelling {
             let tuples = self.fetch(at, &parts.data, &asked, checks, 0).await?;
             parts.give(&tuples);

@@ -70,11 +70,12 @@ fn guest(run: &mut Run<'_>, pi: u8) -> Result<()> {
         "inner",
         &format!("--image {image} --size 96M --pi type{pi} --exposure initiator --export vhost:{WWPN}"),
     )?;
+    let limit = 380 * super::super::guest::patience();
     for life in [1, 2] {
         let script = format!("LIFE={life}\n{INNER}");
         guest.sh(&format!("cat > /scratch/inner.sh <<'END'\n{script}\nEND"))?;
         let qemu = format!(
-            "timeout 380 qemu-system-x86_64 -accel tcg -cpu max -smp 1 -m 512 -nographic -nodefaults -no-reboot \
+            "timeout {limit} qemu-system-x86_64 -accel tcg -cpu max -smp 1 -m 512 -nographic -nodefaults -no-reboot \
              -object memory-backend-memfd,id=memory,size=512M,share=on -machine memory-backend=memory \
              -kernel /host/vmlinuz -initrd /host/inner.zst \
              -append 'console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on' \
