@@ -15,8 +15,16 @@ fn the_demo_finds_every_fault_that_it_makes_and_leaves_nothing_behind() {
         .unwrap();
     let (said, log) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     assert!(out.status.success(), "{said}\n{log}");
-    for wanted in ["raw", "qcow2", "0Bh/10h/01h", "flip", "dropped", "misdirected", "IOPS"] {
-        assert!(said.to_lowercase().contains(&wanted.to_lowercase()), "nothing of {wanted} in:\n{said}");
+    for wanted in [
+        "A raw image",
+        "A qcow2 image",
+        "CHECK CONDITION 0Bh/10h/01h",
+        "ok  the stale block is found",
+        "ok  the block that should have changed is found",
+        "ok  and the one that should not have",
+        "commands a second, median latency",
+    ] {
+        assert!(said.contains(wanted), "nothing of {wanted:?} in:\n{said}");
     }
     // It takes its images with it.
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
