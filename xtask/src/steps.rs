@@ -175,11 +175,10 @@ fn vm_suite(plan: &Plan, logs: &Path) -> Result<Done> {
 /// Passed, failed and left-out tests by the summaries of nextest and of cargo's own runner.
 fn count(said: &str) -> (usize, usize, usize) {
     let mut sum = (0, 0, 0);
-    for line in said.lines().map(str::trim_start) {
-        let nextest = line.starts_with("Summary [");
-        if !nextest && !line.starts_with("test result: ") {
-            continue;
-        }
+    // nextest shows what a failing test said, the runner's own line for it included.
+    let by_nextest = said.lines().any(|line| line.trim_start().starts_with("Summary ["));
+    let wanted = if by_nextest { "Summary [" } else { "test result: " };
+    for line in said.lines().map(str::trim_start).filter(|line| line.starts_with(wanted)) {
         let number_before = |word: &str| {
             let words: Vec<&str> = line.split([' ', ';', ',']).filter(|w| !w.is_empty()).collect();
             words
@@ -230,6 +229,9 @@ mod tests {
         let nextest =
             "     Summary [   1.204s] 12 tests run: 9 passed (1 slow), 2 failed, 1 timed out, 3 skipped\n";
         assert_eq!(count(nextest), (9, 3, 3));
+        let failing =
+            format!("test result: FAILED. 0 passed; 1 failed; 0 ignored; finished in 20.77s\n{nextest}");
+        assert_eq!(count(&failing), (9, 3, 3));
         let cargo = "running 3 tests\ntest a ... ok\n\
             test result: FAILED. 2 passed; 1 failed; 4 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
             test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
