@@ -58,6 +58,7 @@ struct Created {
 pub fn run(cli: &Cli, args: &Create) -> Done {
     let places = Places::of(cli);
     let config = check_words(args)?;
+    let _turn = places.turn("create", &args.name)?;
     if let Some(there) = places.find("create", &args.name)? {
         return again(&places, args, &config, &there);
     }

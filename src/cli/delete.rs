@@ -44,6 +44,7 @@ struct Deleted<'a> {
 pub fn run(cli: &Cli, args: &Delete) -> Done {
     let places = Places::of(cli);
     let name = &args.name;
+    let _turn = places.turn("delete", name)?;
     let store = places.lun("delete", name)?;
     let exports = fabric::of(&places.tree, &store).map_err(|e| refused("delete", name, &e))?;
     if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {

@@ -1,6 +1,7 @@
 //! What the commands know about LUNs: the kernel's objects and the daemon's state, brought together.
 
 use std::{
+    fs::File,
     io,
     path::Path,
     time::{Duration, Instant},
@@ -8,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{CliError, args::Cli, error::chain};
+use super::{CliError, args::Cli, error::chain, require_root};
 use crate::{
     daemon::rundir::{LunState, Phase, RunDir},
     kernel::{
@@ -23,6 +24,9 @@ use crate::{
 
 /// sysfs, as it is.
 pub const SYSFS: &str = "/sys";
+
+/// How long one waits for another who works on the same LUN.
+const TURN_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the commands look.
 pub struct Places {
@@ -57,6 +61,31 @@ impl Places {
     pub fn state(&self, command: &str, name: &str) -> Result<Option<LunState>, CliError> {
         let read = || if self.run.daemon()?.is_some() { self.run.read(name) } else { Ok(None) };
         read().map_err(|e| CliError::from(command, name, &e))
+    }
+
+    /// Waits until nobody else makes or takes down a LUN of that name; others wait while the value lives. Two that tried the
+    /// same image at once would each find it in use by the other, and both give up.
+    ///
+    /// # Errors
+    /// If another takes longer than a minute.
+    pub fn turn(&self, command: &str, name: &Name) -> Result<Option<File>, CliError> {
+        if require_root(command).is_err() {
+            // Who may not change anything takes nobody's turn; what else is wrong is said first.
+            return Ok(None);
+        }
+        let turn = self.run.turn(name.as_str(), TURN_PATIENCE);
+        match turn.map_err(|e| CliError::from(command, name, &e))? {
+            Some(turn) => Ok(Some(turn)),
+            None => Err(CliError::new(
+                command,
+                name,
+                "another create or delete has been at work on it for a minute",
+            )
+            .then(format!(
+                "look at the daemon's log, or end the other one: fuser -v {}/turns/*",
+                self.run.path().display()
+            ))),
+        }
     }
 
     /// The backstore of that name.

@@ -14,6 +14,11 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::scsi::naa_from_serial;
+
+/// How many names can be worked on at the same time, if luck has it.
+const TURNS: u64 = 64;
+
 /// The usual place.
 pub const RUN_DIR: &str = "/run/tcmu-dif";
 
@@ -171,6 +176,31 @@ impl RunDir {
         }
     }
 
+    /// Waits for one's turn to make or take down the LUN of that name, and keeps it while the file is open. `None` if another
+    /// has it for longer than `patience`. Where no daemon ever ran there is nothing to wait for: a file that locks nothing.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn turn(&self, name: &str, patience: Duration) -> io::Result<Option<File>> {
+        if !self.root.is_dir() {
+            return Ok(Some(File::open("/dev/null")?));
+        }
+        let turns = self.root.join("turns");
+        fs::create_dir_all(&turns)?;
+        // A fixed number of files, so that none has to be removed; names that share one take turns for nothing.
+        let path = turns.join(format!("{:02}", naa_from_serial(name) % TURNS));
+        let file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let end = Instant::now() + patience;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Some(file)),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() >= end => return Ok(None),
+                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(20)),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// Writes a LUN's file.
     ///
     /// # Errors
@@ -292,6 +322,23 @@ pub(super) mod tests {
         );
         let _lock = run.lock().unwrap().unwrap();
         assert_eq!(run.read("vm1").unwrap(), None);
+    }
+
+    #[test]
+    fn one_works_on_a_name_at_a_time_and_the_next_gets_its_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::at(dir.path());
+        let first = run.turn("vm1", Duration::ZERO).unwrap().unwrap();
+        assert!(run.turn("vm1", Duration::from_millis(30)).unwrap().is_none());
+        std::thread::scope(|s| {
+            let next = s.spawn(|| run.turn("vm1", Duration::from_secs(10)).unwrap().is_some());
+            std::thread::sleep(Duration::from_millis(50));
+            drop(first);
+            assert!(next.join().unwrap());
+        });
+        let none = RunDir::at(dir.path().join("no-daemon-yet"));
+        assert!(none.turn("vm1", Duration::ZERO).unwrap().is_some());
+        assert!(!none.path().exists());
     }
 
     #[test]
