@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     storage::Storage,
-    sys::{exec::join, mem::Buffer},
+    sys::{
+        exec::join,
+        mem::{Buffer, Sg},
+    },
     units::{BlockSize, ByteOffset, Lba},
     volume::{ExtentKind, IoError, IoOp, PiMismatch, Result, Volume},
 };
@@ -150,24 +153,10 @@ async fn one_run<V: Volume, S: Storage>(
     seen: &mut impl FnMut(&Run, PiMismatch),
 ) -> Result<Recomputed> {
     let size = checker.block_size;
-    let (first, count) = (Lba(run.blocks.start), run.blocks.end - run.blocks.start);
-    let (at, len) = bytes(size, run.blocks.clone())?;
-    let buffer = Buffer::zeroed(len as usize);
-    let sg = buffer.sg();
-    let (data, tuples) = join(volume.read(at, &sg), sidecar.read_tuples(first, count)).await;
-    let mut tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e))?;
-    let mut out = Recomputed { read: count, ..Recomputed::default() };
-    let mut unreadable = Vec::new();
-    if data.is_err() {
-        // One bad sector must not decide over its neighbours.
-        for i in 0..count {
-            let (at, len) = bytes(size, first.0 + i..first.0 + i + 1)?;
-            let block = sg.slice((i << size.shift()) as usize, len as usize);
-            if volume.read(at, &block).await.is_err() {
-                unreadable.push(i as usize);
-            }
-        }
-    }
+    let first = Lba(run.blocks.start);
+    let Looked { at, data: sg, mut tuples, unreadable } =
+        look(volume, sidecar, size, run.blocks.clone()).await?;
+    let mut out = Recomputed { read: run.blocks.end - run.blocks.start, ..Recomputed::default() };
     let mut changed = false;
     let stored = tuples.clone();
     checker.check(&sg, first, &stored, |i, guard, found| {
@@ -199,6 +188,44 @@ async fn one_run<V: Volume, S: Storage>(
         wrote.map_err(|e| IoError::from_io(IoOp::Write, e).at(at))?;
     }
     Ok(out)
+}
+
+/// What a volume and its sidecar have of some blocks.
+pub(super) struct Looked {
+    /// Where the blocks begin.
+    pub at: ByteOffset,
+    /// Their data. What could not be read is zeros, or whatever came of it.
+    pub data: Sg,
+    /// Their tuples as they are stored.
+    pub tuples: Vec<u8>,
+    /// Which of the blocks could not be read, counted from the first, in order.
+    pub unreadable: Vec<usize>,
+}
+
+/// Reads blocks and their tuples: if the data cannot be read together, block by block, because one bad sector must not
+/// decide over its neighbours. It fails only if the tuples cannot be read.
+pub(super) async fn look<V: Volume, S: Storage>(
+    volume: &V,
+    sidecar: &Sidecar<S>,
+    size: BlockSize,
+    blocks: Range<u64>,
+) -> Result<Looked> {
+    let count = blocks.end - blocks.start;
+    let (at, len) = bytes(size, blocks.clone())?;
+    let data = Buffer::zeroed(len as usize).sg();
+    let (read, tuples) = join(volume.read(at, &data), sidecar.read_tuples(Lba(blocks.start), count)).await;
+    let tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
+    let mut unreadable = Vec::new();
+    if read.is_err() {
+        for i in 0..count {
+            let (at, len) = bytes(size, blocks.start + i..blocks.start + i + 1)?;
+            let block = data.slice((i << size.shift()) as usize, len as usize);
+            if volume.read(at, &block).await.is_err() {
+                unreadable.push(i as usize);
+            }
+        }
+    }
+    Ok(Looked { at, data, tuples, unreadable })
 }
 
 /// A range of blocks in bytes.

@@ -10,13 +10,12 @@ use std::ops::Range;
 
 use super::{
     check::Checker,
-    recompute::{CHUNK, bytes, next_run},
+    recompute::{CHUNK, Looked, look, next_run},
     store::{Claim, Claims, Sidecar},
     tuple::{PiType, TUPLE_LEN, Tuple},
 };
 use crate::{
     storage::Storage,
-    sys::{exec::join, mem::Buffer},
     units::Lba,
     volume::{IoError, IoOp, Result, Volume},
 };
@@ -86,22 +85,9 @@ async fn one_run<V: Volume, S: Storage>(
     sink: Sink,
     done: &mut Replayed,
 ) -> Result<()> {
-    let (first, count) = (Lba(blocks.start), blocks.end - blocks.start);
-    let (at, len) = bytes(checker.block_size, blocks)?;
-    let buffer = Buffer::zeroed(len as usize);
-    let sg = buffer.sg();
-    let (data, tuples) = join(volume.read(at, &sg), sidecar.read_tuples(first, count)).await;
-    let mut tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
-    let mut unreadable = Vec::new();
-    if data.is_err() {
-        for i in 0..count {
-            let (at, len) = bytes(checker.block_size, first.0 + i..first.0 + i + 1)?;
-            let block = sg.slice((at.0 - (first.0 << checker.block_size.shift())) as usize, len as usize);
-            if volume.read(at, &block).await.is_err() {
-                unreadable.push(i as usize);
-            }
-        }
-    }
+    let first = Lba(blocks.start);
+    let Looked { at, data: sg, mut tuples, unreadable } =
+        look(volume, sidecar, checker.block_size, blocks).await?;
     let mut changed = false;
     checker.guards(&sg, |i, guard| {
         let lba = first.0 + i as u64;

@@ -61,11 +61,6 @@ impl std::fmt::Display for With {
     }
 }
 
-/// Bytes of so many blocks, tuples included. `None` if that is no number.
-fn bytes(blocks: u64, each: u64) -> Option<u64> {
-    blocks.checked_mul(each)
-}
-
 impl Parts {
     /// Blocks alone, at the start of a buffer that may be longer.
     ///
@@ -73,7 +68,7 @@ impl Parts {
     /// [`WireError::Data`] if it is shorter.
     pub fn plain(data: &Sg, size: BlockSize, blocks: u64) -> Result<Parts, WireError> {
         let has = data.len() as u64;
-        let needs = bytes(blocks, size.bytes()).unwrap_or(u64::MAX);
+        let needs = blocks.saturating_mul(size.bytes());
         if has < needs {
             return Err(WireError::Data { has, needs, blocks, with: With::Nothing });
         }
@@ -87,7 +82,7 @@ impl Parts {
     /// [`WireError::Data`].
     pub fn interleaved(data: &Sg, size: BlockSize, blocks: u64) -> Result<Parts, WireError> {
         let has = data.len() as u64;
-        let needs = bytes(blocks, size.bytes() + TUPLE_LEN as u64).unwrap_or(u64::MAX);
+        let needs = blocks.saturating_mul(size.bytes() + TUPLE_LEN as u64);
         if has != needs {
             return Err(WireError::Data { has, needs, blocks, with: With::Tuples });
         }
@@ -102,7 +97,7 @@ impl Parts {
     pub fn separate(data: &Sg, tuples: &Sg, size: BlockSize, blocks: u64) -> Result<Parts, WireError> {
         let Parts { data, .. } = Parts::plain(data, size, blocks)?;
         let has = tuples.len() as u64;
-        let needs = bytes(blocks, TUPLE_LEN as u64).unwrap_or(u64::MAX);
+        let needs = blocks.saturating_mul(TUPLE_LEN as u64);
         if has != needs {
             return Err(WireError::Tuples { has, needs, blocks });
         }
