@@ -158,7 +158,7 @@ fn vm_suite(plan: &Plan, logs: &Path) -> Result<Done> {
     println!("== VM suite");
     let started = Instant::now();
     let log = logs.join("VM-suite.log");
-    let (passed, failed, log) = match vm::test(&plan.filters, plan.scale, false, "release") {
+    let (passed, failed, log) = match vm::test(&plan.filters, plan.scale, false, None, "release") {
         Ok(tally) => {
             let log = tally.failed.first().map_or(log, |(_, logs)| logs.clone());
             (tally.passed, tally.failed.len(), log)

@@ -9,6 +9,7 @@ use super::protocol::{Exit, Frame, Request, Tag};
 use super::qemu::{self, Accel};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write as _};
@@ -36,16 +37,19 @@ pub fn patience() -> u32 {
         .and_then(|text| text.parse().ok())
         .filter(|factor| (1..=20).contains(factor))
         .unwrap_or(1)
-        * MORE_PATIENCE.load(Ordering::Relaxed)
+        * MORE_PATIENCE.get()
 }
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
-/// What patience is multiplied with for the test that runs now.
-static MORE_PATIENCE: AtomicU32 = AtomicU32::new(1);
 
-/// Makes every limit from now on `factor` times as long as it usually is.
+thread_local! {
+    /// What patience is multiplied with for the test that this thread runs.
+    static MORE_PATIENCE: Cell<u32> = const { Cell::new(1) };
+}
+
+/// Makes every limit of this thread's tests from now on `factor` times as long as it usually is.
 pub fn set_more_patience(factor: u32) {
-    MORE_PATIENCE.store(factor, Ordering::Relaxed);
+    MORE_PATIENCE.set(factor);
 }
 
 /// What every boot of this run has in common.
@@ -71,6 +75,7 @@ pub struct Guest {
     deadline: Instant,
     /// Passes what scripts say on to our own output as it comes.
     echo: bool,
+    notes: Vec<String>,
 }
 
 /// What a script said and how it ended.
@@ -218,6 +223,7 @@ impl Guest {
             requests: 0,
             deadline: Instant::now() + limit * patience(),
             echo: false,
+            notes: Vec::new(),
         })
     }
 
@@ -229,6 +235,16 @@ impl Guest {
     /// The host's side of the guest's `/host`.
     pub fn share(&self) -> PathBuf {
         self.dir.path().join("share")
+    }
+
+    /// A line to stand under the test's own in the table: what it has counted.
+    pub fn note(&mut self, text: impl Into<String>) {
+        self.notes.push(text.into());
+    }
+
+    /// The notes since the last call.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
     }
 
     /// From now on scripts' output is shown as it comes.

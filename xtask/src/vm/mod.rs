@@ -37,6 +37,9 @@ pub enum Action {
         /// Rewrite snapshots and expectations instead of comparing with them
         #[arg(long)]
         bless: bool,
+        /// VMs at a time [default: one for each processor, and two at most]
+        #[arg(long, value_name = "COUNT")]
+        lanes: Option<usize>,
         /// Build tcmu-dif with this cargo profile
         #[arg(long, default_value = "release")]
         profile: String,
@@ -88,8 +91,8 @@ pub fn main(action: Action) -> Result<ExitCode> {
             println!("ready: {} under {}", artefacts.kernel.display(), accel.name());
             Ok(ExitCode::SUCCESS)
         }
-        Action::Test { names, bless, profile } => {
-            let tally = test(&names, Scale::from_env()?, bless, &profile)?;
+        Action::Test { names, bless, lanes, profile } => {
+            let tally = test(&names, Scale::from_env()?, bless, lanes, &profile)?;
             println!("\n{} passed, {} failed", tally.passed, tally.failed.len());
             Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
@@ -114,7 +117,13 @@ pub fn knows(word: &str) -> bool {
 }
 
 /// Runs the tests that `names` select, on tcmu-dif built with `profile`.
-pub fn test(names: &[String], scale: Scale, bless: bool, profile: &str) -> Result<suite::Tally> {
+pub fn test(
+    names: &[String],
+    scale: Scale,
+    bless: bool,
+    lanes: Option<usize>,
+    profile: &str,
+) -> Result<suite::Tally> {
     let tests = suite::select(names, scale)?;
     if names.is_empty() && tests.len() < suite::all().len() {
         println!("{} long tests are left out; full scale runs them", suite::all().len() - tests.len());
@@ -122,7 +131,8 @@ pub fn test(names: &[String], scale: Scale, bless: bool, profile: &str) -> Resul
     // The reference tests need no tcmu-dif: they can be run before it builds.
     let own = tests.iter().any(|test| !test.name.starts_with("reference."));
     let lab = lab(own.then(|| profile.to_owned()).as_ref())?;
-    suite::run(&lab, &tests, scale, bless)
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    suite::run(&lab, &tests, scale, bless, lanes.unwrap_or(processors.min(2)))
 }
 
 /// Everything that a boot needs; with a profile, tcmu-dif is built and given to the guest.

@@ -74,13 +74,13 @@ fn iscsi_test_cu(run: &mut Run<'_>, format: &str, block: u32) -> Result<()> {
     delete(guest, "large")?;
 
     let count = |wanted| ended.values().filter(|ended| ended.outcome == wanted).count();
-    println!(
-        "          iscsi-test-cu: {} tests, {} passed, {} failed, {} skipped",
+    guest.note(format!(
+        "iscsi-test-cu: {} tests, {} passed, {} failed, {} skipped",
         ended.len(),
         count(iscsi::Outcome::Passed),
         count(iscsi::Outcome::Failed),
         count(iscsi::Outcome::Skipped)
-    );
+    ));
     let differences = iscsi::differences(&ended, &expected);
     ensure!(differences.is_empty(), "not as {} has it:\n{differences}", path.display());
     daemon_pid(guest).map(drop)

@@ -35,6 +35,13 @@ pub const TESTS: &[Test] = &[
         group: Some("flipped"),
         run: descriptor_sense,
     },
+    Test {
+        name: "fault.scrub",
+        promise: "a scrub finds a flipped bit before a guest does, while the guest writes, and goes on after kill -9",
+        limit: 240,
+        group: Some("flipped"),
+        run: scrub,
+    },
 ];
 
 const SIZE: u64 = 16 << 20;
@@ -66,7 +73,7 @@ fn offset_in_file(guest: &mut Guest, image: &str, format: &str, offset: u64) -> 
 }
 
 /// Flips one bit of a file, behind the back of whoever has it open.
-fn flip(guest: &mut Guest, file: &str, offset: u64) -> Result<()> {
+pub fn flip(guest: &mut Guest, file: &str, offset: u64) -> Result<()> {
     guest
         .sh(&format!(
             "python3 -c 'import os
@@ -241,4 +248,72 @@ fn descriptor_sense(run: &mut Run<'_>) -> Result<()> {
     ensure!(first == "72", "REQUEST SENSE with DESC set begins with {first}");
     delete(guest, "dsense")?;
     guest.sh(&format!("rm -f {image} {image}.pi && dmesg --clear")).map(drop)
+}
+
+fn scrub(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    daemon(guest)?;
+    let none = guest.try_sh("tcmu-dif scrub nobody 2>&1")?;
+    ensure!(!none.ok() && none.stdout.contains("'nobody' is not served"), "{}", none.stdout);
+    let (mib, image) = (64, "/scratch/look.raw");
+    let lun =
+        create_on_loopback(guest, "look", &format!("--image {image} --size {mib}M --format raw --pi type1"))?;
+    let device = &lun.device;
+    guest.sh(&format!(
+        "head -c {mib}M /dev/urandom > /scratch/model
+         dd if=/scratch/model of={device} oflag=direct bs=1M status=none
+         rm /scratch/model"
+    ))?;
+    let lba = 100_000;
+    flip(guest, image, lba * 512 + 300)?;
+
+    guest.sh("timeout 60 tcmu-dif scrub look --speed 4M --background")?;
+    let status = |guest: &mut Guest| guest.json("timeout 60 tcmu-dif scrub look --status --json");
+    guest
+        .sh("for _ in $(seq 150); do
+                 tcmu-dif scrub look --status --json | grep -q '\"read_bytes\": 0,' || exit 0; sleep 0.2
+             done; exit 1")
+        .context("the scrub does not begin")?;
+    guest.sh("timeout 60 tcmu-dif scrub look --pause")?;
+    let paused = status(guest)?;
+    ensure!(paused["status"] == "paused" && paused["mismatches"] == 0, "{paused}");
+
+    // The account outlives the daemon.
+    super::lun::stop_daemon(guest, "KILL")?;
+    start_daemon(guest, "auto")?;
+    guest.sh(
+        "for _ in $(seq 150); do tcmu-dif show look --json | grep -q '\"state\": \"online\"' && exit 0; sleep 0.2; done; exit 1",
+    )?;
+    let after = status(guest)?;
+    for key in ["status", "next_lba", "verified", "started_ms"] {
+        ensure!(after[key] == paused[key], "{key} was {} and is {}", paused[key], after[key]);
+    }
+
+    guest.sh(&format!(
+        "setsid dd if=/dev/urandom of={device} oflag=direct bs=16k count=1024 status=none > /tmp/dd.txt 2>&1 < /dev/null &
+         echo $! > /tmp/dd.pid
+         timeout 60 tcmu-dif scrub look --resume"
+    ))?;
+    let ended = guest.try_sh("timeout 120 tcmu-dif scrub look --speed 0 --json 2> /tmp/said")?;
+    let report: serde_json::Value =
+        serde_json::from_str(&ended.stdout).with_context(|| format!("no report: {}", ended.stdout))?;
+    ensure!(!ended.ok(), "a scrub that found damage ends as if all were well: {report}");
+    let said = guest.sh("cat /tmp/said")?;
+    ensure!(said.contains("1 blocks do not match") && said.contains("next: "), "{said}");
+    ensure!(report["status"] == "concluded" && report["mismatches"] == 1, "{report}");
+    let bad = &report["bad"][0];
+    ensure!(bad["lba"] == lba && bad["host_offset"] == lba * 512 && bad["file"] == image, "{bad}");
+    ensure!(report["verified"] == mib * 2048 - 1, "each block is looked at once: {report}");
+    guest
+        .sh("for _ in $(seq 300); do kill -0 $(cat /tmp/dd.pid) 2>/dev/null || exit 0; sleep 0.2; done; exit 1")
+        .context("the guest's writer hangs")?;
+    ensure!(guest.sh("cat /tmp/dd.txt")?.is_empty(), "the guest's writes failed");
+
+    // Written anew, the block is whole.
+    guest.sh(&format!("dd if=/dev/zero of={device} oflag=direct bs=512 seek={lba} count=1 status=none"))?;
+    guest.sh("timeout 120 tcmu-dif scrub look --speed 0")?;
+    delete(guest, "look")?;
+    guest.sh("! ls /var/lib/tcmu-dif/scrub/*.json 2>/dev/null")?;
+    assert_image_clean(guest, image, "raw", true)?;
+    assert_nothing_left(guest)
 }

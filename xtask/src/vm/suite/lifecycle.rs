@@ -60,6 +60,13 @@ pub const TESTS: &[Test] = &[
         group: None,
         run: kill_9,
     },
+    Test {
+        name: "lifecycle.kill-9-under-fio",
+        promise: "fio's own verification goes on across kill -9 at random moments, in both modes of PI: no false alarm, nothing lost",
+        limit: 900,
+        group: None,
+        run: kill_9_under_fio,
+    },
 ];
 
 fn resize(run: &mut Run<'_>) -> Result<()> {
@@ -430,6 +437,57 @@ fn kill_9(run: &mut Run<'_>) -> Result<()> {
             // A crash may leak a cluster; a reference to a free one would be corruption.
             ensure!(report["corruptions"].as_u64().unwrap_or(0) == 0, "{report}");
         }
+        assert_image_clean(guest, &image, "raw", true)?;
+    }
+    Ok(())
+}
+
+/// `kills.sh DEVICE KILLS`: kills and restarts the daemon at random moments until it has done so as often as it should, while fio writes
+/// and reads back what it wrote; ends with an error if fio finds one, or if a LUN does not come back.
+const KILLS: &str = r#"
+device=$1 wanted=$2 kills=0
+back() {
+    for _ in $(seq 600); do grep -q '"state": "online"' /run/tcmu-dif/luns/k.json 2>/dev/null && return; sleep 0.05; done
+    echo "the LUN is not back after 30 s"; tail -n 20 /scratch/daemon.log; exit 1
+}
+while [ $kills -lt $wanted ]; do
+    seconds=$((wanted - kills < 10 ? 15 : 90))
+    fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bs=4k --size=16M \
+        --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=$seconds --randseed=$kills > /tmp/fio.txt 2>&1 &
+    fio=$!
+    while kill -0 $fio 2>/dev/null; do
+        sleep $((RANDOM % 2)).$((RANDOM % 10))$((RANDOM % 10))
+        kill -9 $(cat /run/tcmu-dif/daemon.pid)
+        setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null &
+        kills=$((kills + 1))
+        back
+    done
+    wait $fio || { cat /tmp/fio.txt; exit 1; }
+done
+echo $kills
+"#;
+
+fn kill_9_under_fio(run: &mut Run<'_>) -> Result<()> {
+    let wanted = run.scale.pick(3, 10, 100);
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    std::fs::write(guest.share().join("kills.sh"), KILLS)?;
+    for (mode, format) in [("bitmap", "qcow2"), ("journal", "raw")] {
+        let image = format!("/scratch/{mode}.{format}");
+        let options = format!("--image {image} --size 64M --format {format} --pi type1 --pi-mode {mode}");
+        let lun = create_on_loopback(guest, "k", &options)?;
+        let mark = guest.mark()?;
+        let kills = guest
+            .sh_within(Duration::from_secs(440), &format!("bash /host/kills.sh {} {wanted}", lun.device))
+            .with_context(|| format!("mode {mode}"))?;
+        guest.note(format!("{mode}, {format}: {kills} kills"));
+        let log = guest.kernel_log_since(&mark)?;
+        let bad: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("check failed") || line.contains("I/O error, dev"))
+            .collect();
+        ensure!(bad.is_empty(), "{mode}: errors at the guest: {bad:#?}");
+        delete(guest, "k")?;
         assert_image_clean(guest, &image, "raw", true)?;
     }
     Ok(())

@@ -1,7 +1,6 @@
 //! The VM suite: which tests there are, and how they are run.
 //!
-//! A test is a function that drives a [`Guest`]. Each has a boot of its own, but those that name the same group share one as long
-//! as they pass. After each the guest must be healthy: no complaint in the kernel's log, no task that hangs.
+//! A test is a function that drives a [`Guest`]. [`runner`] gives each a VM and tells how it went.
 
 mod conformance;
 mod data;
@@ -16,13 +15,14 @@ mod pi_guest;
 mod readme;
 mod reference;
 mod refuse;
+mod runner;
 
-use super::guest::{Guest, Lab, is_time_over, set_more_patience};
+pub use runner::{Tally, run};
+
+use super::guest::Guest;
 use anyhow::{Context, Result, bail};
-use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 /// How much of the longer loops is run: `TCMU_DIF_SCALE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,111 +125,6 @@ pub fn select(wanted: &[String], scale: Scale) -> Result<Vec<&'static Test>> {
             named || wanted.is_empty() && (!long || scale == Scale::Full)
         })
         .collect())
-}
-
-/// How a run went.
-#[derive(Default)]
-pub struct Tally {
-    /// Tests that passed.
-    pub passed: usize,
-    /// Names and logs of those that did not.
-    pub failed: Vec<(String, PathBuf)>,
-    /// How many ran out of time at first, and were tried once more.
-    pub slow: usize,
-}
-
-/// Runs `tests`, printing a line for each; stops at no failure.
-pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool) -> Result<Tally> {
-    let files = crate::sh::workspace_root().join("xtask");
-    let mut tally = Tally::default();
-    let mut shared: Option<(&str, Guest)> = None;
-    for test in tests {
-        let started = Instant::now();
-        let group = test.group.unwrap_or(test.name);
-        let logs = lab.logs.join(group);
-        let mut earlier = shared.take().filter(|(of, _)| test.group == Some(*of)).map(|(_, guest)| guest);
-        let mut again = "";
-        let result = loop {
-            let result = attempt(lab, test, scale, bless, &files, earlier.take());
-            match result {
-                Err(error) if again.is_empty() && is_time_over(&error) => {
-                    let first = format!("{}: {}\n\n{error:?}", test.name, test.promise);
-                    let _ = fs::create_dir_all(&logs);
-                    println!(
-                        "  slow    {:<34} ran out of time; once more, with three times as much",
-                        test.name
-                    );
-                    set_more_patience(3);
-                    again = "  (at the second attempt: the first ran out of time)";
-                    tally.slow += 1;
-                    let kept = logs.with_file_name(format!("{group}.slow"));
-                    let _ = fs::remove_dir_all(&kept);
-                    let _ = fs::rename(&logs, &kept).and_then(|()| fs::write(kept.join("slow.txt"), first));
-                }
-                result => break result,
-            }
-        };
-        set_more_patience(1);
-        let seconds = started.elapsed().as_secs_f64();
-        match result {
-            Ok(guest) => {
-                println!("  ok      {:<34} {seconds:>7.1} s{again}", test.name);
-                tally.passed += 1;
-                shared = test.group.map(|group| (group, guest));
-            }
-            Err(error) => {
-                println!("  FAILED  {:<34} {seconds:>7.1} s{again}", test.name);
-                println!("    broken promise: {}", test.promise);
-                for line in format!("{error:#}").lines() {
-                    println!("    {line}");
-                }
-                println!("    logs: {}", logs.display());
-                let mut note = String::new();
-                let _ = writeln!(note, "{}: {}\n\n{error:?}", test.name, test.promise);
-                let _ = fs::write(logs.join(format!("failure-{}.txt", test.name)), note);
-                tally.failed.push((test.name.to_owned(), logs));
-            }
-        }
-    }
-    if tally.slow > 0 {
-        println!("  {} of them ran out of time at first: this machine has much else to do", tally.slow);
-    }
-    Ok(tally)
-}
-
-/// Runs a test, in a VM that tests of its group have used or in a new one; gives back a VM that is healthy.
-fn attempt(
-    lab: &Lab,
-    test: &Test,
-    scale: Scale,
-    bless: bool,
-    files: &Path,
-    earlier: Option<Guest>,
-) -> Result<Guest> {
-    let limit = Duration::from_secs(test.limit);
-    let mut guest = match earlier {
-        Some(mut guest) => {
-            guest.set_deadline(limit);
-            guest
-        }
-        None => Guest::boot(lab, test.group.unwrap_or(test.name), limit)?,
-    };
-    let mut context = Run { guest: &mut guest, scale, bless, files: files.to_owned() };
-    let result = (test.run)(&mut context).and_then(|()| guest.assert_healthy());
-    collect_logs(&mut guest);
-    result.map(|()| guest)
-}
-
-/// Copies what the daemon and the kernel said out of the guest, whether the test passed or not.
-fn collect_logs(guest: &mut Guest) {
-    guest.set_deadline(Duration::from_secs(30));
-    for (script, name) in
-        [("cat /scratch/daemon*.log 2>/dev/null | tail -c 4000000", "daemon.log"), ("dmesg", "kernel.log")]
-    {
-        if let Ok(output) = guest.run(script, false, Duration::from_secs(20)) {
-            let _ = fs::write(guest.logs().join(name), output.stdout);
-        }
-    }
 }
 
 /// Compares `text` with the checked-in file `name` under `files`, or writes it there when blessing.

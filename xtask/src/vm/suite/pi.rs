@@ -2,6 +2,7 @@
 //! with our change (`vendor/linux/`).
 
 use super::super::guest::Guest;
+use super::fault::flip;
 use super::initiator::{file_system_with_verified_writes, raw};
 use super::lun::{
     assert_image_clean, assert_nothing_left, create, create_on_loopback, daemon_pid, delete, start_daemon,
@@ -173,7 +174,7 @@ fn interleaved_sg(run: &mut Run<'_>) -> Result<()> {
         delete(guest, "inter")?;
         guest.sh(&format!("rm -f {image} {image}.pi"))?;
     }
-    println!("          clauses passed:{said}");
+    guest.note(format!("clauses passed:{said}"));
     guest.sh("dmesg --clear").map(drop)
 }
 
@@ -214,7 +215,7 @@ fn scsi_debug_clauses(run: &mut Run<'_>) -> Result<()> {
         let sg = scsi_debug(guest, dif, 512)?;
         let table = conformance(guest, &sg)?;
         let failed = failures(&table);
-        println!("          scsi_debug dif={dif}: {} passed, {} failed", table["passed"], failed.len());
+        guest.note(format!("scsi_debug dif={dif}: {} passed, {} failed", table["passed"], failed.len()));
         ensure!(table["passed"].as_u64().unwrap_or(0) >= 8, "nothing was asked: {table}");
         let unknown: Vec<&String> =
             failed.iter().filter(|line| !SCSI_DEBUG_FAILS.iter().any(|part| line.contains(part))).collect();
@@ -238,10 +239,10 @@ fn differential(guest: &mut Guest, ours: &str, peer: &str, commands: u32, seed: 
     if report["differences"] != 0 {
         bail!("seed {seed}: {} differences, the first: {:#}", report["differences"], report["listed"]);
     }
-    println!(
-        "          {ours} and {peer}: {} commands, {} good, {} failed alike, expected differences {}",
+    guest.note(format!(
+        "{ours} and {peer}: {} commands, {} good, {} failed alike, expected differences {}",
         report["commands"], report["good"], report["equal_errors"], report["expected"]
-    );
+    ));
     ensure!(report["good"].as_u64().unwrap_or(0) * 4 > u64::from(commands), "hardly any command ended well");
     Ok(report["commands"].as_u64().unwrap_or(0))
 }
@@ -357,18 +358,6 @@ fn loopback_dix(run: &mut Run<'_>) -> Result<()> {
     guest.sh("dmesg --clear").map(drop)
 }
 
-/// Flips one bit of a file, behind the back of whoever has it open.
-fn flip(guest: &mut Guest, file: &str, offset: u64) -> Result<()> {
-    guest
-        .sh(&format!(
-            "python3 -c 'import os
-f = os.open(\"{file}\", os.O_RDWR)
-b = os.pread(f, 1, {offset})[0]
-os.pwrite(f, bytes([b ^ 0x10]), {offset})'"
-        ))
-        .map(drop)
-}
-
 const WWPN: &str = "naa.5001405000000031";
 
 fn vhost(run: &mut Run<'_>) -> Result<()> {
@@ -391,7 +380,7 @@ fn vhost(run: &mut Run<'_>) -> Result<()> {
         delete(guest, "v")?;
         guest.sh(&format!("rm -f {image} {image}.pi"))?;
     }
-    println!("          clauses passed:{said}");
+    guest.note(format!("clauses passed:{said}"));
     assert_nothing_left(guest)
 }
 

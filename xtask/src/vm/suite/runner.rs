@@ -1,0 +1,203 @@
+//! Runs the VM suite's tests, in as many VMs at a time as the machine has room for.
+//!
+//! Each test has a boot of its own, but those that name the same group share one as long as they pass, one after another.
+//! After each the guest must be healthy: no complaint in the kernel's log, no task that hangs. Most tests wait more than
+//! they compute, so two VMs on two processors take little more than half the time of one after the other.
+
+use super::super::guest::{Guest, Lab, is_time_over, set_more_patience};
+use super::{Run, Scale, Test};
+use anyhow::Result;
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How a run went.
+#[derive(Default)]
+pub struct Tally {
+    /// Tests that passed.
+    pub passed: usize,
+    /// Names and logs of those that did not.
+    pub failed: Vec<(String, PathBuf)>,
+    /// How many ran out of time at first, and were tried once more.
+    pub slow: usize,
+}
+
+/// What all lanes have in common.
+struct Suite<'a> {
+    lab: &'a Lab,
+    scale: Scale,
+    bless: bool,
+    files: PathBuf,
+    /// Limits times this: VMs that run side by side are slower.
+    patience: u32,
+    /// Tests that share a boot, and those that have one to themselves.
+    waiting: Mutex<VecDeque<Vec<&'static Test>>>,
+    tally: Mutex<Tally>,
+}
+
+/// Runs `tests` in so many VMs at a time, printing a line for each; stops at no failure.
+pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool, lanes: usize) -> Result<Tally> {
+    let lanes = lanes.max(1);
+    let suite = Suite {
+        lab,
+        scale,
+        bless,
+        files: crate::sh::workspace_root().join("xtask"),
+        patience: if lanes > 1 { 2 } else { 1 },
+        waiting: Mutex::new(boots(tests, lanes > 1)),
+        tally: Mutex::default(),
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..lanes {
+            scope.spawn(|| {
+                loop {
+                    let next = suite.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                    let Some(tests) = next else { return };
+                    suite.run_boot(&tests);
+                }
+            });
+        }
+    });
+    let tally = suite.tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if tally.slow > 0 {
+        println!("  {} of them ran out of time at first: this machine has much else to do", tally.slow);
+    }
+    Ok(tally)
+}
+
+/// Puts tests that share a boot together, in their order; if several boots run at a time, those that may take longest come
+/// first, so that none is left to run alone in the end.
+fn boots(tests: &[&'static Test], longest_first: bool) -> VecDeque<Vec<&'static Test>> {
+    let mut boots: Vec<Vec<&'static Test>> = Vec::new();
+    for test in tests {
+        match boots.iter_mut().find(|boot| test.group.is_some() && boot[0].group == test.group) {
+            Some(boot) => boot.push(test),
+            None => boots.push(vec![test]),
+        }
+    }
+    if longest_first {
+        // The harness's own tests stay in front: when they fail, nothing else says anything.
+        let limit = |boot: &Vec<&Test>| boot.iter().map(|test| test.limit).sum::<u64>();
+        boots.sort_by_key(|boot| (!boot[0].name.starts_with("reference."), std::cmp::Reverse(limit(boot))));
+    }
+    boots.into()
+}
+
+impl Suite<'_> {
+    /// Runs tests that share a boot.
+    fn run_boot(&self, tests: &[&'static Test]) {
+        let mut shared: Option<Guest> = None;
+        for test in tests {
+            let earlier = shared.take();
+            shared = self.run_test(test, earlier).filter(|_| test.group.is_some());
+        }
+    }
+
+    /// Runs a test, and says how it went; gives the VM back if it can be used again.
+    fn run_test(&self, test: &'static Test, mut earlier: Option<Guest>) -> Option<Guest> {
+        let started = Instant::now();
+        let group = test.group.unwrap_or(test.name);
+        let logs = self.lab.logs.join(group);
+        let mut again = "";
+        set_more_patience(self.patience);
+        let result = loop {
+            match self.attempt(test, earlier.take()) {
+                Err(error) if again.is_empty() && is_time_over(&error) => {
+                    let first = format!("{}: {}\n\n{error:?}", test.name, test.promise);
+                    let _ = fs::create_dir_all(&logs);
+                    println!(
+                        "  slow    {:<34} ran out of time; once more, with three times as much",
+                        test.name
+                    );
+                    set_more_patience(3 * self.patience);
+                    again = "  (at the second attempt: the first ran out of time)";
+                    self.tally.lock().unwrap_or_else(PoisonError::into_inner).slow += 1;
+                    let kept = logs.with_file_name(format!("{group}.slow"));
+                    let _ = fs::remove_dir_all(&kept);
+                    let _ = fs::rename(&logs, &kept).and_then(|()| fs::write(kept.join("slow.txt"), first));
+                }
+                result => break result,
+            }
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok((guest, notes)) => {
+                let notes: String = notes.iter().map(|note| format!("\n          {note}")).collect();
+                println!("  ok      {:<34} {seconds:>7.1} s{again}{notes}", test.name);
+                tally.passed += 1;
+                Some(guest)
+            }
+            Err(error) => {
+                let mut text = format!("  FAILED  {:<34} {seconds:>7.1} s{again}\n", test.name);
+                let _ = writeln!(text, "    broken promise: {}", test.promise);
+                for line in format!("{error:#}").lines() {
+                    let _ = writeln!(text, "    {line}");
+                }
+                println!("{text}    logs: {}", logs.display());
+                let note = format!("{}: {}\n\n{error:?}\n", test.name, test.promise);
+                let _ = fs::write(logs.join(format!("failure-{}.txt", test.name)), note);
+                tally.failed.push((test.name.to_owned(), logs));
+                None
+            }
+        }
+    }
+
+    /// Runs a test, in a VM that tests of its group have used or in a new one; gives back a VM that is healthy, and what
+    /// the test has noted.
+    fn attempt(&self, test: &Test, earlier: Option<Guest>) -> Result<(Guest, Vec<String>)> {
+        let limit = Duration::from_secs(test.limit);
+        let mut guest = match earlier {
+            Some(mut guest) => {
+                guest.set_deadline(limit);
+                guest
+            }
+            None => Guest::boot(self.lab, test.group.unwrap_or(test.name), limit)?,
+        };
+        let mut context =
+            Run { guest: &mut guest, scale: self.scale, bless: self.bless, files: self.files.clone() };
+        let result = (test.run)(&mut context).and_then(|()| guest.assert_healthy());
+        collect_logs(&mut guest);
+        let notes = guest.take_notes();
+        result.map(|()| (guest, notes))
+    }
+}
+
+/// Copies what the daemon and the kernel said out of the guest, whether the test passed or not.
+fn collect_logs(guest: &mut Guest) {
+    guest.set_deadline(Duration::from_secs(30));
+    for (script, name) in
+        [("cat /scratch/daemon*.log 2>/dev/null | tail -c 4000000", "daemon.log"), ("dmesg", "kernel.log")]
+    {
+        if let Ok(output) = guest.run(script, false, Duration::from_secs(20)) {
+            let _ = fs::write(guest.logs().join(name), output.stdout);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{all, select};
+    use super::*;
+
+    #[test]
+    fn tests_of_a_group_share_a_boot_in_their_order_and_none_is_lost() {
+        let tests = select(&[], Scale::Full).unwrap();
+        for longest_first in [false, true] {
+            let boots = boots(&tests, longest_first);
+            assert_eq!(boots.iter().map(Vec::len).sum::<usize>(), all().len());
+            for boot in &boots {
+                assert!(boot.len() == 1 || boot.iter().all(|test| test.group == boot[0].group));
+            }
+            assert!(boots[0][0].name.starts_with("reference."));
+        }
+        let order = |tests: &[&Test]| -> Vec<&str> {
+            tests.iter().filter(|t| t.group == Some("flipped")).map(|t| t.name).collect()
+        };
+        let together = boots(&tests, true).into_iter().find(|b| b[0].group == Some("flipped")).unwrap();
+        assert_eq!(order(&together), order(&tests));
+    }
+}
