@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod conformance;
+pub mod control;
 pub mod daemon;
 pub mod demo;
 pub mod image;

@@ -10,6 +10,7 @@ use std::{
 use tcmu_dif::{
     pi::{
         PiMode, PiOpenErrorKind, PiType, Protected, Protection,
+        chain::Beneath,
         store::{ImageFormat, NewSidecar, Stamp, StoreError, default_path},
         tools,
     },
@@ -176,7 +177,7 @@ fn after_a_foreign_change_verify_names_the_blocks_and_rebuild_takes_the_image_as
 
         let volume = PlainFile::open(&io, &at.image);
         let sidecar = tools::inspect(&io, &at.image, &at.sidecar).await.unwrap();
-        let report = tools::verify(&volume, &sidecar, |_, _| ()).await.unwrap();
+        let report = tools::verify(&volume, &sidecar, &Beneath::nothing(), |_, _| ()).await.unwrap();
         assert_eq!((report.mismatches, report.verified), (1, 15));
         assert_eq!((report.bad[0].lba, report.bad[0].host_offset), (258, Some((1 << 20) + 8192)));
 

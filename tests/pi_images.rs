@@ -86,7 +86,8 @@ fn sessions_follow_each_other_on_raw_and_qcow2_whether_they_end_in_a_close_or_in
             }
             let volume = open(&io, &path, &OpenOptions { read_only: true, format: None, lock: true }).await;
             let sidecar = tools::inspect(&io, &path, &default_path(&path)).await.unwrap();
-            let report = tools::verify(&volume.unwrap(), &sidecar, |_, _| ()).await.unwrap();
+            let report =
+                tools::verify(&volume.unwrap(), &sidecar, &Beneath::nothing(), |_, _| ()).await.unwrap();
             assert_eq!((report.verified, report.unprotected, report.is_clean()), (6 * 128, 0, true));
         });
     }

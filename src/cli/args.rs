@@ -12,7 +12,10 @@ use crate::{
         fabric::Fabric,
         names::{Name, Wwn},
     },
-    lun::saved_pages::STATE_DIR,
+    lun::{
+        scrub::{MIN_SPEED, ScrubError},
+        state_file::STATE_DIR,
+    },
     pi::{Exposure, PiMode, PiType, Transfer},
     units::BlockSize,
 };
@@ -59,6 +62,8 @@ pub enum Command {
     /// Check, make anew or look at an image's protection information
     #[command(subcommand)]
     Pi(Pi),
+    /// Read every protected block of a LUN that is in use and check it; goes on in the daemon if this command is interrupted
+    Scrub(Scrub),
     /// Say what this host can do, and how to get what is missing
     CheckHost(CheckHost),
     /// Judge a SCSI disk with protection information by SBC-4, clause by clause; overwrites it
@@ -84,6 +89,36 @@ pub struct Daemon {
     /// The way of I/O
     #[arg(long, value_enum, default_value_t = IoWay::Auto)]
     pub io: IoWay,
+}
+
+/// `scrub`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").args(["background", "pause", "resume", "cancel", "status"])))]
+pub struct Scrub {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit; changes the speed of one that is under way [default: 100M]
+    #[arg(long, value_name = "SIZE", value_parser = speed, conflicts_with_all = ["pause", "resume", "cancel", "status"])]
+    pub speed: Option<u64>,
+    /// Begin, and do not wait for the end
+    #[arg(long)]
+    pub background: bool,
+    /// Let the one under way wait, until it is resumed
+    #[arg(long)]
+    pub pause: bool,
+    /// Let a paused one go on
+    #[arg(long)]
+    pub resume: bool,
+    /// End the one under way
+    #[arg(long)]
+    pub cancel: bool,
+    /// Only tell of the one under way, or of the last
+    #[arg(long)]
+    pub status: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// The ways of I/O.
@@ -378,6 +413,14 @@ fn pi_type(text: &str) -> Result<PiType, String> {
 
 fn pi_mode(text: &str) -> Result<PiMode, String> {
     text.parse().map_err(|_| "the modes of protection information are bitmap and journal".to_owned())
+}
+
+fn speed(text: &str) -> Result<u64, String> {
+    let speed = if text == "0" { 0 } else { super::size::parse(text)? };
+    if (1..MIN_SPEED).contains(&speed) {
+        return Err(ScrubError::Speed(speed).to_string());
+    }
+    Ok(speed)
 }
 
 fn pi(text: &str) -> Result<PiSetting, String> {

@@ -27,8 +27,8 @@ use crate::{
     },
     lun::{
         config::{DeviceConfig, SUBTYPE},
-        saved_pages::SavedPagesFile,
-        serial_of,
+        saved_pages, scrub, serial_of,
+        state_file::StateFile,
     },
 };
 
@@ -76,7 +76,7 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
         }
     }
     store.remove(&places.tree).map_err(|e| refused("delete", name, &e))?;
-    forget_saved_pages(cli, &store);
+    forget_state(cli, &store);
     // Until the daemon has let go of the image, nobody else can have it.
     if alive && let Err(e) = luns::wait_until_closed(&places, name.as_str(), Some(store.hba)) {
         tracing::warn!("{name}: {e}");
@@ -92,12 +92,15 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
 }
 
 /// A LUN that is made later with the same serial number begins with the defaults.
-fn forget_saved_pages(cli: &Cli, store: &Backstore) {
+fn forget_state(cli: &Cli, store: &Backstore) {
     let config = store.config_after(SUBTYPE).and_then(|text| DeviceConfig::parse(text).ok());
     let Some(config) = config else { return };
     let serial = serial_of(Some(&store.serial), &config, &store.name);
-    if let Err(e) = SavedPagesFile::new(&cli.state_dir, &serial).remove() {
-        tracing::warn!("{}: the saved mode pages stay: {e}", store.name);
+    for folder in [saved_pages::FOLDER, scrub::FOLDER] {
+        let file = StateFile::new(&cli.state_dir, folder, &serial);
+        if let Err(e) = file.remove() {
+            tracing::warn!("{}: {} stays: {e}", store.name, file.path().display());
+        }
     }
 }
 

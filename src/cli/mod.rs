@@ -14,6 +14,7 @@ mod luns;
 mod output;
 mod pi;
 mod resize;
+mod scrub;
 mod show;
 mod size;
 
@@ -85,6 +86,7 @@ fn run(cli: &Cli) -> Done {
         Command::Resize(args) => resize::run(cli, args),
         Command::Image(args) => image::run(args),
         Command::Pi(args) => pi::run(args),
+        Command::Scrub(args) => scrub::run(cli, args),
         Command::CheckHost(args) => check_host::run(cli, args),
         Command::Demo => demo(),
         Command::Conformance(args) => conformance::run(args),

@@ -22,13 +22,14 @@ use crate::{
     lun::config::pi_word,
     pi::{
         PiMode, PiType,
+        chain::Beneath,
         error::PiOpenError,
         store::{ImageFormat, default_path},
         tools::{self, AdoptReport, BadBlock, RebuildOptions, RebuildReport, StatusReport, VerifyReport},
     },
     sys::{self, io::Io},
     units::BlockSize,
-    volume::IoError,
+    volume::{IoError, Volume},
 };
 
 /// Runs `pi verify`, `pi rebuild`, `pi adopt` or `pi status`.
@@ -78,7 +79,7 @@ impl Failure {
 }
 
 /// A bar on a terminal, and nothing anywhere else.
-fn bar(what: &'static str) -> ProgressBar {
+pub(super) fn bar(what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(0).with_message(what);
     if !std::io::stderr().is_terminal() {
         bar.set_draw_target(ProgressDrawTarget::hidden());
@@ -87,7 +88,7 @@ fn bar(what: &'static str) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-fn advance(bar: &ProgressBar) -> impl FnMut(u64, u64) + 'static {
+pub(super) fn advance(bar: &ProgressBar) -> impl FnMut(u64, u64) + 'static {
     let bar = bar.clone();
     move |done, total| {
         bar.set_length(total);
@@ -111,7 +112,9 @@ fn verify(args: &PiImage) -> Done {
     let report = sys::run(async move |io| -> Result<VerifyReport, Failure> {
         let volume = reader(&io, &image).await?;
         let sidecar = tools::inspect(&io, &image, &sidecar).await?;
-        let mut report = tools::verify(&volume, &sidecar, step).await?;
+        let cluster = u64::from(volume.limits().discard_granularity);
+        let beneath = Beneath::open(&io, &volume.files()[1..], sidecar.block_size(), cluster).await?;
+        let mut report = tools::verify(&volume, &sidecar, &beneath, step).await?;
         tools::name_files(&mut report.bad, volume.files());
         Ok(report)
     });
@@ -153,7 +156,7 @@ fn verify_text(image: &Path, r: &VerifyReport) -> String {
 }
 
 /// A line for each block that does not match: which, what of it, and where it lies.
-fn bad_text(bad: &[BadBlock], all: u64) -> String {
+pub(super) fn bad_text(bad: &[BadBlock], all: u64) -> String {
     let mut out = String::new();
     for b in bad {
         let file = b.file.as_ref().map_or("the image".into(), |f| f.display().to_string());

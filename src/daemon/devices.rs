@@ -20,6 +20,7 @@ use super::{
     worker::{Host, Known, Order, Worker},
 };
 use crate::{
+    control::Registry,
     kernel::{
         netlink::{Answers, Event, Kind, Pending},
         uio::{Uio, UioDevice},
@@ -49,6 +50,7 @@ pub struct Devices {
     run: RunDir,
     uio: Uio,
     answers: Arc<dyn Answers>,
+    registry: Registry,
     /// Whether configfs still has a device; asked only for its directory, which never waits.
     in_configfs: Box<dyn Fn(&UioDevice) -> bool>,
     here: BTreeMap<u32, Entry>,
@@ -62,10 +64,11 @@ impl Devices {
         run: RunDir,
         uio: Uio,
         answers: Arc<dyn Answers>,
+        registry: Registry,
         in_configfs: impl Fn(&UioDevice) -> bool + 'static,
     ) -> Devices {
         let in_configfs = Box::new(in_configfs);
-        Devices { host, run, uio, answers, in_configfs, here: BTreeMap::new(), leaving: Vec::new() }
+        Devices { host, run, uio, answers, registry, in_configfs, here: BTreeMap::new(), leaving: Vec::new() }
     }
 
     /// Devices with a worker.
@@ -136,7 +139,8 @@ impl Devices {
         }
         let (orders, inbox) = channel();
         let known = Arc::new(Known::default());
-        let worker = Worker::new(self.host.clone(), self.run.clone(), device.clone(), known.clone());
+        let (host, run, registry) = (self.host.clone(), self.run.clone(), self.registry.clone());
+        let worker = Worker::new(host, run, device.clone(), known.clone(), registry);
         let answers = self.answers.clone();
         let body = move || worker.work(added, &inbox, |id| Pending::new(answers.clone(), Kind::Added, id));
         let thread = std::thread::Builder::new().name(format!("device {minor}")).spawn(body);

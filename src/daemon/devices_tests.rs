@@ -19,7 +19,7 @@ use crate::{
         netlink::{Change, NetlinkError},
         uio::UioName,
     },
-    lun::config::DeviceConfig,
+    lun::{Remote, config::DeviceConfig},
 };
 
 /// Everything that happened, in order.
@@ -104,6 +104,10 @@ impl Lun for TestLun {
         Ok(Report { format: "raw".into(), io: "threads".into(), counters: serde_json::json!({ "reads": 1 }) })
     }
 
+    fn remote(&self) -> Option<Remote> {
+        None
+    }
+
     fn failure(&self) -> Option<Failure> {
         None
     }
@@ -139,7 +143,7 @@ impl Bench {
         let there = gone.clone();
         let in_configfs = move |d: &UioDevice| !there.lock().unwrap().contains(&d.minor);
         let host = Arc::new(TestHost(world.clone()));
-        let devices = Devices::new(host, run.clone(), uio, world.clone(), in_configfs);
+        let devices = Devices::new(host, run.clone(), uio, world.clone(), Registry::default(), in_configfs);
         Bench { dir, world, run, devices, gone }
     }
 

@@ -11,7 +11,7 @@ use crate::{
         tree::{Real, Tree},
         uio::{Uio, UioDevice},
     },
-    lun::{self, LunError, LunHandle, LunParams, State, config::DeviceConfig},
+    lun::{self, LunError, LunHandle, LunParams, Remote, State, config::DeviceConfig},
     ring::Device,
     sys::io::Backend,
     units::BlockSize,
@@ -159,6 +159,10 @@ impl Lun for LunHandle {
             }
         }
         Ok(Report { format: stats.format, io: stats.io, counters })
+    }
+
+    fn remote(&self) -> Option<Remote> {
+        Some(LunHandle::remote(self).clone())
     }
 
     fn failure(&self) -> Option<Failure> {

@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::{devices::Devices, rundir::RunDir, worker::Host};
 use crate::{
+    control::{Registry, SOCKET, server::Server},
     kernel::{
         backstore,
         modules::{self, ModuleError},
@@ -46,7 +47,7 @@ pub enum DaemonError {
     #[error("another daemon is running as process {0}")]
     Running(i32),
     /// The run directory.
-    #[error("the run directory {}", .0.display())]
+    #[error("the run directory's {}", .0.display())]
     Run(PathBuf, #[source] io::Error),
     /// The loop's own descriptors.
     #[error("{0}")]
@@ -75,7 +76,12 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
 
     let in_configfs =
         move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
-    let mut devices = Devices::new(host, run, uio, Arc::new(replies), in_configfs);
+    let registry = Registry::default();
+    let socket = run.path().join(SOCKET);
+    // Dropped after the LUNs have stopped.
+    let _server =
+        Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket.clone(), e))?;
+    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry, in_configfs);
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
         let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);

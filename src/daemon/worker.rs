@@ -17,11 +17,15 @@ use std::{
 
 use super::rundir::{LastChange, LunState, Phase, RunDir, now_ms};
 use crate::{
+    control::Registry,
     kernel::{
         netlink::{Change, Pending},
         uio::UioDevice,
     },
-    lun::config::{DeviceConfig, pi_word},
+    lun::{
+        Remote,
+        config::{DeviceConfig, pi_word},
+    },
 };
 
 /// How often a worker looks whether its LUN still lives.
@@ -110,6 +114,8 @@ pub trait Lun: Send {
     /// # Errors
     /// If it doesn't answer.
     fn report(&self) -> Result<Report, Failure>;
+    /// The way to ask it from outside, if there is one.
+    fn remote(&self) -> Option<Remote>;
     /// Why it serves no more, if it doesn't.
     fn failure(&self) -> Option<Failure>;
     /// Finishes what is in flight, closes the image and lets go of the device.
@@ -164,13 +170,20 @@ pub struct Worker {
     run: RunDir,
     device: UioDevice,
     known: Arc<Known>,
+    registry: Registry,
     lun: Option<Box<dyn Lun>>,
     state: LunState,
 }
 
 impl Worker {
-    /// A worker for a device, which has done nothing yet.
-    pub fn new(host: Arc<dyn Host>, run: RunDir, device: UioDevice, known: Arc<Known>) -> Worker {
+    /// A worker for a device, which has done nothing yet. Its LUN stands in the registry for as long as it is there.
+    pub fn new(
+        host: Arc<dyn Host>,
+        run: RunDir,
+        device: UioDevice,
+        known: Arc<Known>,
+        registry: Registry,
+    ) -> Worker {
         let state = LunState {
             name: device.name.name.clone(),
             state: Phase::Starting,
@@ -188,7 +201,7 @@ impl Worker {
             minor: device.minor,
             written_ms: 0,
         };
-        Worker { host, run, device, known, lun: None, state }
+        Worker { host, run, device, known, registry, lun: None, state }
     }
 
     /// Starts the LUN, then does as it is told until [`Order::End`] or until nobody is left to tell it anything. `added`
@@ -272,6 +285,9 @@ impl Worker {
             Ok(lun) => {
                 tracing::info!(name = %self.state.name, image = %self.state.image, "the LUN is up");
                 self.state.state = Phase::Online;
+                if let Some(remote) = lun.remote() {
+                    self.registry.insert(&self.state.name, remote);
+                }
                 self.lun = Some(lun);
                 self.write();
                 Ok(())
@@ -350,6 +366,9 @@ impl Worker {
 
     fn end(&mut self, removed: bool) {
         if let Some(lun) = self.lun.take() {
+            if let Some(remote) = lun.remote() {
+                self.registry.remove(&self.state.name, &remote);
+            }
             match guarded(|| lun.stop()) {
                 Ok(()) => tracing::info!(name = %self.state.name, "the LUN is down"),
                 Err(failure) => {

@@ -14,7 +14,10 @@ use std::{
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{LunError, Stats};
+use super::{
+    LunError, Stats,
+    scrub::{Scrub, ScrubError, ScrubOrder},
+};
 
 /// What a LUN's thread can be asked. Each message carries the way back.
 #[derive(Debug)]
@@ -23,6 +26,8 @@ pub(super) enum Message {
     Resize(u64, SyncSender<Result<(), LunError>>),
     /// Turn the write cache on or off.
     WriteCache(bool, SyncSender<Result<(), LunError>>),
+    /// Begin, pause, end … a scrub, or tell of it.
+    Scrub(ScrubOrder, SyncSender<Result<Option<Scrub>, ScrubError>>),
     /// Tell the counters.
     Stats(SyncSender<Stats>),
     /// Take no more commands, finish those under way, close the image and end.

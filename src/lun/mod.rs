@@ -10,9 +10,11 @@ mod inbox;
 #[cfg(test)]
 mod loop_tests;
 pub mod saved_pages;
+pub mod scrub;
 mod service;
 mod spin;
 mod stack;
+pub mod state_file;
 
 use std::{
     any::Any,
@@ -24,7 +26,7 @@ use std::{
         mpsc::{RecvTimeoutError, SyncSender, sync_channel},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde::Serialize;
@@ -44,9 +46,13 @@ use crate::{
 use config::DeviceConfig;
 use event_loop::{EventLoop, run_to_end};
 use inbox::{Inbox, Message, Outbox};
+use scrub::{Scrub, ScrubError, ScrubOrder, ScrubStatus};
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
+
+/// How often one who waits for an answer looks whether the LUN is still there.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// How long a message may wait for its answer. A resize writes metadata; nothing that is asked takes longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -119,6 +125,9 @@ pub enum LunError {
     /// There is no thread any more.
     #[error("the LUN is not running: {0}")]
     Gone(String),
+    /// What a scrub was told.
+    #[error(transparent)]
+    Scrub(#[from] ScrubError),
     /// The thread does not answer.
     #[error("the LUN has not answered for {} seconds", .0.as_secs())]
     Silent(Duration),
@@ -139,7 +148,11 @@ impl LunError {
                     .into(),
             ),
             LunError::Size { block_size, .. } => Some(format!("give a multiple of {block_size}")),
-            LunError::Ring(_)
+            LunError::Scrub(ScrubError::NotProtected) => {
+                Some("create it with --pi type1: the image is read once to protect it".into())
+            }
+            LunError::Scrub(_)
+            | LunError::Ring(_)
             | LunError::Volume(_)
             | LunError::Thread(_)
             | LunError::Gone(_)
@@ -201,14 +214,102 @@ pub struct Stats {
     pub formatted_with: Option<PiType>,
     /// Protection, where there is any.
     pub pi: Option<pi::Counters>,
+    /// The scrub under way, or the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubSummary>,
+}
+
+/// A scrub, in a few words.
+#[derive(Debug, Clone, Serialize)]
+pub struct ScrubSummary {
+    /// How far it is.
+    pub status: ScrubStatus,
+    /// Bytes of the LUN that are behind it.
+    pub done_bytes: u64,
+    /// Blocks that do not match.
+    pub mismatches: u64,
+    /// Blocks that could not be read.
+    pub unreadable: u64,
+}
+
+impl From<Scrub> for ScrubSummary {
+    fn from(scrub: Scrub) -> ScrubSummary {
+        ScrubSummary {
+            status: scrub.status,
+            done_bytes: scrub.progress().0,
+            mismatches: scrub.found.mismatches,
+            unreadable: scrub.found.unreadable,
+        }
+    }
+}
+
+/// A way to ask a LUN from anywhere; clones ask the same one. It keeps nothing alive.
+#[derive(Debug, Clone)]
+pub struct Remote {
+    outbox: Outbox,
+    state: Arc<Mutex<State>>,
+}
+
+impl Remote {
+    /// Whether both ask the same LUN.
+    pub fn is_same(&self, other: &Remote) -> bool {
+        Arc::ptr_eq(&self.state, &other.state)
+    }
+
+    /// Where the LUN is in its life.
+    pub fn state(&self) -> State {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The counters.
+    ///
+    /// # Errors
+    /// That the LUN does not answer.
+    pub fn stats(&self) -> Result<Stats, LunError> {
+        self.ask(Message::Stats)
+    }
+
+    /// Orders a scrub about; gives how it is then, or how the last one was.
+    ///
+    /// # Errors
+    /// [`LunError::Scrub`], or that the LUN does not answer.
+    pub fn scrub(&self, order: ScrubOrder) -> Result<Option<Scrub>, LunError> {
+        Ok(self.ask(|back| Message::Scrub(order, back))??)
+    }
+
+    fn ask<T>(&self, message: impl FnOnce(SyncSender<T>) -> Message) -> Result<T, LunError> {
+        let (back, answer) = sync_channel(1);
+        self.is_there()?;
+        self.outbox.send(message(back));
+        let end = Instant::now() + ANSWER_LIMIT;
+        loop {
+            match answer.recv_timeout(LOOK.min(end.saturating_duration_since(Instant::now()))) {
+                Ok(value) => return Ok(value),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(LunError::Gone("it has just ended".into()));
+                }
+                Err(RecvTimeoutError::Timeout) => self.is_there()?,
+            }
+            if Instant::now() >= end {
+                return Err(LunError::Silent(ANSWER_LIMIT));
+            }
+        }
+    }
+
+    fn is_there(&self) -> Result<(), LunError> {
+        match self.state() {
+            State::Online => Ok(()),
+            State::Stopped => Err(LunError::Gone("it has been stopped".into())),
+            State::Failed(reason) => Err(LunError::Gone(reason)),
+        }
+    }
 }
 
 /// A running LUN, seen from outside its thread.
 #[derive(Debug)]
 pub struct LunHandle {
     name: String,
-    outbox: Outbox,
-    state: Arc<Mutex<State>>,
+    remote: Remote,
     thread: JoinHandle<()>,
 }
 
@@ -241,7 +342,7 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
         })
         .map_err(LunError::Thread)?;
     match started.recv() {
-        Ok(Ok(())) => Ok(LunHandle { name, outbox, state, thread }),
+        Ok(Ok(())) => Ok(LunHandle { name, remote: Remote { outbox, state }, thread }),
         Ok(Err(e)) => {
             let _ = thread.join();
             Err(e)
@@ -263,9 +364,14 @@ impl LunHandle {
         &self.name
     }
 
+    /// A way to ask it from anywhere.
+    pub fn remote(&self) -> &Remote {
+        &self.remote
+    }
+
     /// Where it is in its life.
     pub fn state(&self) -> State {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.remote.state()
     }
 
     /// Changes the capacity; initiators get the unit attention 2Ah/09h.
@@ -273,7 +379,7 @@ impl LunHandle {
     /// # Errors
     /// What the volume says, or that the LUN does not answer.
     pub fn resize(&self, capacity: u64) -> Result<(), LunError> {
-        self.ask(|back| Message::Resize(capacity, back))?
+        self.remote.ask(|back| Message::Resize(capacity, back))?
     }
 
     /// Turns the write cache on or off; what was acknowledged is flushed before it is off.
@@ -281,7 +387,7 @@ impl LunHandle {
     /// # Errors
     /// As [`LunHandle::resize`].
     pub fn set_write_cache(&self, on: bool) -> Result<(), LunError> {
-        self.ask(|back| Message::WriteCache(on, back))?
+        self.remote.ask(|back| Message::WriteCache(on, back))?
     }
 
     /// The counters.
@@ -289,7 +395,7 @@ impl LunHandle {
     /// # Errors
     /// That the LUN does not answer.
     pub fn stats(&self) -> Result<Stats, LunError> {
-        self.ask(Message::Stats)
+        self.remote.stats()
     }
 
     /// Takes no more commands, finishes those under way, closes the image and ends the thread. What stands in the ring
@@ -301,8 +407,7 @@ impl LunHandle {
         self.request_stop();
         // The thread catches its own panics.
         let _ = self.thread.join();
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match state {
+        match self.remote.state() {
             State::Failed(reason) => Err(LunError::Gone(reason)),
             State::Online | State::Stopped => Ok(()),
         }
@@ -310,25 +415,12 @@ impl LunHandle {
 
     /// Begins what [`LunHandle::stop`] waits for, so that many LUNs stop at the same time.
     pub fn request_stop(&self) {
-        self.outbox.send(Message::Stop);
+        self.remote.outbox.send(Message::Stop);
     }
 
     /// Whether the thread has ended.
     pub fn is_finished(&self) -> bool {
         self.thread.is_finished()
-    }
-
-    fn ask<T>(&self, message: impl FnOnce(SyncSender<T>) -> Message) -> Result<T, LunError> {
-        let (back, answer) = sync_channel(1);
-        if let State::Failed(reason) = self.state() {
-            return Err(LunError::Gone(reason));
-        }
-        self.outbox.send(message(back));
-        match answer.recv_timeout(ANSWER_LIMIT) {
-            Ok(value) => Ok(value),
-            Err(RecvTimeoutError::Timeout) if !self.is_finished() => Err(LunError::Silent(ANSWER_LIMIT)),
-            Err(_) => Err(LunError::Gone("it has just ended".into())),
-        }
     }
 }
 
@@ -354,7 +446,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Ok((Err(e), _)) => return refuse(up, e),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
-    let lun = Rc::new(Lun::new(&params, stack, io.backend()));
+    let lun = Rc::new(Lun::new(&params, stack, &io));
     let Some(params) = Rc::into_inner(params) else {
         return refuse(up, LunError::Gone("its parameters are still in use".into()));
     };
@@ -370,6 +462,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         warn!("nobody waits for this LUN any more");
     }
     let served = EventLoop::new(ring, io.clone(), exec.clone(), lun.clone(), inbox).run();
+    lun.scrubber().save();
     let closed = close(&io, &exec, lun.stack().clone());
     match (served, closed) {
         (Ok(()), None) => State::Stopped,

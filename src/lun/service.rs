@@ -5,36 +5,40 @@ use std::{cell::RefCell, rc::Rc};
 use tracing::{error, info};
 
 use super::{
-    LunError, LunParams, PublicStats, Stats,
+    LunError, LunParams, PublicStats, ScrubSummary, Stats,
     config::DeviceConfig,
     event_loop::{Load, Service},
     inbox::Message,
-    saved_pages::SavedPagesFile,
+    saved_pages::{self, SavedPagesFile},
+    scrub::{self, Scrubber},
     stack::Stack,
+    state_file::StateFile,
 };
 use crate::{
     pi::Exposure,
     ring::{Command, Completion},
     scsi::{self, Status, Target, TargetConfig},
-    sys::io::Backend,
+    sys::{exec::join, io::Io},
     volume::Volume,
 };
 
 pub(super) struct Lun {
     target: Target<Rc<Stack>>,
     stack: Rc<Stack>,
-    backend: Backend,
+    scrubber: Scrubber,
+    io: Io,
     counted: RefCell<PublicStats>,
 }
 
 impl Lun {
-    pub(super) fn new(params: &LunParams, stack: Stack, backend: Backend) -> Lun {
+    pub(super) fn new(params: &LunParams, stack: Stack, io: &Io) -> Lun {
         let stack = Rc::new(stack);
         let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-        let saved_pages = params
-            .state_dir
-            .as_deref()
-            .map(|dir| Box::new(SavedPagesFile::new(dir, &serial)) as Box<dyn scsi::SavedPages>);
+        let state = |folder| params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial));
+        let saved_pages = state(saved_pages::FOLDER).map(SavedPagesFile);
+        let saved_pages = saved_pages.map(|file| Box::new(file) as Box<dyn scsi::SavedPages>);
+        let files = stack.image().files().to_vec();
+        let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes());
         let config = TargetConfig {
             transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),
             saved_pages,
@@ -43,11 +47,16 @@ impl Lun {
             ..TargetConfig::new(params.block_size, &serial)
         };
         let target = Target::new(config, stack.clone());
-        Lun { target, stack, backend, counted: RefCell::default() }
+        Lun { target, stack, scrubber, io: io.clone(), counted: RefCell::default() }
     }
 
     pub(super) fn stack(&self) -> &Rc<Stack> {
         &self.stack
+    }
+
+    /// What is kept for the next start, if the daemon is told to stop.
+    pub(super) fn scrubber(&self) -> &Scrubber {
+        &self.scrubber
     }
 
     pub(super) fn stats(&self, load: Load) -> Stats {
@@ -57,12 +66,13 @@ impl Lun {
             batches: load.batches,
             sleeps: load.sleeps,
             in_flight: load.in_flight as u64,
-            io: self.backend.to_string(),
+            io: self.io.backend().to_string(),
             format: self.stack.image().format().to_string(),
             capacity_bytes: self.stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
             formatted_with: self.stack.protection(),
+            scrub: self.scrubber.last().map(ScrubSummary::from),
             pi: self.stack.pi_counters().map(|below| below.plus(self.target.pi_counters())),
         }
     }
@@ -124,7 +134,13 @@ impl Service for Lun {
     }
 
     async fn background(self: Rc<Self>) {
-        self.target.background().await
+        let scrubs = async {
+            match self.stack.protected() {
+                Some(protected) => self.scrubber.run(protected, &self.io).await,
+                None => std::future::pending().await,
+            }
+        };
+        join(self.target.background(), scrubs).await;
     }
 
     async fn message(self: Rc<Self>, message: Message, load: Load) {
@@ -138,6 +154,9 @@ impl Service for Lun {
                 let _ = back.send(result);
             }
             Message::WriteCache(on, back) => drop(back.send(self.set_write_cache(on).await)),
+            Message::Scrub(order, back) => {
+                drop(back.send(self.scrubber.order(order, self.stack.protected().is_some())));
+            }
             Message::Stats(back) => drop(back.send(self.stats(load))),
             Message::Stop => {}
         }

@@ -68,12 +68,17 @@ impl Stack {
         }
     }
 
-    /// What the protection has counted, if there is any.
-    pub(super) fn pi_counters(&self) -> Option<Counters> {
+    /// The image under protection, if it is.
+    pub(super) fn protected(&self) -> Option<&Protected<Image>> {
         match self {
             Stack::Plain(_) => None,
-            Stack::Protected(protected) => Some(protected.counters()),
+            Stack::Protected(protected) => Some(protected),
         }
+    }
+
+    /// What the protection has counted, if there is any.
+    pub(super) fn pi_counters(&self) -> Option<Counters> {
+        self.protected().map(Protected::counters)
     }
 }
 

@@ -13,6 +13,7 @@ pub mod guard;
 pub mod protected;
 mod recompute;
 mod replay;
+pub mod scrub;
 pub mod store;
 #[cfg(test)]
 mod testing;

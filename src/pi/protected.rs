@@ -239,7 +239,22 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         self.counters.get()
     }
 
-    fn checker(&self) -> Checker {
+    /// Bytes of a block.
+    pub fn block_size(&self) -> BlockSize {
+        self.checker().block_size
+    }
+
+    /// Blocks there are now.
+    pub fn blocks_now(&self) -> Blocks {
+        self.capacity.get()
+    }
+
+    /// Whether nothing may be written.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub(super) fn checker(&self) -> Checker {
         self.checker.get()
     }
 
@@ -275,8 +290,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         Ok(())
     }
 
-    /// Reads data and their tuples.
-    async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
+    /// Reads data and their tuples, and checks nothing.
+    pub(super) async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
         let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
         let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
         let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;

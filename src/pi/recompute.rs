@@ -153,10 +153,13 @@ async fn one_run<V: Volume, S: Storage>(
     seen: &mut impl FnMut(&Run, PiMismatch),
 ) -> Result<Recomputed> {
     let size = checker.block_size;
-    let first = Lba(run.blocks.start);
-    let Looked { at, data: sg, mut tuples, unreadable } =
-        look(volume, sidecar, size, run.blocks.clone()).await?;
-    let mut out = Recomputed { read: run.blocks.end - run.blocks.start, ..Recomputed::default() };
+    let (first, count) = (Lba(run.blocks.start), run.blocks.end - run.blocks.start);
+    let (at, _) = bytes(size, run.blocks.clone())?;
+    let (read, tuples) =
+        join(read_blocks(volume, size, run.blocks.clone()), sidecar.read_tuples(first, count)).await;
+    let ReadBlocks { data: sg, unreadable } = read?;
+    let mut tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
+    let mut out = Recomputed { read: count, ..Recomputed::default() };
     let mut changed = false;
     let stored = tuples.clone();
     checker.check(&sg, first, &stored, |i, guard, found| {
@@ -190,42 +193,33 @@ async fn one_run<V: Volume, S: Storage>(
     Ok(out)
 }
 
-/// What a volume and its sidecar have of some blocks.
-pub(super) struct Looked {
-    /// Where the blocks begin.
-    pub at: ByteOffset,
-    /// Their data. What could not be read is zeros, or whatever came of it.
+/// What a volume has of some blocks.
+pub(super) struct ReadBlocks {
+    /// Their data. Of what could not be read, whatever came.
     pub data: Sg,
-    /// Their tuples as they are stored.
-    pub tuples: Vec<u8>,
-    /// Which of the blocks could not be read, counted from the first, in order.
+    /// Which of them could not be read, counted from the first, in order.
     pub unreadable: Vec<usize>,
 }
 
-/// Reads blocks and their tuples: if the data cannot be read together, block by block, because one bad sector must not
-/// decide over its neighbours. It fails only if the tuples cannot be read.
-pub(super) async fn look<V: Volume, S: Storage>(
+/// Reads blocks: if they cannot be read together, one by one, because one bad sector must not decide over its neighbours.
+pub(super) async fn read_blocks<V: Volume>(
     volume: &V,
-    sidecar: &Sidecar<S>,
     size: BlockSize,
     blocks: Range<u64>,
-) -> Result<Looked> {
-    let count = blocks.end - blocks.start;
+) -> Result<ReadBlocks> {
     let (at, len) = bytes(size, blocks.clone())?;
     let data = Buffer::zeroed(len as usize).sg();
-    let (read, tuples) = join(volume.read(at, &data), sidecar.read_tuples(Lba(blocks.start), count)).await;
-    let tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
     let mut unreadable = Vec::new();
-    if read.is_err() {
-        for i in 0..count {
-            let (at, len) = bytes(size, blocks.start + i..blocks.start + i + 1)?;
-            let block = data.slice((i << size.shift()) as usize, len as usize);
+    if volume.read(at, &data).await.is_err() {
+        for (i, lba) in blocks.enumerate() {
+            let (at, len) = bytes(size, lba..lba + 1)?;
+            let block = data.slice(i << size.shift(), len as usize);
             if volume.read(at, &block).await.is_err() {
-                unreadable.push(i as usize);
+                unreadable.push(i);
             }
         }
     }
-    Ok(Looked { at, data, tuples, unreadable })
+    Ok(ReadBlocks { data, unreadable })
 }
 
 /// A range of blocks in bytes.

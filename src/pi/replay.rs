@@ -10,12 +10,13 @@ use std::ops::Range;
 
 use super::{
     check::Checker,
-    recompute::{CHUNK, Looked, look, next_run},
+    recompute::{CHUNK, ReadBlocks, bytes, next_run, read_blocks},
     store::{Claim, Claims, Sidecar},
     tuple::{PiType, TUPLE_LEN, Tuple},
 };
 use crate::{
     storage::Storage,
+    sys::exec::join,
     units::Lba,
     volume::{IoError, IoOp, Result, Volume},
 };
@@ -85,9 +86,12 @@ async fn one_run<V: Volume, S: Storage>(
     sink: Sink,
     done: &mut Replayed,
 ) -> Result<()> {
-    let first = Lba(blocks.start);
-    let Looked { at, data: sg, mut tuples, unreadable } =
-        look(volume, sidecar, checker.block_size, blocks).await?;
+    let (first, count) = (Lba(blocks.start), blocks.end - blocks.start);
+    let (at, _) = bytes(checker.block_size, blocks.clone())?;
+    let (read, tuples) =
+        join(read_blocks(volume, checker.block_size, blocks), sidecar.read_tuples(first, count)).await;
+    let ReadBlocks { data: sg, unreadable } = read?;
+    let mut tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
     let mut changed = false;
     checker.guards(&sg, |i, guard| {
         let lba = first.0 + i as u64;

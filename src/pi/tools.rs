@@ -10,16 +10,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use adopt::{AdoptReport, adopt};
 
 use super::{
+    chain::Beneath,
     check::Checker,
     error::{PiOpenError, PiOpenErrorKind as Kind},
     exposure::Exposure,
     guard::Guard,
-    recompute::{Mode, Recomputed, Run, bytes, next_run, recompute},
+    recompute::{Mode, ReadBlocks, Recomputed, Run, bytes, next_run, read_blocks, recompute},
     replay::{Sink, replay},
     store::{
         ImageFormat, NewSidecar, PiMode, Sidecar, SidecarInfo, Stamp, StoreError, create_file, open_file,
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::{
     storage::{FileStorage, Storage},
-    sys::{exec::join, io::Io, mem::Buffer},
+    sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Lba},
     volume::{IoError, IoOp, PiMismatch, Result, Volume},
 };
@@ -37,7 +38,7 @@ use crate::{
 pub const LISTED: usize = 100;
 
 /// A block that does not match its tuple.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BadBlock {
     /// The block.
     pub lba: u64,
@@ -77,7 +78,7 @@ pub fn name_files(bad: &mut [BadBlock], files: &[PathBuf]) {
 }
 
 /// How a verification went.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyReport {
     /// Blocks of the LUN.
     pub blocks: u64,
@@ -96,6 +97,29 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
+    /// Checks the blocks of a run that have been read and counts how they are. What does not match and `is_marked` is in doubt.
+    pub(super) fn take(
+        &mut self,
+        checker: &Checker,
+        run: &Run,
+        (data, unreadable): (&Sg, &[usize]),
+        tuples: &[u8],
+        is_marked: impl Fn(Lba) -> bool,
+    ) {
+        checker.check(data, Lba(run.blocks.start), tuples, |i, _, found| match found {
+            _ if unreadable.binary_search(&i).is_ok() => self.unreadable += 1,
+            Ok(true) => self.verified += 1,
+            Ok(false) => self.unprotected += u64::from(run.data_depth.is_some()),
+            Err(m) if is_marked(m.lba) => self.in_doubt += 1,
+            Err(m) => {
+                self.mismatches += 1;
+                if self.bad.len() < LISTED {
+                    self.bad.push(BadBlock::new(run, checker.block_size, m));
+                }
+            }
+        });
+    }
+
     /// Whether nothing is wrong.
     pub fn is_clean(&self) -> bool {
         self.mismatches == 0 && self.unreadable == 0
@@ -200,7 +224,8 @@ fn stamp_of(image: &Path, sidecar: &Path) -> std::result::Result<Stamp, PiOpenEr
     })
 }
 
-/// Reads all data that have tuples and checks them. `progress` hears bytes done and bytes in all.
+/// Reads all data that have tuples and checks them. `progress` hears bytes done and bytes in all. What only a backing file
+/// holds is checked against that one's sidecar, `beneath`.
 ///
 /// A block that reads as zeros without being stored and has a tuple is checked like any other: if it was written, the
 /// write has been lost.
@@ -210,6 +235,7 @@ fn stamp_of(image: &Path, sidecar: &Path) -> std::result::Result<Stamp, PiOpenEr
 pub async fn verify<V: Volume, S: Storage>(
     volume: &V,
     sidecar: &Sidecar<S>,
+    beneath: &Beneath<S>,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<VerifyReport> {
     let size = sidecar.block_size();
@@ -224,41 +250,20 @@ pub async fn verify<V: Volume, S: Storage>(
     let mut from = 0;
     while let Some(run) = next_run(volume, sidecar, from, blocks).await? {
         from = run.blocks.end;
-        let (first, count) = (run.blocks.start, run.blocks.end - run.blocks.start);
+        let (first, count) = (Lba(run.blocks.start), run.blocks.end - run.blocks.start);
         let (at, len) = bytes(size, run.blocks.clone())?;
-        let tuples = sidecar.read_tuples(Lba(first), count).await;
-        let tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
+        let tuples = sidecar.read_tuples(first, count).await;
+        let mut tuples = tuples.map_err(|e| IoError::from_io(IoOp::Read, e).at(at))?;
+        if !beneath.is_empty() {
+            beneath.fill(volume, &checker, first, &mut tuples).await?;
+        }
         let checked = tuples.chunks(8).filter(|t| !is_escape(t, checker.kind)).count();
         if checked == 0 {
             report.unprotected += if run.data_depth.is_some() { count } else { 0 };
-            progress(at.0 + len, total);
-            continue;
+        } else {
+            let ReadBlocks { data, unreadable } = read_blocks(volume, size, run.blocks.clone()).await?;
+            report.take(&checker, &run, (&data, &unreadable), &tuples, |lba| sidecar.is_marked(lba));
         }
-        let buffer = Buffer::zeroed(len as usize);
-        let sg = buffer.sg();
-        let mut unreadable = Vec::new();
-        if volume.read(at, &sg).await.is_err() {
-            // One bad sector must not hide its neighbours.
-            for i in 0..count {
-                let (at, len) = bytes(size, first + i..first + i + 1)?;
-                let block = sg.slice((i << size.shift()) as usize, len as usize);
-                if volume.read(at, &block).await.is_err() {
-                    unreadable.push(i as usize);
-                }
-            }
-        }
-        checker.check(&sg, Lba(first), &tuples, |i, _, found| match found {
-            _ if unreadable.binary_search(&i).is_ok() => report.unreadable += 1,
-            Ok(true) => report.verified += 1,
-            Ok(false) => report.unprotected += u64::from(run.data_depth.is_some()),
-            Err(m) if sidecar.is_marked(m.lba) => report.in_doubt += 1,
-            Err(m) => {
-                report.mismatches += 1;
-                if report.bad.len() < LISTED {
-                    report.bad.push(BadBlock::new(&run, size, m));
-                }
-            }
-        });
         progress(at.0 + len, total);
     }
     progress(total, total);

@@ -63,7 +63,8 @@ fn tags_of_initiators_survive_a_crash_and_a_later_look_by_anybody() {
             assert!(got == sent && to.to_vec() == data, "{kind}");
             // Without being told anything: the guard, and the reference tag of type 1.
             assert_eq!(read(&p, 8192, 8192).await.unwrap(), data);
-            let report = tools::verify(p.volume(), p.sidecar(), |_, _| ()).await.unwrap();
+            let report =
+                tools::verify(p.volume(), p.sidecar(), &Beneath::nothing(), |_, _| ()).await.unwrap();
             assert_eq!((report.verified, report.is_clean()), (16, true), "{kind}: {report:?}");
             p.close().await.unwrap();
 

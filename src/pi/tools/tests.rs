@@ -22,7 +22,7 @@ async fn written(world: &World) {
 async fn verified(world: &World) -> VerifyReport {
     let mut last = (0, 0);
     let sidecar = Sidecar::open(world.sidecar.clone()).await.unwrap();
-    let report = verify(&world.volume(), &sidecar, |done, total| {
+    let report = verify(&world.volume(), &sidecar, &Beneath::nothing(), |done, total| {
         assert!(done >= last.0 && done <= total);
         last = (done, total);
     })

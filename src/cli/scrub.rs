@@ -1,0 +1,192 @@
+//! `tcmu-dif scrub`: a client of the daemon, which does the work.
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    CliError, Done,
+    args::{self, Cli},
+    output,
+    pi::{advance, bad_text, bar},
+    size,
+};
+use crate::{
+    control::{
+        SOCKET,
+        client::{Client, ClientError},
+    },
+    lun::scrub::{Scrub, ScrubStatus},
+};
+
+/// How often the command asks how far it is.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How long a daemon may be away while a scrub is followed.
+const RESTART: Duration = Duration::from_secs(60);
+
+/// The daemon, asked about one LUN.
+struct Asked<'a> {
+    name: &'a str,
+    socket: PathBuf,
+    client: Client,
+}
+
+/// Runs `scrub`.
+pub fn run(cli: &Cli, args: &args::Scrub) -> Done {
+    let name = args.name.as_str();
+    let socket = cli.run_dir.join(SOCKET);
+    let client = Client::connect(&socket).map_err(|e| failed(name, &e))?;
+    let mut asked = Asked { name, socket, client };
+    let order = |what: &str| (what.to_owned(), json!({ "id": format!("scrub-{name}") }));
+    let told = match args {
+        args::Scrub { pause: true, .. } => Some(order("job-pause")),
+        args::Scrub { resume: true, .. } => Some(order("job-resume")),
+        args::Scrub { cancel: true, .. } => Some(order("job-cancel")),
+        _ => None,
+    };
+    if let Some((command, arguments)) = told {
+        asked.order(&command, arguments)?;
+    } else if !args.status {
+        let before = asked.scrub()?;
+        let under_way = before.as_ref().is_some_and(Scrub::is_under_way);
+        match (under_way, args.speed) {
+            (false, speed) => {
+                let mut arguments = json!({ "device": name });
+                if let (Some(speed), Some(map)) = (speed, arguments.as_object_mut()) {
+                    map.insert("speed".to_owned(), speed.into());
+                }
+                asked.order("pi-scrub", arguments)?;
+            }
+            (true, Some(speed)) => {
+                let arguments = json!({ "device": format!("scrub-{name}"), "speed": speed });
+                asked.order("block-job-set-speed", arguments)?;
+            }
+            (true, None) => {}
+        }
+        if !args.background {
+            return end(args, asked.follow()?);
+        }
+    }
+    let scrub = asked.scrub()?.ok_or_else(|| {
+        CliError::new("scrub", name, "there has been no scrub of this LUN")
+            .then(format!("begin one: tcmu-dif scrub {name}"))
+    })?;
+    end(args, scrub)
+}
+
+impl Asked<'_> {
+    fn order(&mut self, command: &str, arguments: Value) -> Result<(), CliError> {
+        let Value::Object(arguments) = arguments else { return Ok(()) };
+        self.client.execute(command, arguments).map(drop).map_err(|e| failed(self.name, &e))
+    }
+
+    /// The scrub under way, or the last one.
+    fn scrub(&mut self) -> Result<Option<Scrub>, CliError> {
+        self.try_scrub().map_err(|e| failed(self.name, &e))
+    }
+
+    fn try_scrub(&mut self) -> Result<Option<Scrub>, ClientError> {
+        let arguments = Map::from_iter([("device".to_owned(), self.name.into())]);
+        let mut answer = self.client.execute("query-pi", arguments)?;
+        let scrub = answer.pointer_mut("/0/scrub").map(Value::take).unwrap_or_default();
+        serde_json::from_value(scrub)
+            .map_err(|e| ClientError::Protocol { path: self.socket.clone(), what: e.to_string() })
+    }
+
+    /// Shows how far it is, until it ends or is paused. A daemon that is restarted meanwhile goes on with it.
+    fn follow(&mut self) -> Result<Scrub, CliError> {
+        let bar = bar("scrubbing");
+        let mut step = advance(&bar);
+        let mut away: Option<Instant> = None;
+        let ended = loop {
+            match self.try_scrub() {
+                Ok(Some(scrub)) if scrub.status == ScrubStatus::Running => {
+                    away = None;
+                    let (done, total) = scrub.progress();
+                    step(done, total);
+                }
+                Ok(Some(scrub)) => break Ok(scrub),
+                Ok(None) => break Err(CliError::new("scrub", self.name, "the daemon knows of no scrub")),
+                Err(e) => {
+                    if away.get_or_insert_with(Instant::now).elapsed() >= RESTART {
+                        break Err(failed(self.name, &e));
+                    }
+                    if let Ok(client) = Client::connect(&self.socket) {
+                        self.client = client;
+                    }
+                }
+            }
+            std::thread::sleep(LOOK);
+        };
+        bar.finish_and_clear();
+        ended
+    }
+}
+
+fn failed(name: &str, e: &ClientError) -> CliError {
+    let next = match e {
+        ClientError::NoDaemon(..) => Some("start it: tcmu-dif daemon (as root, in the foreground)"),
+        ClientError::Io(_, e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            Some("run it as root: the socket is root's alone")
+        }
+        _ => None,
+    };
+    CliError::from("scrub", name, e).maybe_next(next.map(str::to_owned))
+}
+
+fn end(args: &args::Scrub, scrub: Scrub) -> Done {
+    if args.json.json {
+        output::json(&scrub)?;
+    } else {
+        output::print(&text(args.name.as_str(), &scrub))?;
+    }
+    let found = &scrub.found;
+    if found.is_clean() && scrub.error.is_none() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut wrong = Vec::new();
+    if found.mismatches > 0 {
+        wrong.push(format!("{} blocks do not match their protection information", found.mismatches));
+    }
+    if found.unreadable > 0 {
+        wrong.push(format!("{} blocks cannot be read", found.unreadable));
+    }
+    wrong.extend(scrub.error.map(|e| format!("it could not go on: {e}")));
+    Err(CliError::new("scrub", &args.name, wrong.join(", ")).then(
+        "bring these blocks back from a backup; a block that the guest writes anew is whole again".to_owned(),
+    ))
+}
+
+fn text(name: &str, scrub: &Scrub) -> String {
+    let (done, total) = scrub.progress();
+    let percent = done.saturating_mul(100).checked_div(total).unwrap_or(100);
+    let status = match scrub.status {
+        ScrubStatus::Running => "running",
+        ScrubStatus::Paused => "paused",
+        ScrubStatus::Concluded => "done",
+        ScrubStatus::Aborting => "ended early",
+    };
+    let speed = match scrub.speed {
+        0 => "no limit".to_owned(),
+        speed => format!("{} a second", size::human(speed)),
+    };
+    let found = &scrub.found;
+    let mut out = output::lines(&[
+        ("lun", name.to_owned()),
+        ("scrub", format!("{status}, {percent} % of {}", size::human(total))),
+        ("speed", speed),
+        ("read", size::human(scrub.read_bytes)),
+        ("verified", found.verified.to_string()),
+        ("unprotected", found.unprotected.to_string()),
+        ("in doubt", found.in_doubt.to_string()),
+        ("unreadable", found.unreadable.to_string()),
+        ("mismatches", found.mismatches.to_string()),
+    ]);
+    out.push_str(&bad_text(&found.bad, found.mismatches));
+    out
+}
