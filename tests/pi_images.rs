@@ -17,7 +17,7 @@ use tcmu_dif::{
         tools,
     },
     sys::{self, io::Io, mem::Buffer},
-    units::{BlockSize, Blocks, ByteOffset},
+    units::{BlockSize, Blocks, ByteOffset, Lba},
     volume::{IoErrorKind, Volume, WriteFlags},
 };
 
@@ -206,6 +206,18 @@ fn a_block_that_an_overlay_does_not_hold_is_checked_with_the_tuple_of_its_backin
         p.close().await.unwrap();
         drop(p);
 
+        // Offline, too: with the base's sidecar nothing but what was discarded is without protection.
+        let image =
+            open(&io, &top, &OpenOptions { read_only: true, ..OpenOptions::default() }).await.unwrap();
+        let cluster = u64::from(image.limits().discard_granularity);
+        let sidecar = tools::inspect(&io, &top, &default_path(&top)).await.unwrap();
+        for (files, verified, unprotected) in [(&image.files()[1..], 511, 1), (&[][..], 255, 257)] {
+            let beneath = Beneath::open(&io, files, BlockSize::B512, cluster).await.unwrap();
+            let report = tools::verify(&image, &sidecar, &beneath, |_, _| ()).await.unwrap();
+            assert_eq!((report.verified, report.unprotected, report.mismatches), (verified, unprotected, 0));
+        }
+        drop(image);
+
         // The overlay's own copy is protected by its own tuple, and the rest by the base's: damage to either is found.
         let p = attach_chain(&io, &top).await.unwrap();
         assert_eq!(p.counters().recomputed, 0);
@@ -218,6 +230,13 @@ fn a_block_that_an_overlay_does_not_hold_is_checked_with_the_tuple_of_its_backin
             let IoErrorKind::Protection(m) = e.kind else { panic!("{e}") };
             assert_eq!(m.lba.0, lba);
         }
+        // A scrub finds both, and says in which file they lie.
+        let (mut found, mut at) = (tools::VerifyReport::default(), Lba(0));
+        while let Some(step) = p.scrub(at, &mut found).await.unwrap() {
+            at = step.next;
+        }
+        let bad: Vec<_> = found.bad.iter().map(|b| (b.lba, b.depth)).collect();
+        assert_eq!(bad, [(1, 0), ((64 << 11) + 1, 1)]);
     });
 }
 

@@ -25,11 +25,7 @@ use crate::{
         fabric::{self, Export, Fabric, Removed},
         usage::{self, User},
     },
-    lun::{
-        config::{DeviceConfig, SUBTYPE},
-        saved_pages, scrub, serial_of,
-        state_file::StateFile,
-    },
+    lun::{saved_pages, scrub, serial_of, state_file::StateFile},
 };
 
 #[derive(Serialize)]
@@ -93,8 +89,7 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
 
 /// A LUN that is made later with the same serial number begins with the defaults.
 fn forget_state(cli: &Cli, store: &Backstore) {
-    let config = store.config_after(SUBTYPE).and_then(|text| DeviceConfig::parse(text).ok());
-    let Some(config) = config else { return };
+    let Some(config) = luns::config_of(store) else { return };
     let serial = serial_of(Some(&store.serial), &config, &store.name);
     for folder in [saved_pages::FOLDER, scrub::FOLDER] {
         let file = StateFile::new(&cli.state_dir, folder, &serial);

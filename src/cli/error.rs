@@ -4,6 +4,8 @@ use std::{error::Error, ffi::OsString, fmt, process::ExitCode};
 
 use clap::error::{ContextKind, ContextValue};
 
+use crate::lun::chain;
+
 /// A failed command. Printed as `tcmu-dif: WHAT: VALUE: REASON` and a line `  next: STEP`.
 #[derive(Debug)]
 pub struct CliError {
@@ -61,20 +63,6 @@ impl CliError {
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(if self.usage { 2 } else { 1 })
     }
-}
-
-/// An error and its sources in one line. A source that the text before it has said already is left out.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(e) = next {
-        let more = e.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        next = e.source();
-    }
-    text
 }
 
 /// What clap found wrong, in our form: the word, its value, why, and where the right words are.

@@ -195,6 +195,7 @@ fn info(args: &ImageInfo) -> Done {
             json!({ "type": "qcow2", "data": {
                 "compat": if h.version == 2 { "0.10" } else { "1.1" },
                 "refcount-bits": 1u64 << h.refcount_order,
+                "compression-type": h.compression.to_string(),
                 "lazy-refcounts": h.lazy_refcounts,
                 "corrupt": h.corrupt,
             }})
@@ -231,6 +232,7 @@ fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
     if let Some(h) = header {
         out.push("format specific information:".to_owned());
         out.push(format!("    compat: {}", if h.version == 2 { "0.10" } else { "1.1" }));
+        out.push(format!("    compression type: {}", h.compression));
         out.push(format!("    lazy refcounts: {}", yes(h.lazy_refcounts)));
         out.push(format!("    refcount bits: {}", 1u64 << h.refcount_order));
         out.push(format!("    corrupt: {}", yes(h.corrupt)));

@@ -9,16 +9,19 @@ use std::{
 
 use serde::Serialize;
 
-use super::{CliError, args::Cli, error::chain, require_root};
+use super::{CliError, args::Cli, require_root};
 use crate::{
-    daemon::rundir::{LunState, Phase, RunDir},
+    daemon::rundir::{LunState, Phase, RunDir, TURNS},
     kernel::{
         backstore::{self, Backstore, COMMAND_TIMEOUT, ConfigfsError},
         fabric::{self, Disk, Export, Fabric},
         names::Name,
         tree::{Real, Tree},
     },
-    lun::config::{DeviceConfig, SUBTYPE, pi_word},
+    lun::{
+        chain,
+        config::{DeviceConfig, SUBTYPE, pi_word},
+    },
     pi::{Exposure, Transfer},
 };
 
@@ -26,7 +29,7 @@ use crate::{
 pub const SYSFS: &str = "/sys";
 
 /// How long one waits for another who works on the same LUN.
-const TURN_PATIENCE: Duration = Duration::from_secs(60);
+const TURN_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where the commands look.
 pub struct Places {
@@ -67,7 +70,7 @@ impl Places {
     /// same image at once would each find it in use by the other, and both give up.
     ///
     /// # Errors
-    /// If another takes longer than a minute.
+    /// If another takes longer than two minutes.
     pub fn turn(&self, command: &str, name: &Name) -> Result<Option<File>, CliError> {
         if require_root(command).is_err() {
             // Who may not change anything takes nobody's turn; what else is wrong is said first.
@@ -79,11 +82,11 @@ impl Places {
             None => Err(CliError::new(
                 command,
                 name,
-                "another create or delete has been at work on it for a minute",
+                "another create or delete has been at work on it for two minutes",
             )
             .then(format!(
-                "look at the daemon's log, or end the other one: fuser -v {}/turns/*",
-                self.run.path().display()
+                "look at the daemon's log, or end the other one: fuser -v {}",
+                self.run.path().join(TURNS).display()
             ))),
         }
     }
@@ -223,10 +226,15 @@ pub struct LunView {
     pub counters: serde_json::Value,
 }
 
+/// What a backstore of ours was made with; nothing if its words make no sense, or if it is another's.
+pub fn config_of(backstore: &Backstore) -> Option<DeviceConfig> {
+    DeviceConfig::parse(backstore.config_after(SUBTYPE)?).ok()
+}
+
 impl LunView {
     /// From what the kernel and the daemon say.
     pub fn new(backstore: &Backstore, state: Option<LunState>, exports: Vec<ExportView>) -> LunView {
-        let config = backstore.config_after(SUBTYPE).and_then(|text| DeviceConfig::parse(text).ok());
+        let config = config_of(backstore);
         let state = state.filter(|s| s.hba == backstore.hba);
         let phase = state.as_ref().map(|s: &LunState| s.state);
         LunView {

@@ -21,7 +21,7 @@ mod size;
 use std::{ffi::OsString, io::IsTerminal, process::ExitCode, sync::Arc, time::Duration};
 
 use args::{Cli, Command, IoWay};
-pub use error::{CliError, chain};
+pub use error::CliError;
 use tracing_subscriber::EnvFilter;
 
 use crate::{

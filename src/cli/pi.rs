@@ -11,7 +11,6 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::{
     CliError, Done,
     args::{Pi, PiImage, PiRebuild},
-    error::chain,
     output, size,
 };
 use crate::{
@@ -19,7 +18,7 @@ use crate::{
         Format, Image,
         open::{OpenError, OpenOptions, open},
     },
-    lun::config::pi_word,
+    lun::{chain, config::pi_word},
     pi::{
         PiMode, PiType,
         chain::Beneath,

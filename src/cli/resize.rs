@@ -11,11 +11,12 @@ use super::{
     output, require_root, size,
 };
 use crate::{
-    daemon::rundir::{LastChange, now_ms},
+    daemon::rundir::LastChange,
     kernel::{
         backstore::Backstore,
         fabric::{self, Fabric},
     },
+    lun::state_file::now_ms,
 };
 
 /// How long the daemon may take: an image that shrinks frees what it had.

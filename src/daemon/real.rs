@@ -11,7 +11,7 @@ use crate::{
         tree::{Real, Tree},
         uio::{Uio, UioDevice},
     },
-    lun::{self, LunError, LunHandle, LunParams, Remote, State, config::DeviceConfig},
+    lun::{self, LunError, LunHandle, LunParams, Remote, State, chain, config::DeviceConfig},
     ring::Device,
     sys::io::Backend,
     units::BlockSize,
@@ -53,17 +53,6 @@ impl RealHost {
         write("block_dev", "0")?;
         reset
     }
-}
-
-/// An error and everything under it, in one line.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut next = e.source();
-    while let Some(e) = next {
-        text = format!("{text}: {e}");
-        next = e.source();
-    }
-    text
 }
 
 /// The errno in a chain of errors.

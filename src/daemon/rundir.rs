@@ -8,16 +8,20 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::scsi::naa_from_serial;
+use crate::{
+    lun::state_file::now_ms,
+    scsi::naa_from_serial,
+    sys::ofd::{self, OfdLock},
+};
 
-/// How many names can be worked on at the same time, if luck has it.
-const TURNS: u64 = 64;
+/// The file on which those lock who make or take down LUNs.
+pub const TURNS: &str = "turns.lock";
 
 /// The usual place.
 pub const RUN_DIR: &str = "/run/tcmu-dif";
@@ -88,12 +92,6 @@ pub struct LunState {
     pub minor: u32,
     /// When this was written, in milliseconds since 1970.
     pub written_ms: u64,
-}
-
-/// Milliseconds since 1970.
-pub fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The directory.
@@ -185,19 +183,21 @@ impl RunDir {
         if !self.root.is_dir() {
             return Ok(Some(File::open("/dev/null")?));
         }
-        let turns = self.root.join("turns");
-        fs::create_dir_all(&turns)?;
-        // A fixed number of files, so that none has to be removed; names that share one take turns for nothing.
-        let path = turns.join(format!("{:02}", naa_from_serial(name) % TURNS));
-        let file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        // A byte of one file for each name: nothing is left behind, and no name waits for another's.
+        let byte = naa_from_serial(name) & i64::MAX as u64;
+        let options = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).clone();
+        let file = options.open(self.root.join(TURNS))?;
         let end = Instant::now() + patience;
         loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match ofd::set(&file, OfdLock::Exclusive, byte, 1) {
                 Ok(()) => return Ok(Some(file)),
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() >= end => return Ok(None),
-                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(20)),
-                Err(e) => return Err(e.into()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
             }
+            if Instant::now() >= end {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -336,6 +336,9 @@ pub(super) mod tests {
             drop(first);
             assert!(next.join().unwrap());
         });
+        // Nobody waits for a name that is another.
+        let _all: Vec<_> =
+            (0..200).map(|i| run.turn(&format!("vm-{i}"), Duration::ZERO).unwrap().unwrap()).collect();
         let none = RunDir::at(dir.path().join("no-daemon-yet"));
         assert!(none.turn("vm1", Duration::ZERO).unwrap().is_some());
         assert!(!none.path().exists());

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use super::rundir::{LastChange, LunState, Phase, RunDir, now_ms};
+use super::rundir::{LastChange, LunState, Phase, RunDir};
 use crate::{
     control::Registry,
     kernel::{
@@ -25,6 +25,7 @@ use crate::{
     lun::{
         Remote,
         config::{DeviceConfig, pi_word},
+        state_file::now_ms,
     },
 };
 

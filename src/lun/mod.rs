@@ -510,13 +510,15 @@ fn backend(asked: Option<Backend>) -> io::Result<Io> {
     Ok(io)
 }
 
-/// An error and its sources on one line, each once.
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error and its sources in one line. A source that the text before it has said already is left out.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(e) = next {
-        text.push_str(": ");
-        text.push_str(&e.to_string());
+        let more = e.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
         next = e.source();
     }
     text

@@ -8,13 +8,13 @@
 use std::{
     cell::{Cell, RefCell},
     path::PathBuf,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
-use super::state_file::StateFile;
+use super::state_file::{StateFile, now_ms};
 use crate::{
     pi::{
         Protected,
@@ -304,9 +304,4 @@ impl Scrubber {
             warn!(%error, "the scrub's account cannot be saved");
         }
     }
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

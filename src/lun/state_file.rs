@@ -8,6 +8,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -18,6 +19,12 @@ use crate::scsi::naa_from_serial;
 pub const STATE_DIR: &str = "/var/lib/tcmu-dif";
 
 const VERSION: u32 = 1;
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// One file of one LUN.
 #[derive(Debug, Clone)]

@@ -200,9 +200,13 @@ fn work_beside_internal_snapshots_leaves_them_as_they_were() {
 
 #[test]
 fn work_over_compressed_and_zero_clusters() {
-    for (seed, options) in
-        [(12, "cluster_size=64k"), (13, "cluster_size=4k"), (14, "cluster_size=512,compat=0.10")]
-    {
+    for (seed, options) in [
+        (12, "cluster_size=64k"),
+        (13, "cluster_size=4k"),
+        (14, "cluster_size=512,compat=0.10"),
+        (17, "cluster_size=64k,compression_type=zstd"),
+        (18, "cluster_size=2M,compression_type=zstd"),
+    ] {
         let dir = Dir::new();
         let raw = raw_base(&dir, "from.raw", 6 << 20);
         let path = dir.path("disk.qcow2");

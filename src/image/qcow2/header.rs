@@ -3,7 +3,10 @@
 
 use std::fmt::Write as _;
 
-use super::layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be16, be32, be64};
+use super::{
+    compressed::Compression,
+    layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be16, be32, be64},
+};
 
 /// "QFI\xfb".
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -16,7 +19,7 @@ pub const CORRUPT: u64 = 2;
 const EXTERNAL_DATA: u64 = 4;
 const COMPRESSION_TYPE: u64 = 8;
 const EXTENDED_L2: u64 = 16;
-const SUPPORTED: u64 = DIRTY | CORRUPT;
+const SUPPORTED: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE;
 /// Compatible bit 0: lazy refcounts.
 pub const LAZY_REFCOUNTS: u64 = 1;
 
@@ -72,10 +75,12 @@ impl HeaderError {
     pub fn next_step(&self) -> Option<String> {
         match self {
             HeaderError::Feature(_) | HeaderError::Version(_) => {
-                Some("convert the image: qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off OLD NEW".into())
+                Some("convert the image: qemu-img convert -O qcow2 -o extended_l2=off OLD NEW".into())
             }
             HeaderError::NotQcow2 => Some("open it as raw, if that is what it is".into()),
-            HeaderError::Truncated | HeaderError::Field { .. } => Some("restore the image from a backup".into()),
+            HeaderError::Truncated | HeaderError::Field { .. } => {
+                Some("restore the image from a backup".into())
+            }
         }
     }
 }
@@ -95,6 +100,8 @@ pub struct HeaderInfo {
     pub backing_file: Option<String>,
     /// The backing file's format as it stands there, if it does.
     pub backing_format: Option<String>,
+    /// How its compressed clusters are compressed.
+    pub compression: Compression,
     /// Refcounts may be wrong until the image has been checked.
     pub dirty: bool,
     /// The image was marked corrupt.
@@ -179,7 +186,8 @@ pub fn probe_header(first: &[u8]) -> Result<HeaderInfo, HeaderError> {
         n => return Err(field("crypt_method", n, "must be 0, 1 or 2")),
     }
     let extensions = Extensions::read(first, header_length as usize, be64(first, 8))?;
-    refuse_features(first, header_length, incompatible, &extensions)?;
+    refuse_features(incompatible, &extensions)?;
+    let compression = compression(first, header_length, incompatible)?;
 
     let info = HeaderInfo {
         version,
@@ -188,6 +196,7 @@ pub fn probe_header(first: &[u8]) -> Result<HeaderInfo, HeaderError> {
         virtual_size: be64(first, 24),
         backing_file: backing_name(first, cluster)?,
         backing_format: extensions.backing_format,
+        compression,
         dirty: incompatible & DIRTY != 0,
         corrupt: incompatible & CORRUPT != 0,
         lazy_refcounts: compatible & LAZY_REFCOUNTS != 0,
@@ -318,13 +327,7 @@ impl Extensions {
     }
 }
 
-fn refuse_features(
-    first: &[u8],
-    header_length: u32,
-    incompatible: u64,
-    extensions: &Extensions,
-) -> Result<(), HeaderError> {
-    let compression = if header_length > 104 { first[104] } else { 0 };
+fn refuse_features(incompatible: u64, extensions: &Extensions) -> Result<(), HeaderError> {
     let mut names = String::new();
     let mut add = |name: &str| {
         let comma = if names.is_empty() { "" } else { ", " };
@@ -337,8 +340,6 @@ fn refuse_features(
         }
         match mask {
             EXTERNAL_DATA => add("an external data file"),
-            COMPRESSION_TYPE if compression == 1 => add("zstd compression"),
-            COMPRESSION_TYPE => add(&format!("compression type {compression}")),
             EXTENDED_L2 => add("extended L2 entries (subclusters)"),
             _ => match extensions.features.iter().find(|(kind, b, _)| *kind == 0 && *b == bit) {
                 Some((_, _, name)) => add(&format!("incompatible feature {bit} ({name})")),
@@ -346,10 +347,19 @@ fn refuse_features(
             },
         }
     }
-    if names.is_empty() && compression != 0 {
-        return Err(field("compression_type", compression, "set without its incompatible bit"));
-    }
     if names.is_empty() { Ok(()) } else { Err(HeaderError::Feature(names)) }
+}
+
+/// The specification wants the incompatible bit exactly where the type is not 0.
+fn compression(first: &[u8], header_length: u32, incompatible: u64) -> Result<Compression, HeaderError> {
+    let kind = if header_length > 104 { first[104] } else { 0 };
+    match (kind, incompatible & COMPRESSION_TYPE != 0) {
+        (0, false) => Ok(Compression::Zlib),
+        (1, true) => Ok(Compression::Zstd),
+        (0, true) => Err(field("compression_type", kind, "must not be 0 with its incompatible bit")),
+        (1, false) => Err(field("compression_type", kind, "set without its incompatible bit")),
+        _ => Err(HeaderError::Feature(format!("compression type {kind}"))),
+    }
 }
 
 /// What a new image's header says.

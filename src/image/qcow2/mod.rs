@@ -43,6 +43,7 @@ use barrier::{Barrier, Epochs, Lost};
 use cache::{Cache, OffsetSet};
 use layout::Geometry;
 
+pub use compressed::Compression;
 pub use create::{CreateError, CreateOptions, Preallocation, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
 pub use read::{Backing, Boxed, ReadBacking};

@@ -136,7 +136,7 @@ impl<S: Storage> Qcow2<S> {
         let stream = Buffer::zeroed(len as usize);
         self.storage.read(at, &stream.sg()).await.map_err(|e| self.io_error(IoOp::Read, e))?;
         let mut bytes = vec![0; self.geometry.cluster() as usize];
-        match compressed::inflate(&stream.to_vec(), &mut bytes) {
+        match compressed::expand(self.header.compression, &stream.to_vec(), &mut bytes) {
             Ok(()) => {
                 let cluster = Buffer::from_slice(&bytes);
                 *self.last_inflated.borrow_mut() = Some((at, cluster.clone()));

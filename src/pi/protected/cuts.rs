@@ -67,6 +67,11 @@ fn crashes(seed: u64, mode: PiMode, power: bool) {
         // Short lives end in the recheck, long ones in the close.
         let turns = if rng.one_in(4) { rng.below(60) } else { rng.below(700) };
         let closed = session(&world, &model, rng.next(), turns);
+        if power && rng.one_in(3) {
+            // Killed, and opened again before the power goes: what that has settled must hold.
+            let w = world.clone();
+            block_on(async move { drop(w.open().await) });
+        }
         if power {
             world = world.cut(&mut rng);
         }

@@ -1,14 +1,17 @@
 //! Tuples of initiators: they are kept as they came, across crashes too, and nothing of ours judges their tags.
 
+use std::{cell::Cell, rc::Rc};
+
 use super::*;
 use crate::{
     pi::{
-        testing::{World, block_on, read},
+        store::LAYOUT,
+        testing::{World, block_on, read, write},
         tools,
         tuple::{Tuple, tuples},
     },
-    storage::sim::Rng,
-    sys::mem::Buffer,
+    storage::sim::{Rng, scaled},
+    sys::{exec::Executor, mem::Buffer},
     volume::AppTags,
 };
 
@@ -139,4 +142,56 @@ fn tuples_that_are_too_few_or_too_many_are_refused() {
         }
         assert_eq!(read(&p, 0, 1024).await.unwrap(), [0; 1024]);
     });
+}
+
+#[test]
+fn a_power_cut_during_a_reformat_leaves_every_block_whole_under_the_old_type_or_without_a_tuple() {
+    let mut ends = [0, 0];
+    for (seed, mode) in (0..scaled(20)).flat_map(|s| [(s, PiMode::Bitmap), (s, PiMode::Journal)]) {
+        let mut rng = Rng::new(seed);
+        let world = World::made(seed, (PiType::Type1, mode), BlockSize::B512, 256 * MIB, LAYOUT);
+        let places: Vec<u64> = (0..6).map(|_| rng.below(500_000) * 512).collect();
+        let (w, at) = (world.clone(), places.clone());
+        block_on(async move {
+            let p = open(&w).await;
+            for at in at {
+                write(&p, at, &Rng::new(at).bytes(4096)).await.unwrap();
+            }
+            p.close().await.unwrap();
+        });
+        for turns in 0.. {
+            let before = world.cut(&mut rng);
+            let (exec, w) = (Executor::new(), before.clone());
+            let done = Rc::new(Cell::new(false));
+            let told = done.clone();
+            exec.spawn(async move {
+                let p = open(&w).await;
+                p.reformat(Some(PiType::Type3)).await.unwrap();
+                told.set(true);
+            });
+            for _ in 0..turns {
+                exec.run_ready();
+            }
+            exec.clear();
+            let (after, at, finished) = (before.cut(&mut rng), places.clone(), done.get());
+            let formatted = block_on(async move {
+                let p = open(&after).await;
+                let formatted = p.sidecar().info().formatted;
+                assert_eq!(p.sidecar().kind(), if formatted { PiType::Type3 } else { PiType::Type1 });
+                assert!(formatted || !finished, "what was told to be done has been forgotten");
+                for at in at {
+                    read(&p, at, 4096).await.unwrap();
+                }
+                if formatted {
+                    assert_eq!(p.counters().verified, 0, "a tuple of the old type is left");
+                }
+                formatted
+            });
+            ends[usize::from(formatted)] += 1;
+            if finished {
+                break;
+            }
+        }
+    }
+    assert!(ends[0] > 100 && ends[1] > 10, "{ends:?}");
 }

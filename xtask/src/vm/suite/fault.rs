@@ -264,8 +264,6 @@ fn scrub(run: &mut Run<'_>) -> Result<()> {
          dd if=/scratch/model of={device} oflag=direct bs=1M status=none
          rm /scratch/model"
     ))?;
-    let lba = 100_000;
-    flip(guest, image, lba * 512 + 300)?;
 
     guest.sh("timeout 60 tcmu-dif scrub look --speed 4M --background")?;
     let status = |guest: &mut Guest| guest.json("timeout 60 tcmu-dif scrub look --status --json");
@@ -289,6 +287,10 @@ fn scrub(run: &mut Run<'_>) -> Result<()> {
         ensure!(after[key] == paused[key], "{key} was {} and is {}", paused[key], after[key]);
     }
 
+    // Beyond the scrub's position, and after the recheck of what the dead daemon had marked.
+    let lba = 100_000;
+    ensure!(after["next_lba"].as_u64() < Some(lba), "the scrub is too far already: {after}");
+    flip(guest, image, lba * 512 + 300)?;
     guest.sh(&format!(
         "setsid dd if=/dev/urandom of={device} oflag=direct bs=16k count=1024 status=none > /tmp/dd.txt 2>&1 < /dev/null &
          echo $! > /tmp/dd.pid

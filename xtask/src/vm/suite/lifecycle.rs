@@ -451,7 +451,7 @@ back() {
     echo "the LUN is not back after 30 s"; tail -n 20 /scratch/daemon.log; exit 1
 }
 while [ $kills -lt $wanted ]; do
-    seconds=$((wanted - kills < 10 ? 15 : 90))
+    seconds=$((wanted - kills > 10 ? 90 : 5))
     fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bs=4k --size=16M \
         --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=$seconds --randseed=$kills > /tmp/fio.txt 2>&1 &
     fio=$!
