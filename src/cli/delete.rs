@@ -72,11 +72,12 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
         }
     }
     store.remove(&places.tree).map_err(|e| refused("delete", name, &e))?;
-    forget_state(cli, &store);
     // Until the daemon has let go of the image, nobody else can have it.
     if alive && let Err(e) = luns::wait_until_closed(&places, name.as_str(), Some(store.hba)) {
         tracing::warn!("{name}: {e}");
     }
+    // After that: a LUN that stops saves how far its scrub is.
+    forget_state(cli, &store);
     if args.json.json {
         return output::json(&Deleted { name: name.as_str(), deleted: true, left });
     }

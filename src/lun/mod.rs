@@ -462,7 +462,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         warn!("nobody waits for this LUN any more");
     }
     let served = EventLoop::new(ring, io.clone(), exec.clone(), lun.clone(), inbox).run();
-    lun.scrubber().save();
+    lun.scrubber().stop();
     let closed = close(&io, &exec, lun.stack().clone());
     match (served, closed) {
         (Ok(()), None) => State::Stopped,

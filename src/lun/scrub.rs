@@ -297,8 +297,14 @@ impl Scrubber {
         }
     }
 
-    /// Saves.
-    pub(super) fn save(&self) {
+    /// The LUN stops: what is under way goes on at the next start.
+    pub(super) fn stop(&self) {
+        if self.now.borrow().as_ref().is_some_and(Scrub::is_under_way) {
+            self.save();
+        }
+    }
+
+    fn save(&self) {
         let (Some(file), Some(scrub)) = (&self.file, self.last()) else { return };
         if let Err(error) = file.save(scrub, false) {
             warn!(%error, "the scrub's account cannot be saved");

@@ -34,7 +34,7 @@ enum Chore {
         /// Only tests whose names contain one of these words, and none of the other checks
         filters: Vec<String>,
     },
-    /// What CI runs: `test --no-vm`
+    /// What CI runs: `test`
     Ci,
     /// The VM with the real target_core_user
     Vm {
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         Chore::Test { quick: true, filters, .. } => test(Scale::Quick, false, filters),
         Chore::Test { full: true, no_vm, filters, .. } => test(Scale::Full, !no_vm, filters),
         Chore::Test { no_vm, filters, .. } => test(Scale::Default, !no_vm, filters),
-        Chore::Ci => test(Scale::Default, false, Vec::new()),
+        Chore::Ci => test(Scale::Default, true, Vec::new()),
         Chore::Vm { action } => vm::main(action),
         Chore::EmulateGuard { model, profile, patience } => {
             emulate::main(&model, &profile, Duration::from_secs(patience))

@@ -105,8 +105,9 @@ mod tests {
         ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
     }
 
-    const BOTH: [(Compression, fn(&[u8]) -> Vec<u8>); 2] =
-        [(Compression::Zlib, deflate), (Compression::Zstd, zstd)];
+    type Compress = fn(&[u8]) -> Vec<u8>;
+
+    const BOTH: [(Compression, Compress); 2] = [(Compression::Zlib, deflate), (Compression::Zstd, zstd)];
 
     #[test]
     fn a_stream_with_padding_gives_its_cluster() {
@@ -125,7 +126,7 @@ mod tests {
     #[test]
     fn rubbish_and_short_streams_are_errors() {
         for (how, compress) in BOTH {
-            let stream = compress(&(0..4096u32).map(|i| (i * i >> 3) as u8).collect::<Vec<_>>());
+            let stream = compress(&(0..4096u32).map(|i| ((i * i) >> 3) as u8).collect::<Vec<_>>());
             let mut out = vec![0; 8192];
             assert!(expand(how, &stream, &mut out).is_err(), "{how}: half a cluster");
             for len in 0..stream.len() - 1 {
