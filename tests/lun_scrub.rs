@@ -203,7 +203,7 @@ fn a_scrub_keeps_to_its_speed_waits_when_paused_and_goes_on_where_it_was_after_a
     rig.ask("pi-scrub", json!({ "device": "vm1", "speed": MIB })).unwrap();
     rig.ask("job-cancel", json!({ "id": "scrub-vm1" })).unwrap();
     let scrub = rig.scrub();
-    assert_eq!((scrub["status"].as_str(), scrub["job"].as_str()), (Some("aborting"), None));
+    assert_eq!((scrub["status"].as_str(), scrub["job"].as_str()), (Some("cancelled"), None));
     assert_eq!(rig.ask("query-jobs", json!({})).unwrap(), json!([]));
     lun.stop().unwrap();
     let gone = refused(rig.ask("pi-scrub", json!({ "device": "vm1" })));

@@ -127,35 +127,45 @@ fn verify(args: &PiImage) -> Done {
     if report.is_clean() {
         return Ok(ExitCode::SUCCESS);
     }
-    let mut wrong = Vec::new();
-    if report.mismatches > 0 {
-        wrong.push(format!("{} blocks do not match their protection information", report.mismatches));
-    }
-    if report.unreadable > 0 {
-        wrong.push(format!("{} blocks cannot be read", report.unreadable));
-    }
-    Err(CliError::new("pi verify", args.image.display(), wrong.join(", ")).then(format!(
+    Err(CliError::new("pi verify", args.image.display(), wrong(&report).join(", ")).then(format!(
         "bring these blocks back from a backup, or take the data as they are: tcmu-dif pi adopt {}",
         args.image.display()
     )))
 }
 
 fn verify_text(image: &Path, r: &VerifyReport) -> String {
-    let mut out = output::lines(&[
-        ("image", image.display().to_string()),
-        ("blocks", r.blocks.to_string()),
+    let pairs = vec![("image", image.display().to_string()), ("blocks", r.blocks.to_string())];
+    found_text(pairs, r)
+}
+
+/// What is wrong, in words; nothing if nothing is.
+pub(super) fn wrong(r: &VerifyReport) -> Vec<String> {
+    let mut wrong = Vec::new();
+    if r.mismatches > 0 {
+        wrong.push(format!("{} blocks do not match their protection information", r.mismatches));
+    }
+    if r.unreadable > 0 {
+        wrong.push(format!("{} blocks cannot be read", r.unreadable));
+    }
+    wrong
+}
+
+/// What was found, under lines that say where.
+pub(super) fn found_text(mut pairs: Vec<(&str, String)>, r: &VerifyReport) -> String {
+    pairs.extend([
         ("verified", r.verified.to_string()),
         ("unprotected", r.unprotected.to_string()),
         ("in doubt", r.in_doubt.to_string()),
         ("unreadable", r.unreadable.to_string()),
         ("mismatches", r.mismatches.to_string()),
     ]);
+    let mut out = output::lines(&pairs);
     out.push_str(&bad_text(&r.bad, r.mismatches));
     out
 }
 
 /// A line for each block that does not match: which, what of it, and where it lies.
-pub(super) fn bad_text(bad: &[BadBlock], all: u64) -> String {
+fn bad_text(bad: &[BadBlock], all: u64) -> String {
     let mut out = String::new();
     for b in bad {
         let file = b.file.as_ref().map_or("the image".into(), |f| f.display().to_string());

@@ -12,7 +12,7 @@ use super::{
     CliError, Done,
     args::{self, Cli},
     output,
-    pi::{advance, bad_text, bar},
+    pi::{advance, bar, found_text, wrong},
     size,
 };
 use crate::{
@@ -149,13 +149,7 @@ fn end(args: &args::Scrub, scrub: Scrub) -> Done {
     if found.is_clean() && scrub.error.is_none() {
         return Ok(ExitCode::SUCCESS);
     }
-    let mut wrong = Vec::new();
-    if found.mismatches > 0 {
-        wrong.push(format!("{} blocks do not match their protection information", found.mismatches));
-    }
-    if found.unreadable > 0 {
-        wrong.push(format!("{} blocks cannot be read", found.unreadable));
-    }
+    let mut wrong = wrong(found);
     wrong.extend(scrub.error.map(|e| format!("it could not go on: {e}")));
     Err(CliError::new("scrub", &args.name, wrong.join(", ")).then(
         "bring these blocks back from a backup; a block that the guest writes anew is whole again".to_owned(),
@@ -169,24 +163,18 @@ fn text(name: &str, scrub: &Scrub) -> String {
         ScrubStatus::Running => "running",
         ScrubStatus::Paused => "paused",
         ScrubStatus::Concluded => "done",
-        ScrubStatus::Aborting => "ended early",
+        ScrubStatus::Cancelled => "cancelled",
+        ScrubStatus::Failed => "failed",
     };
     let speed = match scrub.speed {
         0 => "no limit".to_owned(),
         speed => format!("{} a second", size::human(speed)),
     };
-    let found = &scrub.found;
-    let mut out = output::lines(&[
+    let pairs = vec![
         ("lun", name.to_owned()),
         ("scrub", format!("{status}, {percent} % of {}", size::human(total))),
         ("speed", speed),
         ("read", size::human(scrub.read_bytes)),
-        ("verified", found.verified.to_string()),
-        ("unprotected", found.unprotected.to_string()),
-        ("in doubt", found.in_doubt.to_string()),
-        ("unreadable", found.unreadable.to_string()),
-        ("mismatches", found.mismatches.to_string()),
-    ]);
-    out.push_str(&bad_text(&found.bad, found.mismatches));
-    out
+    ];
+    found_text(pairs, &scrub.found)
 }

@@ -40,7 +40,7 @@ pub const MIN_SPEED: u64 = 64 << 10;
 /// How often a scrub under way is saved: what it would look at twice after a crash.
 const SAVE: Duration = Duration::from_secs(10);
 
-/// How far a scrub is, in the words of QEMU's jobs.
+/// How far a scrub is; in QEMU's words where its jobs have one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScrubStatus {
@@ -50,8 +50,10 @@ pub enum ScrubStatus {
     Paused,
     /// It has looked at everything.
     Concluded,
-    /// It was cancelled, or could not go on: see the error.
-    Aborting,
+    /// It was ended before it had.
+    Cancelled,
+    /// It could not go on: see the error.
+    Failed,
 }
 
 /// A scrub, under way or ended.
@@ -159,11 +161,9 @@ impl Scrubber {
         self.now.borrow().clone()
     }
 
-    /// Carries out an order; gives how the scrub is then. `protected` says whether the LUN is.
-    pub(super) fn order(&self, order: ScrubOrder, protected: bool) -> Result<Option<Scrub>, ScrubError> {
-        if !protected {
-            return Err(ScrubError::NotProtected);
-        }
+    /// Carries out an order; gives how the scrub is then. `blocks` are those of the LUN, if it is protected.
+    pub(super) fn order(&self, order: ScrubOrder, blocks: Option<u64>) -> Result<Option<Scrub>, ScrubError> {
+        let blocks = blocks.ok_or(ScrubError::NotProtected)?;
         if let ScrubOrder::Start(Some(speed)) | ScrubOrder::SetSpeed(speed) = order
             && (1..MIN_SPEED).contains(&speed)
         {
@@ -175,7 +175,7 @@ impl Scrubber {
                 (ScrubOrder::Query, _) => return Ok(now.clone()),
                 (ScrubOrder::Start(_), Some(_)) => return Err(ScrubError::UnderWay),
                 (ScrubOrder::Start(speed), None) => {
-                    *now = Some(self.begun(speed.unwrap_or(DEFAULT_SPEED)));
+                    *now = Some(self.begun(blocks, speed.unwrap_or(DEFAULT_SPEED)));
                     self.generation.set(self.generation.get() + 1);
                 }
                 (_, None) => return Err(ScrubError::NoneUnderWay),
@@ -183,7 +183,7 @@ impl Scrubber {
                 (ScrubOrder::Resume, Some(s)) => s.status = ScrubStatus::Running,
                 (ScrubOrder::SetSpeed(speed), Some(s)) => s.speed = speed,
                 (ScrubOrder::Cancel, Some(s)) => {
-                    s.status = ScrubStatus::Aborting;
+                    s.status = ScrubStatus::Cancelled;
                     s.ended_ms = Some(now_ms());
                 }
             }
@@ -194,7 +194,7 @@ impl Scrubber {
         Ok(self.last())
     }
 
-    fn begun(&self, speed: u64) -> Scrub {
+    fn begun(&self, blocks: u64, speed: u64) -> Scrub {
         Scrub {
             status: ScrubStatus::Running,
             next_lba: 0,
@@ -204,7 +204,7 @@ impl Scrubber {
             ended_ms: None,
             error: None,
             read_bytes: 0,
-            found: VerifyReport::default(),
+            found: VerifyReport { blocks, ..VerifyReport::default() },
         }
     }
 
@@ -275,7 +275,7 @@ impl Scrubber {
             }
             Err(reason) => {
                 error!(lba = scrub.next_lba, "scrub: cannot go on: {reason}");
-                scrub.status = ScrubStatus::Aborting;
+                scrub.status = ScrubStatus::Failed;
                 scrub.error = Some(reason);
             }
         }

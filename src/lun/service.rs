@@ -155,7 +155,8 @@ impl Service for Lun {
             }
             Message::WriteCache(on, back) => drop(back.send(self.set_write_cache(on).await)),
             Message::Scrub(order, back) => {
-                drop(back.send(self.scrubber.order(order, self.stack.protected().is_some())));
+                let blocks = self.stack.protected().map(|p| p.blocks_now().0);
+                drop(back.send(self.scrubber.order(order, blocks)));
             }
             Message::Stats(back) => drop(back.send(self.stats(load))),
             Message::Stop => {}
