@@ -19,6 +19,7 @@ use crate::{
     control::{
         SOCKET,
         client::{Client, ClientError},
+        job_id,
     },
     lun::scrub::{Scrub, ScrubStatus},
 };
@@ -42,15 +43,14 @@ pub fn run(cli: &Cli, args: &args::Scrub) -> Done {
     let socket = cli.run_dir.join(SOCKET);
     let client = Client::connect(&socket).map_err(|e| failed(name, &e))?;
     let mut asked = Asked { name, socket, client };
-    let order = |what: &str| (what.to_owned(), json!({ "id": format!("scrub-{name}") }));
     let told = match args {
-        args::Scrub { pause: true, .. } => Some(order("job-pause")),
-        args::Scrub { resume: true, .. } => Some(order("job-resume")),
-        args::Scrub { cancel: true, .. } => Some(order("job-cancel")),
+        args::Scrub { pause: true, .. } => Some("job-pause"),
+        args::Scrub { resume: true, .. } => Some("job-resume"),
+        args::Scrub { cancel: true, .. } => Some("job-cancel"),
         _ => None,
     };
-    if let Some((command, arguments)) = told {
-        asked.order(&command, arguments)?;
+    if let Some(command) = told {
+        asked.order(command, json!({ "id": job_id(name) }))?;
     } else if !args.status {
         let before = asked.scrub()?;
         let under_way = before.as_ref().is_some_and(Scrub::is_under_way);
@@ -63,7 +63,7 @@ pub fn run(cli: &Cli, args: &args::Scrub) -> Done {
                 asked.order("pi-scrub", arguments)?;
             }
             (true, Some(speed)) => {
-                let arguments = json!({ "device": format!("scrub-{name}"), "speed": speed });
+                let arguments = json!({ "device": job_id(name), "speed": speed });
                 asked.order("block-job-set-speed", arguments)?;
             }
             (true, None) => {}

@@ -3,12 +3,12 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    Registry,
+    Registry, job_device, job_id,
     qmp::{Class, Error, version},
 };
 use crate::lun::{
     LunError, Remote,
-    scrub::{Scrub, ScrubError, ScrubOrder, ScrubStatus},
+    scrub::{Scrub, ScrubError, ScrubOrder},
 };
 
 type Run = fn(&Registry, &mut Arguments) -> Result<Value, Error>;
@@ -103,14 +103,9 @@ fn scrub(luns: &Registry, args: &mut Arguments) -> Result<Value, Error> {
     Ok(json!({}))
 }
 
-/// The one job that a LUN can have for now, by its name.
-fn job_id(device: &str) -> String {
-    format!("scrub-{device}")
-}
-
 fn order(luns: &Registry, id: &str, order: ScrubOrder) -> Result<Value, Error> {
     let none = || Error::new(Class::DeviceNotActive, format!("Job '{id}' not found"));
-    let lun = id.strip_prefix("scrub-").and_then(|device| luns.find(device)).ok_or_else(none)?;
+    let lun = job_device(id).and_then(|device| luns.find(device)).ok_or_else(none)?;
     told(lun.scrub(order))?;
     Ok(json!({}))
 }
@@ -159,10 +154,7 @@ fn query_pi(luns: &Registry, args: &mut Arguments) -> Result<Value, Error> {
     let mut all = Vec::new();
     for (name, lun) in wanted {
         let counters = told(lun.stats())?.pi;
-        let scrub = match lun.scrub(ScrubOrder::Query) {
-            Err(LunError::Scrub(ScrubError::NotProtected)) => None,
-            scrub => told(scrub)?,
-        };
+        let scrub = if counters.is_some() { told(lun.scrub(ScrubOrder::Query))? } else { None };
         all.push(json!({
             "device": name, "protected": counters.is_some(), "counters": counters,
             "scrub": scrub.map(|s| described(&name, &s)),
@@ -177,7 +169,7 @@ fn described(device: &str, scrub: &Scrub) -> Value {
     if let Some(map) = value.as_object_mut() {
         map.insert("current-progress".to_owned(), done.into());
         map.insert("total-progress".to_owned(), total.into());
-        if matches!(scrub.status, ScrubStatus::Running | ScrubStatus::Paused) {
+        if scrub.is_under_way() {
             map.insert("job".to_owned(), job_id(device).into());
         }
     }

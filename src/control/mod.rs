@@ -19,6 +19,18 @@ use crate::lun::Remote;
 /// The socket's name in the run directory.
 pub const SOCKET: &str = "qmp.sock";
 
+/// The one job that a LUN can have for now, by its name.
+pub fn job_id(device: &str) -> String {
+    format!("{JOB}{device}")
+}
+
+/// The LUN whose job that is, if it is one's.
+fn job_device(id: &str) -> Option<&str> {
+    id.strip_prefix(JOB)
+}
+
+const JOB: &str = "scrub-";
+
 /// The LUNs that serve, by name.
 #[derive(Debug, Clone, Default)]
 pub struct Registry(Arc<Mutex<BTreeMap<String, Remote>>>);
