@@ -214,7 +214,7 @@ fn a_raw_backing_file_stays_raw_whatever_its_first_bytes_are() {
 fn damaged_and_foreign_headers_are_refused_with_the_next_step() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
-    img(dir, &["create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", "ext.qcow2", "1M"]);
+    img(dir, &["create", "-q", "-f", "qcow2", "-o", "data_file=ext.raw", "ext.qcow2", "1M"]);
     let e = refused(dir.join("ext.qcow2"), writable());
     assert_eq!(e.what, OpenErrorKind::Unsupported);
     assert!(e.next_step().unwrap().contains("qemu-img convert"));

@@ -132,6 +132,9 @@ fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
                 _ => return Err(wrong("compat is 0.10 or 1.1")),
             }
         }
+        "extended_l2" => {
+            options.extended_l2 = on_or_off(value).ok_or_else(|| wrong("extended_l2 is on or off"))?
+        }
         "preallocation" => {
             options.preallocation = match value {
                 "off" => Preallocation::Off,
@@ -142,6 +145,15 @@ fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
         _ => return Err(wrong("there is no such option")),
     }
     Ok(())
+}
+
+/// qemu-img's words for a switch.
+fn on_or_off(value: &str) -> Option<bool> {
+    match value {
+        "on" | "true" | "yes" => Some(true),
+        "off" | "false" | "no" => Some(false),
+        _ => None,
+    }
 }
 
 fn look_without_lock(path: &Path) -> Result<Looked, CliError> {
@@ -198,6 +210,7 @@ fn info(args: &ImageInfo) -> Done {
                 "compression-type": h.compression.to_string(),
                 "lazy-refcounts": h.lazy_refcounts,
                 "corrupt": h.corrupt,
+                "extended-l2": h.geometry().extended_l2,
             }})
         }),
     };
@@ -236,6 +249,7 @@ fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
         out.push(format!("    lazy refcounts: {}", yes(h.lazy_refcounts)));
         out.push(format!("    refcount bits: {}", 1u64 << h.refcount_order));
         out.push(format!("    corrupt: {}", yes(h.corrupt)));
+        out.push(format!("    extended l2: {}", yes(h.geometry().extended_l2)));
     }
     out.join("\n")
 }

@@ -174,9 +174,7 @@ impl OpenError {
             }
             OpenErrorKind::NotQcow2 => "leave the format out, or name it raw".to_owned(),
             OpenErrorKind::Corrupt => format!("look at the damage: qemu-img check {path}"),
-            OpenErrorKind::Unsupported => format!(
-                "convert it: qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off {path} NEW"
-            ),
+            OpenErrorKind::Unsupported => format!("convert it: qemu-img convert -O qcow2 {path} NEW"),
             OpenErrorKind::BackingProtocol(_) => {
                 format!("give it a local backing file: qemu-img rebase -b FILE -F FORMAT {path}")
             }

@@ -76,6 +76,18 @@ fn kinds() -> Vec<Rc<Kind>> {
     let snapshot = by_qemu("cluster_size=4k", SIZE, true);
     let snapshot_512 = by_qemu("cluster_size=512,refcount_bits=8", SIZE, true);
     let compressed = by_qemu("cluster_size=16k", SIZE, false);
+    let subclusters = |backed: bool| {
+        let options = CreateOptions {
+            cluster_size: 16384,
+            extended_l2: true,
+            backing_file: backed.then(|| "under".to_owned()),
+            backing_format: backed.then(|| "qcow2".to_owned()),
+            ..CreateOptions::new(SIZE)
+        };
+        sim::run(made(options))
+    };
+    let (subclusters, subclusters_backed) = (subclusters(false), subclusters(true));
+    let subclusters_snapshot = by_qemu("extended_l2=on,cluster_size=16k", SIZE, true);
     // Grows beyond what one cluster of refcount table counts (2 MiB).
     let large = 2200 << 10;
     [
@@ -86,6 +98,9 @@ fn kinds() -> Vec<Rc<Kind>> {
         ("512, 64-bit refcounts, large", large, ours(large, 512, 64, 3, false), None),
         ("1k, 1-bit refcounts", SIZE, ours(SIZE, 1024, 1, 3, false), None),
         ("version 2, 4k", SIZE, ours(SIZE, 4096, 16, 2, false), None),
+        ("subclusters", SIZE, subclusters, None),
+        ("subclusters, backed", SIZE, subclusters_backed, Some(under.clone())),
+        ("subclusters, snapshot", SIZE, subclusters_snapshot, None),
         ("4k, backed", SIZE, ours(SIZE, 4096, 16, 3, true), Some(under.clone())),
         ("version 2, 1k, backed", SIZE, ours(SIZE, 1024, 16, 2, true), Some(under)),
         ("4k, snapshot", SIZE, snapshot, None),

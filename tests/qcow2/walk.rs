@@ -13,6 +13,7 @@ struct Walk<'a> {
     version: u64,
     bits: u64,
     order: u64,
+    extended: bool,
     references: HashMap<u64, u64>,
 }
 
@@ -22,7 +23,8 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 pub fn walk(bytes: &[u8]) -> Result<u64, String> {
     let version = be(bytes, 4, 4)?;
     let order = if version == 2 { 4 } else { be(bytes, 96, 4)? };
-    let mut w = Walk { bytes, version, bits: be(bytes, 20, 4)?, order, references: HashMap::new() };
+    let extended = version > 2 && be(bytes, 72, 8)? & 16 != 0;
+    let mut w = Walk { bytes, version, bits: be(bytes, 20, 4)?, order, extended, references: HashMap::new() };
     if be(bytes, 0, 4)? != 0x5146_49fb {
         return Err("no magic".into());
     }
@@ -69,8 +71,12 @@ impl Walk<'_> {
         }
     }
 
+    fn entry_bytes(&self) -> u64 {
+        if self.extended { 16 } else { 8 }
+    }
+
     fn entries(&self) -> u64 {
-        1 << (self.bits - 3)
+        (1 << self.bits) / self.entry_bytes()
     }
 
     fn count(&mut self, l1: u64, l1_entries: u64) -> Result<(), String> {
@@ -81,7 +87,7 @@ impl Walk<'_> {
             }
             self.refer(l2, 1);
             for j in 0..self.entries() {
-                let entry = be(self.bytes, l2 + j * 8, 8)?;
+                let entry = be(self.bytes, l2 + j * self.entry_bytes(), 8)?;
                 if entry >> 62 & 1 == 1 {
                     let x = 62 - (self.bits - 8);
                     let at = entry & ((1 << x) - 1);
@@ -89,9 +95,16 @@ impl Walk<'_> {
                     self.refer(at, (sectors + 1) * 512 - at % 512);
                     continue;
                 }
-                let allowed = OFFSET | 1 << 63 | u64::from(self.version > 2);
+                let allowed = OFFSET | 1 << 63 | u64::from(self.version > 2 && !self.extended);
                 if entry & !allowed != 0 || entry & OFFSET & ((1 << self.bits) - 1) != 0 {
-                    return Err(format!("L2 entry {entry:#x} at {:#x}", l2 + j * 8));
+                    return Err(format!("L2 entry {entry:#x} at {:#x}", l2 + j * self.entry_bytes()));
+                }
+                if self.extended {
+                    let bitmap = be(self.bytes, l2 + j * 16 + 8, 8)?;
+                    let (zeros, allocated) = (bitmap >> 32, bitmap & 0xffff_ffff);
+                    if zeros & allocated != 0 || (entry & OFFSET == 0 && allocated != 0) {
+                        return Err(format!("L2 entry {entry:#x} with bitmap {bitmap:#x}"));
+                    }
                 }
                 if entry & OFFSET != 0 {
                     if entry & OFFSET >= self.bytes.len() as u64 {
@@ -138,7 +151,7 @@ impl Walk<'_> {
             }
             right(l1_entry)?;
             for j in 0..self.entries() {
-                let entry = be(self.bytes, (l1_entry & OFFSET) + j * 8, 8)?;
+                let entry = be(self.bytes, (l1_entry & OFFSET) + j * self.entry_bytes(), 8)?;
                 if entry & OFFSET != 0 && entry >> 62 & 1 == 0 {
                     right(entry)?;
                 }

@@ -135,6 +135,57 @@ fn work_on_512_byte_clusters_of_version_2_over_a_raw_file() {
 }
 
 #[test]
+fn work_on_subclusters() {
+    let dir = Dir::new();
+    rounds(&by_qemu(&dir, "extended_l2=on,cluster_size=16k", ODD), 19, 300);
+    let dir = Dir::new();
+    let options = CreateOptions { cluster_size: 128 << 10, extended_l2: true, ..CreateOptions::new(ODD) };
+    rounds(&by_us(&dir, options), 20, 600);
+    let dir = Dir::new();
+    let options = CreateOptions {
+        cluster_size: 32 << 10,
+        extended_l2: true,
+        preallocation: Preallocation::Metadata,
+        ..CreateOptions::new(ODD)
+    };
+    rounds(&by_us(&dir, options), 21, 300);
+}
+
+#[test]
+fn work_on_subclusters_over_a_raw_file() {
+    for (seed, options) in [(22, "cluster_size=16k"), (23, "cluster_size=128k"), (24, "cluster_size=2M")] {
+        let dir = Dir::new();
+        raw_base(&dir, "base.raw", (3 << 20) + 777);
+        let options = format!("extended_l2=on,{options},backing_file=base.raw,backing_fmt=raw");
+        rounds(&by_qemu(&dir, &options, ODD), seed, 300);
+    }
+}
+
+/// What the point of subclusters is: a small write over a backing file copies little.
+#[test]
+fn a_write_of_a_subcluster_over_a_backing_file_copies_no_cluster() {
+    let dir = Dir::new();
+    raw_base(&dir, "base.raw", 8 << 20);
+    let path =
+        by_qemu(&dir, "extended_l2=on,cluster_size=128k,backing_file=base.raw,backing_fmt=raw", 8 << 20);
+    let written = path.clone();
+    tcmu_dif::sys::run(async move |io| {
+        let image = open(&io, &written).await;
+        let data = tcmu_dif::sys::mem::Buffer::from_slice(&[7; 4096]).sg();
+        for cluster in 0..8u64 {
+            image.write(ByteOffset((cluster << 17) + (64 << 10)), &data, Default::default()).await.unwrap();
+        }
+        let map = image.map_extents(ByteOffset(0), 128 << 10).await.unwrap();
+        let here: Vec<(u64, u64)> = map.iter().filter(|e| e.depth == 0).map(|e| (e.start.0, e.len)).collect();
+        assert_eq!(here, [(64 << 10, 4096)], "{map:?}");
+        image.close().await.unwrap();
+    });
+    check_clean(&path);
+    let map = qemu_img(&["map", "--output=json", path.to_str().unwrap()]);
+    assert_eq!(map.matches("\"depth\": 0").count(), 8, "{map}");
+}
+
+#[test]
 fn work_on_2m_clusters() {
     let dir = Dir::new();
     rounds(&by_qemu(&dir, "cluster_size=2M", (33 << 20) + 1024), 5, 3000);
@@ -186,9 +237,12 @@ fn snapshots(path: &Path) -> Vec<Vec<u8>> {
 
 #[test]
 fn work_beside_internal_snapshots_leaves_them_as_they_were() {
-    for (seed, options) in
-        [(9, "compat=1.1"), (10, "cluster_size=512,compat=0.10"), (11, "cluster_size=4k,refcount_bits=8")]
-    {
+    for (seed, options) in [
+        (9, "compat=1.1"),
+        (10, "cluster_size=512,compat=0.10"),
+        (11, "cluster_size=4k,refcount_bits=8"),
+        (25, "extended_l2=on,cluster_size=32k"),
+    ] {
         let dir = Dir::new();
         let path = by_qemu(&dir, options, ODD);
         with_snapshots(&path);
@@ -206,6 +260,7 @@ fn work_over_compressed_and_zero_clusters() {
         (14, "cluster_size=512,compat=0.10"),
         (17, "cluster_size=64k,compression_type=zstd"),
         (18, "cluster_size=2M,compression_type=zstd"),
+        (26, "cluster_size=64k,extended_l2=on"),
     ] {
         let dir = Dir::new();
         let raw = raw_base(&dir, "from.raw", 6 << 20);
@@ -240,7 +295,12 @@ fn work_on_a_preallocated_image() {
 
 #[test]
 fn a_disk_grows_and_what_is_new_reads_as_zeros() {
-    for options in ["cluster_size=512", "cluster_size=64k", "compat=0.10,cluster_size=4k"] {
+    for options in [
+        "cluster_size=512",
+        "cluster_size=64k",
+        "compat=0.10,cluster_size=4k",
+        "extended_l2=on,cluster_size=64k",
+    ] {
         let dir = Dir::new();
         // The backing file goes on beyond the overlay's end: that must never show.
         raw_base(&dir, "base.raw", 5 << 20);

@@ -47,17 +47,14 @@ pub struct Slice {
 }
 
 impl Slice {
-    /// The entry at an index of a table of 64-bit words.
-    pub fn entry(&self, index: usize) -> u64 {
+    /// The big-endian word at an index of a table of 64-bit words.
+    pub fn word(&self, index: usize) -> u64 {
         be64(&self.bytes.borrow(), index * 8)
     }
 
-    /// Sets entries from an index on.
-    pub fn set_entries(&self, index: usize, entries: &[u64]) {
-        let mut bytes = self.bytes.borrow_mut();
-        for (word, entry) in bytes[index * 8..].chunks_exact_mut(8).zip(entries) {
-            word.copy_from_slice(&entry.to_be_bytes());
-        }
+    /// Sets bytes from an offset on.
+    pub fn set(&self, at: usize, new: &[u8]) {
+        self.bytes.borrow_mut()[at..at + new.len()].copy_from_slice(new);
     }
 
     /// Looks at the bytes.
@@ -188,12 +185,12 @@ mod tests {
             let storage = FileStorage::new(&io, Rc::new(file)).unwrap();
             let cache = Cache::new(4096, 20 * 4096);
             let held = cache.load(&storage, 0).await.unwrap();
-            held.set_entries(3, &[7]);
+            held.set(24, &7u64.to_be_bytes());
             for i in 1..100 {
                 cache.load(&storage, i * 4096).await.unwrap();
             }
             assert!(cache.len() <= 20);
-            assert_eq!(cache.get(0).unwrap().entry(3), 7);
+            assert_eq!(cache.get(0).unwrap().word(3), 7);
             cache.forget(0, 4096);
             assert!(cache.get(0).is_none());
         });

@@ -4,7 +4,7 @@ use std::{fs::File, path::Path, rc::Rc};
 
 use super::{
     FileStorage, HeaderError, Qcow2, Storage,
-    header::NewHeader,
+    header::{MIN_EXTENDED_BITS, NewHeader},
     layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
     tables::encode,
 };
@@ -35,6 +35,8 @@ pub struct CreateOptions {
     pub refcount_bits: u32,
     /// 2 (compat=0.10) or 3 (compat=1.1).
     pub version: u32,
+    /// Clusters of 32 subclusters.
+    pub extended_l2: bool,
     /// The backing file's name as the header shall have it.
     pub backing_file: Option<String>,
     /// Its format.
@@ -51,6 +53,7 @@ impl CreateOptions {
             cluster_size: 65536,
             refcount_bits: 16,
             version: 3,
+            extended_l2: false,
             backing_file: None,
             backing_format: None,
             preallocation: Preallocation::Off,
@@ -189,7 +192,18 @@ fn check(options: &CreateOptions) -> Result<Geometry, CreateError> {
         version: options.version,
         cluster_bits: options.cluster_size.trailing_zeros(),
         refcount_order: options.refcount_bits.trailing_zeros(),
+        extended_l2: options.extended_l2,
     };
+    if g.extended_l2 && g.version < 3 {
+        return Err(refused("extended_l2", "on", "needs compat=1.1"));
+    }
+    if g.extended_l2 && g.cluster_bits < MIN_EXTENDED_BITS {
+        return Err(refused(
+            "extended_l2",
+            "on",
+            "needs clusters of at least 16 KiB; qemu-img's advice is 128k",
+        ));
+    }
     if options.size > i64::MAX as u64 || g.l1_entries_for(options.size) * 8 > MAX_L1_BYTES {
         return Err(refused("size", options.size, "too large for this cluster size"));
     }

@@ -5,7 +5,7 @@
 
 use super::{
     Qcow2, Storage,
-    layout::{Mapping, ZERO},
+    layout::{ALL_ALLOCATED, ALL_ZEROS, COPIED, Entry, Mapping, Place, ZERO},
     map::Kind,
     tables::Entries,
 };
@@ -61,8 +61,13 @@ impl<S: Storage> Qcow2<S> {
                     true
                 }
                 Kind::Zero { .. } => free,
-                Kind::Unallocated => free && !self.has_backing_at(pos),
-                Kind::Data { .. } | Kind::Compressed { .. } => false,
+                Kind::Unallocated if free && !self.has_backing_at(pos) => true,
+                Kind::Unallocated if self.geometry.extended_l2 => {
+                    drop(at_work);
+                    pos += self.zero_unit(pos, run.len, free).await?;
+                    continue;
+                }
+                Kind::Data { .. } | Kind::Compressed { .. } | Kind::Unallocated => false,
             };
             drop(at_work);
             if !zeros {
@@ -99,19 +104,23 @@ impl<S: Storage> Qcow2<S> {
 
     /// Frees clusters; they read as zeros.
     async fn unlink(&self, first: u64, next: u64) -> Result<()> {
-        let empty = if self.backing.is_some() && self.geometry.version >= 3 { ZERO } else { 0 };
+        let empty = match (self.backing.is_some() && self.geometry.version >= 3, self.geometry.extended_l2) {
+            (false, _) => Entry::default(),
+            (true, false) => Entry::standard(ZERO),
+            (true, true) => Entry { word: 0, bitmap: ALL_ZEROS },
+        };
         if let Ok(Some((table, _))) = self.l2_table(first) {
             let slice = self.load_slice(OP, table, first).await?;
             let index = self.place(table, first).index;
-            if (0..(next - first) as usize).all(|i| slice.entry(index + i) == empty) {
+            if (0..(next - first) as usize).all(|i| self.entry_in(&slice, index + i) == empty) {
                 return Ok(());
             }
         }
         let entries = self.entries(OP, first).await?;
         let mut old = Vec::with_capacity((next - first) as usize);
         for cluster in first..next {
-            let mapping = self.mapping_of(OP, &entries, cluster).await?;
-            if let Some((first, count)) = self.referred(mapping) {
+            let place = self.place_of(OP, self.entry(&entries, cluster)).await?;
+            if let Some((first, count)) = self.referred(place) {
                 self.check_not_metadata(OP, first, count).await?;
                 old.push((first, count));
             }
@@ -128,37 +137,62 @@ impl<S: Storage> Qcow2<S> {
         let g = self.geometry;
         let mut cluster = first;
         while cluster < next {
-            match self.mapping_of(OP, entries, cluster).await? {
-                Mapping::Data { host, owned: true } => {
-                    let follows = |i: &u64| {
-                        let here = self.mapping(entries.get(cluster + i));
-                        let place = host + (i << g.cluster_bits);
-                        here == Ok(Mapping::Data { host: place, owned: true })
-                    };
-                    let count = (0..next - cluster).take_while(follows).count() as u64;
-                    self.check_not_metadata(OP, g.index(host), count).await?;
-                    let len = count << g.cluster_bits;
-                    self.storage.zero(host, len).await.map_err(|e| self.io_error(OP, e))?;
-                    cluster += count;
+            let entry = self.entry(entries, cluster);
+            cluster += match self.place_of(OP, entry).await? {
+                Place::Cluster { host, owned: true } => {
+                    self.zero_in_place(entries, cluster, next, entry, host).await?
                 }
-                Mapping::ZeroAllocated { owned: true, .. } => cluster += 1,
                 _ => {
                     let want = self.clusters_to_take(entries, cluster, next - 1);
                     let (host, count) = self.take(OP, want).await?;
-                    let mut old = Vec::with_capacity(count as usize);
-                    for c in cluster..cluster + count {
-                        old.push(self.mapping_of(OP, entries, c).await?);
-                    }
                     // They hold zeros, durably; this only makes sure of the space.
                     if let Err(e) = self.storage.zero(host, count << g.cluster_bits).await {
                         self.give_back(host, count);
                         return Err(self.io_error(OP, e));
                     }
-                    self.link(OP, entries, cluster, &old, host, true).await?;
-                    cluster += count;
+                    let mut new = self.side_by_side(host, count);
+                    if g.extended_l2 {
+                        new.iter_mut().for_each(|e| e.bitmap = ALL_ALLOCATED);
+                    }
+                    self.link(OP, entries, cluster, &new, true).await?;
+                    count
                 }
-            }
+            };
         }
         Ok(())
+    }
+
+    /// Makes clusters of this image zeros where they are, from `cluster` at `host` on; gives their number.
+    async fn zero_in_place(
+        &self,
+        entries: &Entries,
+        cluster: u64,
+        next: u64,
+        entry: Entry,
+        host: u64,
+    ) -> Result<u64> {
+        let g = self.geometry;
+        if g.extended_l2 {
+            self.check_not_metadata(OP, g.index(host), 1).await?;
+            self.storage.zero(host, g.cluster()).await.map_err(|e| self.io_error(OP, e))?;
+            if entry.bitmap != ALL_ALLOCATED {
+                // What was not allocated may hold anything until that is durable, so it reads as zeros by its bits.
+                let zeros = Entry { word: host | COPIED, bitmap: ALL_ZEROS };
+                self.set_entries(OP, entries, cluster, &[zeros]).await?;
+            }
+            return Ok(1);
+        }
+        if let Mapping::ZeroAllocated { .. } = self.mapping_of(OP, entry, 0).await? {
+            return Ok(1);
+        }
+        let follows = |i: &u64| {
+            let here = self.mapping(self.entry(entries, cluster + i), 0);
+            let place = host + (i << g.cluster_bits);
+            here == Ok(Mapping::Data { host: place, owned: true })
+        };
+        let count = (0..next - cluster).take_while(follows).count() as u64;
+        self.check_not_metadata(OP, g.index(host), count).await?;
+        self.storage.zero(host, count << g.cluster_bits).await.map_err(|e| self.io_error(OP, e))?;
+        Ok(count)
     }
 }

@@ -18,8 +18,9 @@ pub const DIRTY: u64 = 1;
 pub const CORRUPT: u64 = 2;
 const EXTERNAL_DATA: u64 = 4;
 const COMPRESSION_TYPE: u64 = 8;
-const EXTENDED_L2: u64 = 16;
-const SUPPORTED: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE;
+/// Incompatible bit 4: L2 entries of 128 bits, with subclusters.
+pub const EXTENDED_L2: u64 = 16;
+const SUPPORTED: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2;
 /// Compatible bit 0: lazy refcounts.
 pub const LAZY_REFCOUNTS: u64 = 1;
 
@@ -40,6 +41,8 @@ const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Bytes of a version 3 header with the compression type, padded to 8.
 pub const V3_LENGTH: u32 = 112;
 const V2_LENGTH: u32 = 72;
+/// log2 of the smallest cluster with subclusters, which have 512 bytes then.
+pub const MIN_EXTENDED_BITS: u32 = 14;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;
 
@@ -75,7 +78,7 @@ impl HeaderError {
     pub fn next_step(&self) -> Option<String> {
         match self {
             HeaderError::Feature(_) | HeaderError::Version(_) => {
-                Some("convert the image: qemu-img convert -O qcow2 -o extended_l2=off OLD NEW".into())
+                Some("convert the image: qemu-img convert -O qcow2 OLD NEW".into())
             }
             HeaderError::NotQcow2 => Some("open it as raw, if that is what it is".into()),
             HeaderError::Truncated | HeaderError::Field { .. } => {
@@ -129,6 +132,7 @@ impl HeaderInfo {
             version: self.version,
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
+            extended_l2: self.incompatible & EXTENDED_L2 != 0,
         }
     }
 }
@@ -187,6 +191,9 @@ pub fn probe_header(first: &[u8]) -> Result<HeaderInfo, HeaderError> {
     }
     let extensions = Extensions::read(first, header_length as usize, be64(first, 8))?;
     refuse_features(incompatible, &extensions)?;
+    if incompatible & EXTENDED_L2 != 0 && cluster_bits < MIN_EXTENDED_BITS {
+        return Err(field("cluster_bits", cluster_bits, "must be at least 14 with extended L2 entries"));
+    }
     let compression = compression(first, header_length, incompatible)?;
 
     let info = HeaderInfo {
@@ -340,7 +347,6 @@ fn refuse_features(incompatible: u64, extensions: &Extensions) -> Result<(), Hea
         }
         match mask {
             EXTERNAL_DATA => add("an external data file"),
-            EXTENDED_L2 => add("extended L2 entries (subclusters)"),
             _ => match extensions.features.iter().find(|(kind, b, _)| *kind == 0 && *b == bit) {
                 Some((_, _, name)) => add(&format!("incompatible feature {bit} ({name})")),
                 None => add(&format!("incompatible feature {bit}")),
@@ -398,7 +404,8 @@ impl NewHeader<'_> {
         u32be(&mut out, 0);
         u64be(&mut out, 0);
         if g.version > 2 {
-            out.extend_from_slice(&[0; 24]);
+            u64be(&mut out, if g.extended_l2 { EXTENDED_L2 } else { 0 });
+            out.extend_from_slice(&[0; 16]);
             u32be(&mut out, g.refcount_order);
             u32be(&mut out, V3_LENGTH);
             out.extend_from_slice(&[0; 8]);

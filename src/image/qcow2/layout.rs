@@ -14,8 +14,14 @@ pub const MAX_HOST: u64 = 1 << 56;
 pub const COPIED: u64 = 1 << 63;
 /// Bit 62 of an L2 entry: a compressed cluster descriptor follows.
 pub const COMPRESSED: u64 = 1 << 62;
-/// Bit 0 of a standard L2 entry (version 3): the cluster reads as zeros.
+/// Bit 0 of a standard L2 entry (version 3, not extended): the cluster reads as zeros.
 pub const ZERO: u64 = 1;
+/// The parts that extended L2 entries divide a cluster into.
+pub const SUBCLUSTERS: u64 = 32;
+/// The bitmap of an extended L2 entry: every subcluster is allocated.
+pub const ALL_ALLOCATED: u64 = 0xffff_ffff;
+/// The bitmap of an extended L2 entry: every subcluster reads as zeros.
+pub const ALL_ZEROS: u64 = ALL_ALLOCATED << 32;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// The sizes that an image is built from.
@@ -27,6 +33,54 @@ pub struct Geometry {
     pub cluster_bits: u32,
     /// log2 of the width of a refcount in bits, 0–6.
     pub refcount_order: u32,
+    /// L2 entries have 128 bits, and clusters 32 subclusters (incompatible feature bit 4).
+    pub extended_l2: bool,
+}
+
+/// An L2 entry as it stands in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Entry {
+    /// The standard entry: offset and flags.
+    pub word: u64,
+    /// With extended L2 entries, the subclusters: bits 0–31 allocated, bits 32–63 zeros. 0 otherwise.
+    pub bitmap: u64,
+}
+
+impl Entry {
+    /// An entry that is the standard word alone.
+    pub fn standard(word: u64) -> Entry {
+        Entry { word, bitmap: 0 }
+    }
+}
+
+impl std::fmt::Display for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.bitmap {
+            0 => write!(f, "{:#x}", self.word),
+            bitmap => write!(f, "{:#x} with bitmap {bitmap:#x}", self.word),
+        }
+    }
+}
+
+/// The place in the file that an L2 entry gives a guest cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// None.
+    None,
+    /// A cluster of the file.
+    Cluster {
+        /// Its offset.
+        host: u64,
+        /// Nobody else refers to it.
+        owned: bool,
+    },
+    /// A compressed stream.
+    Compressed {
+        /// Offset in the file, of any alignment.
+        at: u64,
+        /// Bytes that may belong to it.
+        len: u64,
+    },
 }
 
 /// What an L2 entry says (qcow2 specification, "L2 table entry").
@@ -87,7 +141,27 @@ impl Geometry {
 
     /// log2 of the entries of an L2 table.
     pub fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - self.entry_bits()
+    }
+
+    /// log2 of the bytes of an L2 entry.
+    fn entry_bits(&self) -> u32 {
+        if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// Bytes of an L2 entry.
+    pub fn entry_bytes(&self) -> u64 {
+        1 << self.entry_bits()
+    }
+
+    /// log2 of the smallest piece of the guest's disk that is mapped by itself: a subcluster, or a cluster.
+    pub fn unit_bits(&self) -> u32 {
+        if self.extended_l2 { self.cluster_bits - SUBCLUSTERS.ilog2() } else { self.cluster_bits }
+    }
+
+    /// Such pieces in a cluster.
+    pub fn units(&self) -> u64 {
+        1 << (self.cluster_bits - self.unit_bits())
     }
 
     /// The L1 index of a guest cluster.
@@ -139,35 +213,65 @@ impl Geometry {
         Ok((at != 0).then_some(at))
     }
 
-    /// What an L2 entry says.
+    /// The place that an L2 entry gives its guest cluster.
     ///
     /// # Errors
-    /// Why it makes no sense.
-    pub fn mapping(&self, entry: u64) -> Result<Mapping, &'static str> {
-        if entry & COMPRESSED != 0 {
+    /// Why the entry makes no sense.
+    pub fn place(&self, entry: Entry) -> Result<Place, &'static str> {
+        let word = entry.word;
+        if word & COMPRESSED != 0 {
             let x = 62 - (self.cluster_bits - 8);
-            let at = entry & ((1 << x) - 1);
-            let sectors = ((entry & !(COPIED | COMPRESSED)) >> x) + 1;
+            let at = word & ((1 << x) - 1);
+            let sectors = ((word & !(COPIED | COMPRESSED)) >> x) + 1;
             if at >= MAX_HOST {
                 return Err("the compressed data lie beyond 2^56");
             }
-            return Ok(Mapping::Compressed { at, len: sectors * 512 - (at & 511) });
+            return Ok(Place::Compressed { at, len: sectors * 512 - (at & 511) });
         }
-        let host = entry & OFFSET;
-        let owned = entry & COPIED != 0;
-        if entry & !(OFFSET | COPIED | ZERO) != 0 {
+        let host = word & OFFSET;
+        if word & !(OFFSET | COPIED | ZERO) != 0 || (self.extended_l2 && word & ZERO != 0) {
             return Err("reserved bits are set");
         }
         if !self.aligned(host) {
             return Err("the offset is not the start of a cluster");
         }
-        match (entry & ZERO != 0, host) {
-            (true, _) if self.version < 3 => Err("a zero cluster in a version 2 image"),
-            (true, 0) => Ok(Mapping::Zero),
-            (true, host) => Ok(Mapping::ZeroAllocated { host, owned }),
-            (false, 0) => Ok(Mapping::Unallocated),
-            (false, host) => Ok(Mapping::Data { host, owned }),
+        if entry.bitmap & (entry.bitmap >> 32) != 0 {
+            return Err("a subcluster is both allocated and zeros");
         }
+        match host {
+            0 if entry.bitmap & ALL_ALLOCATED != 0 => Err("a subcluster is allocated without a cluster"),
+            0 => Ok(Place::None),
+            host => Ok(Place::Cluster { host, owned: word & COPIED != 0 }),
+        }
+    }
+
+    /// What an L2 entry says of one unit of its cluster; without extended entries there is unit 0 alone, the cluster. The
+    /// offset of data is that of the unit.
+    ///
+    /// # Errors
+    /// Why it makes no sense.
+    pub fn mapping(&self, entry: Entry, unit: u64) -> Result<Mapping, &'static str> {
+        let (zeros, allocated) = match self.extended_l2 {
+            true => (entry.bitmap >> (32 + unit) & 1 != 0, entry.bitmap >> unit & 1 != 0),
+            false => (entry.word & ZERO != 0, true),
+        };
+        let place = self.place(entry)?;
+        if zeros && self.version < 3 && !matches!(place, Place::Compressed { .. }) {
+            return Err("a zero cluster in a version 2 image");
+        }
+        Ok(match place {
+            Place::Compressed { at, len } => Mapping::Compressed { at, len },
+            Place::None if zeros => Mapping::Zero,
+            Place::None => Mapping::Unallocated,
+            Place::Cluster { host, owned } => {
+                let host = host + (unit << self.unit_bits());
+                match zeros {
+                    true => Mapping::ZeroAllocated { host, owned },
+                    false if allocated => Mapping::Data { host, owned },
+                    false => Mapping::Unallocated,
+                }
+            }
+        })
     }
 
     /// The refcount at an index of a run of packed refcounts (big-endian; below a byte, low bits first).
@@ -231,7 +335,7 @@ mod tests {
     use super::*;
 
     fn geometry(version: u32, cluster_bits: u32, refcount_order: u32) -> Geometry {
-        Geometry { version, cluster_bits, refcount_order }
+        Geometry { version, cluster_bits, refcount_order, extended_l2: false }
     }
 
     #[test]
@@ -273,32 +377,52 @@ mod tests {
         assert_eq!(geometry(3, 9, 4).l1_entries_for(u64::MAX), 1 << 49);
     }
 
+    fn map(g: &Geometry, word: u64) -> Result<Mapping, &'static str> {
+        g.mapping(Entry::standard(word), 0)
+    }
+
+    #[test]
+    fn extended_entries_say_what_each_subcluster_is() {
+        let g = Geometry { extended_l2: true, ..geometry(3, 16, 4) };
+        assert_eq!((g.l2_bits(), g.unit_bits(), g.units(), g.entry_bytes()), (12, 11, 32, 16));
+        let entry = |word, bitmap| Entry { word, bitmap };
+        let kept = entry(COPIED | 0x50000, 1 << 3 | 1 << (32 + 4));
+        assert_eq!(g.mapping(kept, 3), Ok(Mapping::Data { host: 0x51800, owned: true }));
+        assert_eq!(g.mapping(kept, 4), Ok(Mapping::ZeroAllocated { host: 0x52000, owned: true }));
+        assert_eq!(g.mapping(kept, 5), Ok(Mapping::Unallocated));
+        assert_eq!(g.mapping(entry(0, 1 << 63), 31), Ok(Mapping::Zero));
+        assert_eq!(g.mapping(entry(0, 1 << 63), 30), Ok(Mapping::Unallocated));
+        assert_eq!(g.place(kept), Ok(Place::Cluster { host: 0x50000, owned: true }));
+        // Bit 0 of the word is reserved, and a bitmap can contradict itself.
+        assert!(g.place(entry(1, 0)).is_err() && g.place(entry(0, 1)).is_err());
+        assert!(g.place(entry(0x50000, 1 | 1 << 32)).is_err());
+    }
+
     #[test]
     fn l2_entries_are_read_as_the_specification_says() {
         let g = geometry(3, 16, 4);
-        assert_eq!(g.mapping(0), Ok(Mapping::Unallocated));
-        assert_eq!(g.mapping(1), Ok(Mapping::Zero));
-        assert_eq!(g.mapping(COPIED | 0x50001), Ok(Mapping::ZeroAllocated { host: 0x50000, owned: true }));
-        assert_eq!(g.mapping(0x50000), Ok(Mapping::Data { host: 0x50000, owned: false }));
+        assert_eq!(map(&g, 0), Ok(Mapping::Unallocated));
+        assert_eq!(map(&g, 1), Ok(Mapping::Zero));
+        assert_eq!(map(&g, COPIED | 0x50001), Ok(Mapping::ZeroAllocated { host: 0x50000, owned: true }));
+        assert_eq!(map(&g, 0x50000), Ok(Mapping::Data { host: 0x50000, owned: false }));
         // cluster_bits 16: the offset has 54 bits, the sector count 8.
         let entry = COMPRESSED | 3 << 54 | 0x50123;
-        assert_eq!(g.mapping(entry), Ok(Mapping::Compressed { at: 0x50123, len: 4 * 512 - 0x123 }));
+        assert_eq!(map(&g, entry), Ok(Mapping::Compressed { at: 0x50123, len: 4 * 512 - 0x123 }));
     }
 
     #[test]
     fn entries_that_make_no_sense_are_refused() {
         let g = geometry(3, 16, 4);
-        assert!(g.mapping(0x8200).is_err() && g.mapping(2).is_err() && g.mapping(1 << 56).is_err());
+        assert!(map(&g, 0x8200).is_err() && map(&g, 2).is_err() && map(&g, 1 << 56).is_err());
         assert!(g.table(0x8000).is_err() && g.table(0x10001).is_err() && g.table(COMPRESSED).is_err());
-        assert!(geometry(2, 16, 4).mapping(1).is_err());
+        assert!(map(&geometry(2, 16, 4), 1).is_err());
         assert_eq!(g.table(COPIED | 0x10000), Ok(Some(0x10000)));
         // Whatever the bits, the answer is a value.
         for bits in 9..=21 {
             let g = geometry(3, bits, 4);
             for shift in 0..64 {
-                let _ =
-                    (g.mapping(u64::MAX >> shift), g.mapping(u64::MAX << shift), g.table(u64::MAX << shift));
-                if let Ok(Mapping::Compressed { len, .. }) = g.mapping(COMPRESSED | u64::MAX >> shift) {
+                let _ = (map(&g, u64::MAX >> shift), map(&g, u64::MAX << shift), g.table(u64::MAX << shift));
+                if let Ok(Mapping::Compressed { len, .. }) = map(&g, COMPRESSED | u64::MAX >> shift) {
                     assert!(len <= 2 * g.cluster());
                 }
             }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::{
     Qcow2, Storage,
     cache::Slice,
-    layout::{COPIED, Mapping},
+    layout::{COPIED, Entry, Mapping, Place as HostPlace},
     open::in_ranges,
 };
 use crate::{
@@ -55,14 +55,23 @@ impl<S: Storage> Qcow2<S> {
 
     /// Where the entry of a guest cluster is in its L2 table.
     pub(super) fn place(&self, table: u64, cluster: u64) -> Place {
-        let byte = self.geometry.l2_index(cluster) * 8;
+        let entry = self.geometry.entry_bytes();
+        let byte = self.geometry.l2_index(cluster) * entry;
         let slice = self.geometry.slice();
-        Place { slice: table + byte / slice * slice, index: (byte % slice / 8) as usize }
+        Place { slice: table + byte / slice * slice, index: (byte % slice / entry) as usize }
     }
 
     /// Entries in a slice.
     pub(super) fn slice_entries(&self) -> usize {
-        (self.geometry.slice() / 8) as usize
+        (self.geometry.slice() / self.geometry.entry_bytes()) as usize
+    }
+
+    /// The entry at an index of a slice.
+    pub(super) fn entry_in(&self, slice: &Slice, index: usize) -> Entry {
+        match self.geometry.extended_l2 {
+            true => Entry { word: slice.word(2 * index), bitmap: slice.word(2 * index + 1) },
+            false => Entry::standard(slice.word(index)),
+        }
     }
 
     /// Guest bytes from `at` to the end of what one slice maps.
@@ -71,18 +80,34 @@ impl<S: Storage> Qcow2<S> {
         span - at % span
     }
 
-    /// What an entry says, checked against the file's length.
-    pub(super) fn mapping(&self, entry: u64) -> std::result::Result<Mapping, String> {
-        let mapping = self.geometry.mapping(entry).map_err(|why| format!("L2 entry {entry:#x}: {why}"))?;
+    /// What an entry says of a unit of its cluster, checked against the file's length.
+    pub(super) fn mapping(&self, entry: Entry, unit: u64) -> std::result::Result<Mapping, String> {
+        let g = &self.geometry;
+        let mapping = g.mapping(entry, unit).map_err(|why| format!("L2 entry {entry}: {why}"))?;
         let start = match mapping {
-            Mapping::Data { host, .. } | Mapping::ZeroAllocated { host, .. } => host,
+            Mapping::Data { host, .. } | Mapping::ZeroAllocated { host, .. } => host - g.within(host),
             Mapping::Compressed { at, .. } => at,
             Mapping::Unallocated | Mapping::Zero => return Ok(mapping),
         };
-        if start < self.file_len.get() {
-            return Ok(mapping);
+        self.in_file(entry, start).map(|()| mapping)
+    }
+
+    fn in_file(&self, entry: Entry, start: u64) -> std::result::Result<(), String> {
+        match start < self.file_len.get() {
+            true => Ok(()),
+            false => Err(format!("L2 entry {entry}: the cluster lies beyond the end of the file")),
         }
-        Err(format!("L2 entry {entry:#x}: the cluster lies beyond the end of the file"))
+    }
+
+    /// The place that an entry gives its cluster, checked against the file's length.
+    pub(super) fn host_place(&self, entry: Entry) -> std::result::Result<HostPlace, String> {
+        let place = self.geometry.place(entry).map_err(|why| format!("L2 entry {entry}: {why}"))?;
+        let start = match place {
+            HostPlace::Cluster { host, .. } => host,
+            HostPlace::Compressed { at, .. } => at,
+            HostPlace::None => return Ok(place),
+        };
+        self.in_file(entry, start).map(|()| place)
     }
 
     /// Whether a cluster of the file holds metadata.
@@ -93,24 +118,30 @@ impl<S: Storage> Qcow2<S> {
     /// The run that begins at a guest byte, no longer than `len`, out of its slice.
     fn run_in(&self, slice: &Slice, at: u64, len: u64) -> std::result::Result<Run, String> {
         let g = &self.geometry;
-        let first = g.index(at);
-        let mut index = self.place(0, first).index;
-        let within = g.within(at);
-        let mut run = (g.cluster() - within).min(len);
-        let entry = slice.entry(index);
-        let (kind, mut next) = match self.mapping(entry)? {
+        let (bits, units) = (g.unit_bits(), g.units());
+        // A number of the unit within the slice.
+        let mut unit = (self.place(0, g.index(at)).index as u64) * units + (g.within(at) >> bits);
+        let end = self.slice_entries() as u64 * units;
+        let within = at & ((1 << bits) - 1);
+        let mut entry = self.entry_in(slice, (unit / units) as usize);
+        let (kind, mut next) = match self.mapping(entry, unit % units)? {
             Mapping::Unallocated => (Kind::Unallocated, 0),
             Mapping::Zero => (Kind::Zero { kept: false }, 0),
             Mapping::ZeroAllocated { .. } => (Kind::Zero { kept: true }, 0),
             Mapping::Data { host, owned } => (Kind::Data { host: host + within, owned }, host),
-            Mapping::Compressed { at, len } => {
-                return Ok(Run { len: run, kind: Kind::Compressed { at, len } });
+            Mapping::Compressed { at: stream, len: bytes } => {
+                let len = (g.cluster() - g.within(at)).min(len);
+                return Ok(Run { len, kind: Kind::Compressed { at: stream, len: bytes } });
             }
         };
-        while run < len && index + 1 < self.slice_entries() {
-            index += 1;
-            next += g.cluster();
-            let same = match (kind, self.mapping(slice.entry(index))) {
+        let mut run = ((1 << bits) - within).min(len);
+        while run < len && unit + 1 < end {
+            unit += 1;
+            next += 1 << bits;
+            if unit.is_multiple_of(units) {
+                entry = self.entry_in(slice, (unit / units) as usize);
+            }
+            let same = match (kind, self.mapping(entry, unit % units)) {
                 (Kind::Unallocated, Ok(Mapping::Unallocated)) => true,
                 (Kind::Zero { kept }, Ok(Mapping::Zero)) => !kept,
                 (Kind::Zero { kept }, Ok(Mapping::ZeroAllocated { .. })) => kept,
@@ -123,7 +154,7 @@ impl<S: Storage> Qcow2<S> {
             if !same {
                 break;
             }
-            run = (run + g.cluster()).min(len);
+            run = (run + (1 << bits)).min(len);
         }
         Ok(Run { len: run, kind })
     }

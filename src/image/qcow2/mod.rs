@@ -29,6 +29,7 @@ mod refcount;
 mod resize;
 mod snapshot;
 mod storage;
+mod subcluster;
 mod tables;
 mod write;
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::{
     Qcow2, Storage,
     cache::Slice,
-    layout::{COPIED, Mapping, be64},
+    layout::{COPIED, Entry, Mapping, Place},
 };
 use crate::{
     sys::mem::Buffer,
@@ -20,17 +20,12 @@ pub(super) struct Entries {
 }
 
 impl Entries {
-    /// The entry of a guest cluster that the same slice maps.
-    pub(super) fn get(&self, cluster: u64) -> u64 {
-        self.slice.entry(self.index(cluster))
-    }
-
     fn index(&self, cluster: u64) -> usize {
         self.first_index + (cluster - self.first_cluster) as usize
     }
 }
 
-/// The bytes of a table's entries.
+/// The bytes of a table of words.
 pub(super) fn encode(entries: &[u64]) -> Buffer {
     let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
     Buffer::from_slice(&bytes)
@@ -93,31 +88,38 @@ impl<S: Storage> Qcow2<S> {
         self.sync(op).await
     }
 
+    /// The entry of a guest cluster that the slice maps.
+    pub(super) fn entry(&self, entries: &Entries, cluster: u64) -> Entry {
+        self.entry_in(&entries.slice, entries.index(cluster))
+    }
+
     /// Sets the entries of guest clusters from `cluster` on, in the file and then in memory. They must lie in the slice.
     pub(super) async fn set_entries(
         &self,
         op: IoOp,
         entries: &Entries,
         cluster: u64,
-        new: &[u64],
+        new: &[Entry],
     ) -> Result<()> {
-        let index = entries.index(cluster);
-        let at = entries.slice.at + index as u64 * 8;
-        let result = self.storage.write(at, &encode(new).sg()).await;
-        match result {
+        let g = self.geometry;
+        let offset = entries.index(cluster) * g.entry_bytes() as usize;
+        let at = entries.slice.at + offset as u64;
+        let bytes: Vec<u8> = match g.extended_l2 {
+            true => {
+                new.iter().flat_map(|e| [e.word.to_be_bytes(), e.bitmap.to_be_bytes()]).flatten().collect()
+            }
+            false => new.iter().flat_map(|e| e.word.to_be_bytes()).collect(),
+        };
+        match self.storage.write(at, &Buffer::from_slice(&bytes).sg()).await {
             Ok(()) => {
-                entries.slice.set_entries(index, new);
+                entries.slice.set(offset, &bytes);
                 Ok(())
             }
             Err(e) => {
                 // What the file holds now is anybody's guess: look, so that memory and file say the same.
-                let there = Buffer::zeroed(new.len() * 8);
+                let there = Buffer::zeroed(bytes.len());
                 match self.storage.read(at, &there.sg()).await {
-                    Ok(()) => {
-                        let bytes = there.to_vec();
-                        let words: Vec<u64> = (0..new.len()).map(|i| be64(&bytes, i * 8)).collect();
-                        entries.slice.set_entries(index, &words);
-                    }
+                    Ok(()) => entries.slice.set(offset, &there.to_vec()),
                     Err(_) => self.barrier.fail(),
                 }
                 Err(self.io_error(op, e))
@@ -125,16 +127,32 @@ impl<S: Storage> Qcow2<S> {
         }
     }
 
-    /// The clusters of the file that an entry refers to: the first, and how many.
-    pub(super) fn referred(&self, mapping: Mapping) -> Option<(u64, u64)> {
+    /// The clusters of the file that an entry with that place refers to: the first, and how many.
+    pub(super) fn referred(&self, place: Place) -> Option<(u64, u64)> {
         let g = &self.geometry;
-        match mapping {
-            Mapping::Unallocated | Mapping::Zero => None,
-            Mapping::Data { host, .. } | Mapping::ZeroAllocated { host, .. } => Some((g.index(host), 1)),
-            Mapping::Compressed { at, len } => {
+        match place {
+            Place::None => None,
+            Place::Cluster { host, .. } => Some((g.index(host), 1)),
+            Place::Compressed { at, len } => {
                 let first = g.index(at);
                 Some((first, g.index(at + len - 1) - first + 1))
             }
+        }
+    }
+
+    /// What an entry says of a unit; if it makes no sense, the image is damaged.
+    pub(super) async fn mapping_of(&self, op: IoOp, entry: Entry, unit: u64) -> Result<Mapping> {
+        match self.mapping(entry, unit) {
+            Ok(mapping) => Ok(mapping),
+            Err(why) => Err(self.damaged(op, why).await),
+        }
+    }
+
+    /// The place that an entry gives; if it makes no sense, the image is damaged.
+    pub(super) async fn place_of(&self, op: IoOp, entry: Entry) -> Result<Place> {
+        match self.host_place(entry) {
+            Ok(place) => Ok(place),
+            Err(why) => Err(self.damaged(op, why).await),
         }
     }
 

@@ -8,7 +8,7 @@
 
 use super::{
     Qcow2, Storage,
-    layout::{COPIED, Mapping},
+    layout::{COPIED, Entry, Mapping, Place},
     map::Kind,
     read::ABREAST,
     tables::Entries,
@@ -107,7 +107,7 @@ impl<S: Storage> Qcow2<S> {
         }
     }
 
-    async fn write_in_place(&self, op: IoOp, host: u64, from: &Sg) -> Result<()> {
+    pub(super) async fn write_in_place(&self, op: IoOp, host: u64, from: &Sg) -> Result<()> {
         let g = &self.geometry;
         let first = g.index(host);
         let last = g.index(host + from.len() as u64 - 1);
@@ -124,10 +124,13 @@ impl<S: Storage> Qcow2<S> {
         let (first, last) = (g.index(at), g.index(end - 1));
         let _held = self.guests.exclusive(first, last - first + 1).await;
         let entries = self.entries(op, first).await?;
+        if g.extended_l2 {
+            return self.write_subclusters(op, &entries, at, from).await;
+        }
         let mut pos = at;
         while pos < end {
             let cluster = g.index(pos);
-            let mapping = self.mapping_of(op, &entries, cluster).await?;
+            let mapping = self.mapping_of(op, self.entry(&entries, cluster), 0).await?;
             let next = match mapping {
                 Mapping::Data { host, owned: true } => {
                     // Somebody else has brought it here since we looked.
@@ -159,18 +162,11 @@ impl<S: Storage> Qcow2<S> {
         Ok(())
     }
 
-    pub(super) async fn mapping_of(&self, op: IoOp, entries: &Entries, cluster: u64) -> Result<Mapping> {
-        match self.mapping(entries.get(cluster)) {
-            Ok(mapping) => Ok(mapping),
-            Err(why) => Err(self.damaged(op, why).await),
-        }
-    }
-
     /// How many zero clusters from `cluster` on are kept side by side in the file, the first at `host`.
     fn kept_together(&self, entries: &Entries, cluster: u64, host: u64, most: u64) -> u64 {
         let step = self.geometry.cluster();
         let follows = |i: &u64| {
-            let here = self.mapping(entries.get(cluster + i));
+            let here = self.mapping(self.entry(entries, cluster + i), 0);
             matches!(here, Ok(Mapping::ZeroAllocated { host: h, owned: true }) if h == host + i * step)
         };
         (0..most).take_while(follows).count() as u64
@@ -178,8 +174,8 @@ impl<S: Storage> Qcow2<S> {
 
     /// How many clusters from `cluster` to `last` need a new place.
     pub(super) fn clusters_to_take(&self, entries: &Entries, cluster: u64, last: u64) -> u64 {
-        let needs = |c: &u64| match self.mapping(entries.get(*c)) {
-            Ok(Mapping::Data { owned, .. } | Mapping::ZeroAllocated { owned, .. }) => !owned,
+        let needs = |c: &u64| match self.host_place(self.entry(entries, *c)) {
+            Ok(Place::Cluster { owned, .. }) => !owned,
             Ok(_) => true,
             Err(_) => false,
         };
@@ -203,7 +199,7 @@ impl<S: Storage> Qcow2<S> {
         let mut old = Vec::with_capacity(to.count as usize);
         let mut zeros = to.fresh;
         for cluster in first..first + to.count {
-            let mapping = self.mapping_of(op, entries, cluster).await?;
+            let mapping = self.mapping_of(op, self.entry(entries, cluster), 0).await?;
             zeros &= self.sees_zeros(mapping, cluster);
             old.push(mapping);
         }
@@ -229,26 +225,32 @@ impl<S: Storage> Qcow2<S> {
             }
             return Err(e);
         }
-        self.link(op, entries, first, &old, to.host, to.fresh).await
+        let new: Vec<Entry> = self.side_by_side(to.host, to.count);
+        self.link(op, entries, first, &new, to.fresh).await
     }
 
-    /// Links clusters of the file, side by side, to guest clusters, and lets go of what those had before.
+    /// The entries of clusters that lie side by side in the file, of this image alone.
+    pub(super) fn side_by_side(&self, host: u64, count: u64) -> Vec<Entry> {
+        let bits = self.geometry.cluster_bits;
+        (0..count).map(|i| Entry::standard((host + (i << bits)) | COPIED)).collect()
+    }
+
+    /// Gives guest clusters from `first` on new entries; with `replaces`, lets go of what they had before.
     pub(super) async fn link(
         &self,
         op: IoOp,
         entries: &Entries,
         first: u64,
-        old: &[Mapping],
-        host: u64,
+        new: &[Entry],
         replaces: bool,
     ) -> Result<()> {
-        let step = self.geometry.cluster();
-        let new: Vec<u64> = (0..old.len() as u64).map(|i| (host + i * step) | COPIED).collect();
-        self.set_entries(op, entries, first, &new).await?;
-        if replaces {
-            for (first, count) in old.iter().filter_map(|m| self.referred(*m)) {
-                self.free_later(first, count);
-            }
+        let mut old = Vec::new();
+        for cluster in (first..first + new.len() as u64).filter(|_| replaces) {
+            old.extend(self.referred(self.place_of(op, self.entry(entries, cluster)).await?));
+        }
+        self.set_entries(op, entries, first, new).await?;
+        for (first, count) in old {
+            self.free_later(first, count);
         }
         Ok(())
     }
