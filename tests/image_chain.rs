@@ -151,7 +151,7 @@ fn loops_and_endless_chains_are_found() {
         for i in 0..65 {
             let file = at.join(format!("{i}.qcow2"));
             let new = fs::OpenOptions::new().read(true).write(true).create_new(true).open(&file).unwrap();
-            tcmu_dif::image::qcow2::create(&io, new.into(), &file, &options).await.unwrap();
+            tcmu_dif::image::qcow2::create(&io, new.into(), None, &file, &options).await.unwrap();
             options.backing_file = Some(format!("{i}.qcow2"));
             options.backing_format = Some("qcow2".to_owned());
         }
@@ -214,7 +214,10 @@ fn a_raw_backing_file_stays_raw_whatever_its_first_bytes_are() {
 fn damaged_and_foreign_headers_are_refused_with_the_next_step() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
-    img(dir, &["create", "-q", "-f", "qcow2", "-o", "data_file=ext.raw", "ext.qcow2", "1M"]);
+    img(dir, &["create", "-q", "-f", "qcow2", "ext.qcow2", "1M"]);
+    let mut unknown = fs::read(dir.join("ext.qcow2")).unwrap();
+    unknown[72] = 0x80;
+    fs::write(dir.join("ext.qcow2"), unknown).unwrap();
     let e = refused(dir.join("ext.qcow2"), writable());
     assert_eq!(e.what, OpenErrorKind::Unsupported);
     assert!(e.next_step().unwrap().contains("qemu-img convert"));
@@ -235,6 +238,65 @@ fn damaged_and_foreign_headers_are_refused_with_the_next_step() {
         fs::write(dir.join("bad.qcow2"), &good[..len]).unwrap();
         assert_eq!(refused(dir.join("bad.qcow2"), writable()).what, OpenErrorKind::Corrupt, "{len} bytes");
     }
+}
+
+/// Whoever made the image chose the name, and has no business with other files of the host.
+#[test]
+fn an_external_data_file_is_opened_beside_its_image_and_nowhere_else() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("images");
+    fs::create_dir(&dir).unwrap();
+    let at = |name: &str| format!("data_file={}", tmp.path().join(name).display());
+    img(&dir, &["create", "-q", "-f", "qcow2", "-o", &at("images/beside"), "good.qcow2", "1M"]);
+    img(&dir, &["create", "-q", "-f", "qcow2", "-o", &at("secret"), "bad.qcow2", "1M"]);
+    img(&dir, &["create", "-q", "-f", "qcow2", "-o", "data_file=../secret", "worse.qcow2", "1M"]);
+    for name in ["bad.qcow2", "worse.qcow2"] {
+        let e = refused(dir.join(name), writable());
+        assert!(matches!(e.what, OpenErrorKind::DataFileElsewhere(_)), "{e}");
+        assert!(e.next_step().unwrap().contains("ln -s"));
+    }
+    let good = dir.join("good.qcow2");
+    let locked = good.clone();
+    run(async move |io| {
+        let image = open(&io, &good, &writable()).await.unwrap();
+        assert!(image.places()[0].ends_with("beside") && image.files()[0].ends_with("good.qcow2"));
+        let before = image.stamp().unwrap();
+        let data = Buffer::from_slice(&[7; 4096]);
+        image.write(ByteOffset(0), &data.sg(), Default::default()).await.unwrap();
+        assert_ne!(image.stamp().unwrap(), before);
+        // The data file has QEMU's locks, too.
+        let raw = refused(locked.with_file_name("beside"), writable());
+        assert!(matches!(raw.what, OpenErrorKind::InUse(_)), "{raw}");
+        image.close().await.unwrap();
+    });
+    fs::remove_file(dir.join("beside")).unwrap();
+    assert_eq!(refused(dir.join("good.qcow2"), writable()).what, OpenErrorKind::NotFound);
+}
+
+#[test]
+fn we_make_images_with_external_data_files() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().to_owned();
+    run(async move |io| {
+        let options = CreateOptions {
+            data_file: Some("new.data".to_owned()),
+            data_file_raw: true,
+            ..CreateOptions::new(1 << 20)
+        };
+        create_qcow2(&io, &dir.join("new.qcow2"), &options).await.unwrap();
+        assert_eq!(fs::metadata(dir.join("new.data")).unwrap().len(), 1 << 20);
+        img(&dir, &["check", "-q", "new.qcow2"]);
+        let info = tool("qemu-img", &dir, &["info", "new.qcow2"]);
+        let info = String::from_utf8_lossy(&info.stdout).into_owned();
+        assert!(info.contains("data file: new.data") && info.contains("data file raw: true"), "{info}");
+
+        let options = CreateOptions { data_file: Some("/dev/shm/x".to_owned()), ..options };
+        let e = create_qcow2(&io, &dir.join("two.qcow2"), &options).await.unwrap_err();
+        assert!(matches!(e.what, CreateErrorKind::DataFile(_)) && !dir.join("two.qcow2").exists(), "{e}");
+        let options = CreateOptions { data_file: Some("new.data".to_owned()), ..options };
+        let e = create_qcow2(&io, &dir.join("two.qcow2"), &options).await.unwrap_err();
+        assert!(e.what == CreateErrorKind::Exists && !dir.join("two.qcow2").exists(), "{e}");
+    });
 }
 
 #[test]

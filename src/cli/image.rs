@@ -135,6 +135,10 @@ fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
         "extended_l2" => {
             options.extended_l2 = on_or_off(value).ok_or_else(|| wrong("extended_l2 is on or off"))?
         }
+        "data_file" => options.data_file = Some(value.to_owned()),
+        "data_file_raw" => {
+            options.data_file_raw = on_or_off(value).ok_or_else(|| wrong("data_file_raw is on or off"))?
+        }
         "preallocation" => {
             options.preallocation = match value {
                 "off" => Preallocation::Off,
@@ -204,14 +208,19 @@ fn info(args: &ImageInfo) -> Done {
         backing_filename_format: header.as_ref().and_then(|h| h.backing_format.clone()),
         dirty_flag: header.as_ref().is_some_and(|h| h.dirty),
         format_specific: header.as_ref().map(|h| {
-            json!({ "type": "qcow2", "data": {
+            let mut data = json!({
                 "compat": if h.version == 2 { "0.10" } else { "1.1" },
                 "refcount-bits": 1u64 << h.refcount_order,
                 "compression-type": h.compression.to_string(),
                 "lazy-refcounts": h.lazy_refcounts,
                 "corrupt": h.corrupt,
                 "extended-l2": h.geometry().extended_l2,
-            }})
+            });
+            if let Some(name) = &h.data_file {
+                data["data-file"] = json!(name);
+                data["data-file-raw"] = json!(h.data_file_raw());
+            }
+            json!({ "type": "qcow2", "data": data })
         }),
     };
     if args.json || args.output == Output::Json {
@@ -249,6 +258,8 @@ fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
         out.push(format!("    lazy refcounts: {}", yes(h.lazy_refcounts)));
         out.push(format!("    refcount bits: {}", 1u64 << h.refcount_order));
         out.push(format!("    corrupt: {}", yes(h.corrupt)));
+        out.extend(h.data_file.as_ref().map(|name| format!("    data file: {name}")));
+        out.extend(h.data_file.as_ref().map(|_| format!("    data file raw: {}", yes(h.data_file_raw()))));
         out.push(format!("    extended l2: {}", yes(h.geometry().extended_l2)));
     }
     out.join("\n")

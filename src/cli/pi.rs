@@ -114,7 +114,7 @@ fn verify(args: &PiImage) -> Done {
         let cluster = u64::from(volume.limits().discard_granularity);
         let beneath = Beneath::open(&io, &volume.files()[1..], sidecar.block_size(), cluster).await?;
         let mut report = tools::verify(&volume, &sidecar, &beneath, step).await?;
-        tools::name_files(&mut report.bad, volume.files());
+        tools::name_files(&mut report.bad, volume.places());
         Ok(report)
     });
     bar.finish_and_clear();
@@ -188,7 +188,7 @@ fn adopt(args: &PiImage) -> Done {
     let report = sys::run(async move |io| -> Result<AdoptReport, Failure> {
         let volume = reader(&io, &image).await?;
         let mut report = tools::adopt(&io, &volume, &image, &sidecar, step).await?;
-        tools::name_files(&mut report.changed, volume.files());
+        tools::name_files(&mut report.changed, volume.places());
         Ok(report)
     });
     bar.finish_and_clear();

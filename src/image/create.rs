@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    open::{OpenError, OpenOptions, backing, open_any_size},
+    open::{OpenError, OpenOptions, backing, data_file, open_any_size},
     qcow2,
 };
 use crate::{
@@ -63,6 +63,9 @@ pub enum CreateErrorKind {
     /// The backing file cannot be used.
     #[error("its backing file '{0}' cannot be used")]
     Backing(String),
+    /// It cannot have its external data file there.
+    #[error("{0}")]
+    DataFile(String),
     /// Writing it failed.
     #[error("cannot be written")]
     Io,
@@ -97,6 +100,7 @@ impl CreateError {
             CreateErrorKind::Size(_) => Some("choose a multiple of 512 bytes, for instance 10G".to_owned()),
             CreateErrorKind::NoSpace(_) => Some(format!("choose a smaller size; df -h {directory}")),
             CreateErrorKind::Option { .. } | CreateErrorKind::Io => None,
+            CreateErrorKind::DataFile(_) => Some("name a file in the image's own directory".to_owned()),
             CreateErrorKind::Backing(_) => match self.source.as_ref()?.downcast_ref::<OpenError>() {
                 Some(e) => e.next_step(),
                 None => Some("name a local file, and its format".to_owned()),
@@ -187,7 +191,19 @@ pub async fn create_qcow2(io: &Io, path: &Path, options: &qcow2::CreateOptions) 
     let at = path.to_owned();
     let made = io.blocking(move || NewFile::create(&at)).await.and_then(|r| r);
     let (new, file) = made.map_err(|e| CreateError::io(path, options.size, e))?;
-    qcow2::create(io, Rc::new(file), path, &options).await.map_err(|e| {
+    let beside = match &options.data_file {
+        Some(name) => {
+            let refused = |e: OpenError| CreateErrorKind::DataFile(e.to_string());
+            let at = data_file(path, name)
+                .map_err(|what| CreateError::new(path, refused(OpenError::new(path, what))))?;
+            let made = at.clone();
+            let made = io.blocking(move || NewFile::create(&made)).await.and_then(|r| r);
+            Some(made.map_err(|e| CreateError::io(&at, options.size, e))?)
+        }
+        None => None,
+    };
+    let (beside, data) = beside.map(|(new, file)| (new, Rc::new(file))).unzip();
+    qcow2::create(io, Rc::new(file), data, path, &options).await.map_err(|e| {
         let (what, source): (_, Option<Box<dyn Error + Send + Sync>>) = match e {
             qcow2::CreateError::Option { option, value, reason } => {
                 (CreateErrorKind::Option { option, value, reason }, None)
@@ -199,7 +215,8 @@ pub async fn create_qcow2(io: &Io, path: &Path, options: &qcow2::CreateOptions) 
         };
         CreateError { source, ..CreateError::new(path, what) }
     })?;
-    let kept = io.blocking(move || new.keep()).await.and_then(|r| r);
+    let keep = move || beside.map_or(Ok(()), NewFile::keep).and_then(|()| new.keep());
+    let kept = io.blocking(keep).await.and_then(|r| r);
     kept.map_err(|e| CreateError::io(path, options.size, e))
 }
 

@@ -63,6 +63,8 @@ pub enum OpenErrorKind {
     BackingProtocol(String),
     /// It says that its backing file has a format that we do not know.
     BackingFormat(String),
+    /// It names an external data file that does not lie beside it.
+    DataFileElsewhere(String),
     /// Its chain of backing files comes back to it.
     BackingLoop,
     /// Its chain of backing files is longer than [`MAX_CHAIN`].
@@ -181,6 +183,10 @@ impl OpenError {
             OpenErrorKind::BackingFormat(_) => {
                 format!("name the format raw or qcow2: qemu-img rebase -u -b FILE -F FORMAT {path}")
             }
+            OpenErrorKind::DataFileElsewhere(name) => format!(
+                "if you trust the image, put a link to it beside the image and name that: ln -s {name} {path}.data && qemu-img amend \
+                 -o data_file={path}.data {path}"
+            ),
             OpenErrorKind::BackingLoop => {
                 format!("break the loop: qemu-img rebase -u -b FILE -F FORMAT {path}")
             }
@@ -222,6 +228,9 @@ impl fmt::Display for OpenErrorKind {
             }
             OpenErrorKind::BackingFormat(name) => {
                 write!(f, "its backing file has the unknown format '{name}'")
+            }
+            OpenErrorKind::DataFileElsewhere(name) => {
+                write!(f, "its external data file '{name}' does not lie beside it")
             }
             OpenErrorKind::BackingLoop => f.write_str("its chain of backing files is a loop"),
             OpenErrorKind::ChainTooLong => write!(f, "its chain has more than {MAX_CHAIN} images"),

@@ -88,6 +88,10 @@ pub struct Image {
     file: Rc<File>,
     /// The files of the chain, this one first.
     files: Vec<PathBuf>,
+    /// The files that hold the guest's bytes, by depth: those of `files`, or their external data files.
+    places: Vec<PathBuf>,
+    /// This image's external data file.
+    data: Option<Rc<File>>,
     /// On every file of the chain. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<ImageLock>>,
 }
@@ -95,7 +99,8 @@ pub struct Image {
 impl Image {
     fn new(driver: Driver, path: PathBuf, file: Rc<File>) -> Image {
         let files = vec![path.clone()];
-        Image { driver, path, file, files, locks: RefCell::default() }
+        let places = files.clone();
+        Image { driver, path, file, files, places, data: None, locks: RefCell::default() }
     }
 
     /// The format it was opened as.
@@ -116,18 +121,30 @@ impl Image {
         &self.files
     }
 
+    /// The files that hold the guest's bytes, by the depth that [`Extent::depth`] counts: what [`Extent::host_offset`] is an offset in.
+    pub fn places(&self) -> &[PathBuf] {
+        &self.places
+    }
+
     /// The driver, for what only one format has.
     pub fn driver(&self) -> &Driver {
         &self.driver
     }
 
-    /// Size and modification time of the image's own file (not of its backing files), now.
+    /// Size and modification time of the image's own file (not of its backing files), now; with an external data file the sum and the
+    /// later of both.
     ///
     /// # Errors
     /// Those of `fstat`.
     pub fn stamp(&self) -> io::Result<Stamp> {
-        let meta = self.file.metadata()?;
-        Ok(Stamp { size: raw::size_of(&self.file)?, mtime: (meta.mtime(), meta.mtime_nsec() as u32) })
+        let stamp = |file: &File| -> io::Result<Stamp> {
+            let meta = file.metadata()?;
+            Ok(Stamp { size: raw::size_of(file)?, mtime: (meta.mtime(), meta.mtime_nsec() as u32) })
+        };
+        let own = stamp(&self.file)?;
+        let Some(data) = &self.data else { return Ok(own) };
+        let data = stamp(data)?;
+        Ok(Stamp { size: own.size + data.size, mtime: own.mtime.max(data.mtime) })
     }
 }
 

@@ -47,10 +47,16 @@ impl Default for OpenOptions {
 struct Layer {
     path: PathBuf,
     file: Rc<File>,
-    /// Device and inode, or the device's own number.
-    id: (u64, u64),
     format: Format,
     probed: bool,
+    lock: Option<ImageLock>,
+    data: Option<DataFile>,
+}
+
+/// An external data file of a qcow2 image.
+struct DataFile {
+    path: PathBuf,
+    file: Rc<File>,
     lock: Option<ImageLock>,
 }
 
@@ -71,15 +77,21 @@ pub(super) async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -
     let mut image: Option<Image> = None;
     let depth = layers.len();
     let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
+    let places = layers.iter().map(|l| l.data.as_ref().map_or(&l.path, |d| &d.path).clone()).collect();
+    let data = layers.first().and_then(|l| l.data.as_ref()).map(|d| d.file.clone());
     for (i, mut layer) in layers.into_iter().enumerate().rev() {
         locks.extend(layer.lock.take());
+        let below = layer.data.take().map(|mut data| {
+            locks.extend(data.lock.take());
+            data.file
+        });
         let read_only = options.read_only || i > 0;
         let file = layer.file.clone();
         let driver = match layer.format {
             Format::Raw => Raw::new(io, file, &layer.path, read_only, layer.probed).map(Driver::Raw),
             Format::Qcow2 => {
                 let backing = image.take().map(|image| Rc::new(image) as Backing);
-                let opened = Qcow2::open(io, file, &layer.path, read_only, backing).await;
+                let opened = Qcow2::open(io, file, below, &layer.path, read_only, backing).await;
                 opened.map(|driver| Driver::Qcow2(Box::new(driver)))
             }
         };
@@ -90,6 +102,8 @@ pub(super) async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -
     let Some(mut image) = image else { return Err(OpenError::new(path, OpenErrorKind::Io)) };
     image.locks.replace(locks);
     image.files = names;
+    image.places = places;
+    image.data = data;
     tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)
 }
@@ -115,6 +129,8 @@ impl Image {
 /// The image and its backing files, from the top down.
 async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<Layer>, OpenError> {
     let mut layers: Vec<Layer> = Vec::new();
+    let mut seen = Vec::new();
+    let first = |layers: &[Layer], path: &Path| layers.first().map_or(path, |l| &l.path).to_owned();
     let mut next = Some((path.to_owned(), options.format));
     while let Some((path, format)) = next.take() {
         let backing_of = layers.last().map(|l| l.path.clone());
@@ -124,14 +140,11 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
             return Err(OpenError::new(&layers[0].path, OpenErrorKind::ChainTooLong));
         }
         let (file, id) = open_file(io, &path, read_only).await.map_err(of)?;
-        if layers.iter().any(|l| l.id == id) {
-            return Err(OpenError::new(&layers[0].path, OpenErrorKind::BackingLoop));
+        if seen.contains(&id) {
+            return Err(OpenError::new(first(&layers, &path), OpenErrorKind::BackingLoop));
         }
-        let mode = if read_only { LockMode::Reader } else { LockMode::Writer };
-        let lock = match options.lock {
-            true => Some(ImageLock::acquire(&file, mode).map_err(|e| of(OpenError::lock(&path, e)))?),
-            false => None,
-        };
+        seen.push(id);
+        let lock = lock_file(&file, &path, read_only, options).map_err(of)?;
         let head = read_head(io, &file).await.map_err(|e| of(OpenError::io(&path, e, false)))?;
         let is_qcow2 = head.starts_with(&QCOW2_MAGIC);
         let probed = format.is_none();
@@ -141,14 +154,53 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
             (None, true) => Format::Qcow2,
             (None, false) => Format::Raw,
         };
+        let mut data = None;
         if format == Format::Qcow2 {
             let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
             let (name, format) = (header.backing_file.as_deref(), header.backing_format.as_deref());
             next = backing(&path, name, format).map_err(|what| of(OpenError::new(&path, what)))?;
+            if let Some(name) = &header.data_file {
+                let at = data_file(&path, name).map_err(|what| of(OpenError::new(&path, what)))?;
+                let (file, id) = open_file(io, &at, read_only).await.map_err(of)?;
+                if seen.contains(&id) {
+                    return Err(OpenError::new(first(&layers, &path), OpenErrorKind::BackingLoop));
+                }
+                seen.push(id);
+                let lock = lock_file(&file, &at, read_only, options).map_err(of)?;
+                data = Some(DataFile { path: at, file, lock });
+            }
         }
-        layers.push(Layer { path, file, id, format, probed, lock });
+        layers.push(Layer { path, file, format, probed, lock, data });
     }
     Ok(layers)
+}
+
+fn lock_file(
+    file: &Rc<File>,
+    path: &Path,
+    read_only: bool,
+    options: &OpenOptions,
+) -> Result<Option<ImageLock>, OpenError> {
+    let mode = if read_only { LockMode::Reader } else { LockMode::Writer };
+    let lock = options.lock.then(|| ImageLock::acquire(file, mode)).transpose();
+    lock.map_err(|e| OpenError::lock(path, e))
+}
+
+/// The external data file that a header names. It has to lie beside the image: whoever made the image chose the name, and may be a
+/// guest's owner, who has no business with other files of the host (CVE-2024-32498).
+pub(super) fn data_file(image: &Path, name: &str) -> Result<PathBuf, OpenErrorKind> {
+    let directory = image.parent().unwrap_or(Path::new(""));
+    let file = directory.join(name.strip_prefix("file:").unwrap_or(name));
+    let real = |directory: &Path| {
+        let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+        fs::canonicalize(directory).ok()
+    };
+    let beside =
+        |parent: &Path| parent == directory || real(parent).is_some_and(|p| Some(p) == real(directory));
+    match file.file_name().is_some() && file.parent().is_some_and(beside) {
+        true => Ok(file),
+        false => Err(OpenErrorKind::DataFileElsewhere(name.to_owned())),
+    }
 }
 
 /// The backing file that a header names, and its format. A relative name is relative to the image's directory, as the image

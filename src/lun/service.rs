@@ -37,7 +37,7 @@ impl Lun {
         let state = |folder| params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial));
         let saved_pages = state(saved_pages::FOLDER).map(SavedPagesFile);
         let saved_pages = saved_pages.map(|file| Box::new(file) as Box<dyn scsi::SavedPages>);
-        let files = stack.image().files().to_vec();
+        let files = stack.image().places().to_vec();
         let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes());
         let config = TargetConfig {
             transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),

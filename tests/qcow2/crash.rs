@@ -32,11 +32,14 @@ struct Kind {
     image: Vec<u8>,
     /// A backing file as qcow2 bytes.
     under: Option<Vec<u8>>,
+    /// What an external data file holds at first.
+    data: Option<Vec<u8>>,
 }
 
 async fn made(options: CreateOptions) -> Vec<u8> {
     let disk = SimDisk::new(&[], 1, 0);
-    create_on(disk.clone(), Path::new(PATH), &options).await.unwrap();
+    let data = options.data_file.as_ref().map(|_| SimDisk::new(&[], 1, 0));
+    create_on(disk.clone(), data, Path::new(PATH), &options).await.unwrap();
     disk.cut(Cut::Process, &mut Rng::new(1))
 }
 
@@ -86,6 +89,18 @@ fn kinds() -> Vec<Rc<Kind>> {
         };
         sim::run(made(options))
     };
+    let external = |extended_l2: bool| {
+        let options = CreateOptions {
+            cluster_size: if extended_l2 { 16384 } else { 4096 },
+            extended_l2,
+            data_file: Some("data".to_owned()),
+            backing_file: extended_l2.then(|| "under".to_owned()),
+            backing_format: extended_l2.then(|| "qcow2".to_owned()),
+            ..CreateOptions::new(SIZE)
+        };
+        sim::run(made(options))
+    };
+    let (external, external_backed) = (external(false), external(true));
     let (subclusters, subclusters_backed) = (subclusters(false), subclusters(true));
     let subclusters_snapshot = by_qemu("extended_l2=on,cluster_size=16k", SIZE, true);
     // Grows beyond what one cluster of refcount table counts (2 MiB).
@@ -101,17 +116,38 @@ fn kinds() -> Vec<Rc<Kind>> {
         ("subclusters", SIZE, subclusters, None),
         ("subclusters, backed", SIZE, subclusters_backed, Some(under.clone())),
         ("subclusters, snapshot", SIZE, subclusters_snapshot, None),
+        ("data file", SIZE, external, None),
+        ("data file, subclusters, backed", SIZE, external_backed, Some(under.clone())),
         ("4k, backed", SIZE, ours(SIZE, 4096, 16, 3, true), Some(under.clone())),
         ("version 2, 1k, backed", SIZE, ours(SIZE, 1024, 16, 2, true), Some(under)),
         ("4k, snapshot", SIZE, snapshot, None),
         ("512, snapshot", SIZE, snapshot_512, None),
         ("16k, compressed", SIZE, compressed, None),
     ]
-    .map(|(name, size, image, under)| Rc::new(Kind { name: name.to_owned(), size, image, under }))
+    .map(|(name, size, image, under)| {
+        // What lay in a data file before must never be seen.
+        let data = name.starts_with("data file").then(|| vec![0xee; size as usize]);
+        Rc::new(Kind { name: name.to_owned(), size, image, under, data })
+    })
     .into()
 }
 
-async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
+/// An image and its external data file.
+type Files<T> = (T, Option<T>);
+
+fn disks(kind: &Kind, seed: u64, latency: u64) -> Files<Rc<SimDisk>> {
+    let disk = |bytes: &Vec<u8>| SimDisk::new(bytes, seed, latency);
+    (disk(&kind.image), kind.data.as_ref().map(disk))
+}
+
+fn cut(disks: &Files<Rc<SimDisk>>, how: Cut, rng: &mut Rng) -> Files<Vec<u8>> {
+    (disks.0.cut(how, rng), disks.1.as_ref().map(|disk| disk.cut(how, rng)))
+}
+
+async fn open(
+    (disk, data): &Files<Rc<SimDisk>>,
+    under: Option<&[u8]>,
+) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
     let backing: Option<Backing> = match under {
         Some(bytes) => {
             let disk = SimDisk::new(bytes, 1, 0);
@@ -119,14 +155,19 @@ async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Res
         }
         None => None,
     };
-    Qcow2::open_on(disk.clone(), Path::new(PATH), false, backing).await
+    Qcow2::open_with(disk.clone(), data.clone(), Path::new(PATH), false, backing).await
 }
 
 /// Judges what a cut left.
-async fn judge(bytes: &[u8], under: Option<&[u8]>, model: &Model, by: Settled) -> Result<u64, String> {
+async fn judge(
+    (bytes, data): &Files<Vec<u8>>,
+    under: Option<&[u8]>,
+    model: &Model,
+    by: Settled,
+) -> Result<u64, String> {
     let leaks = walk(bytes)?;
-    let disk = SimDisk::new(bytes, 1, 0);
-    let image = open(&disk, under).await.map_err(|e| e.to_string())?;
+    let files = (SimDisk::new(bytes, 1, 0), data.as_ref().map(|data| SimDisk::new(data, 1, 0)));
+    let image = open(&files, under).await.map_err(|e| e.to_string())?;
     let guest = read_disk(&image).await.map_err(|e| e.to_string())?;
     model.judge_disk(&guest, by)?;
     Ok(leaks)
@@ -138,8 +179,8 @@ struct Count {
 }
 
 async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
-    let Kind { name, size, image: bytes, under } = &*kind;
-    let disk = SimDisk::new(bytes, seed, 6);
+    let Kind { name, size, under, .. } = &*kind;
+    let disk = disks(&kind, seed, 6);
     let image = open(&disk, under.as_deref()).await.unwrap();
     let model = Model::new(read_disk(&image).await.unwrap());
     let work = Work {
@@ -160,18 +201,18 @@ async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
                 yield_now().await;
             }
             for how in [Cut::Process, Cut::Oldest, Cut::Any, Cut::Any, Cut::Prefix] {
-                let left = disk.cut(how, &mut rng);
+                let left = cut(&disk, how, &mut rng);
                 let by = if how == Cut::Process { Settled::Ended } else { Settled::Flushed };
                 if let Err(e) = judge(&left, under.as_deref(), &model, by).await {
                     let keep = std::env::temp_dir().join("qcow2-crash.qcow2");
-                    std::fs::write(&keep, &left).unwrap();
+                    std::fs::write(&keep, &left.0).unwrap();
                     panic!("{name}, seed {seed}, {how:?}: {e}; the image is in {}", keep.display());
                 }
                 count.cuts.set(count.cuts.get() + 1);
-                if under.is_none() && rng.one_in(100) {
+                if under.is_none() && left.1.is_none() && rng.one_in(100) {
                     let dir = tempfile::tempdir().unwrap();
                     let path = dir.path().join("cut.qcow2");
-                    std::fs::write(&path, &left).unwrap();
+                    std::fs::write(&path, &left.0).unwrap();
                     check_leaks_at_most(&path);
                     count.by_qemu.set(count.by_qemu.get() + 1);
                 }
@@ -185,7 +226,7 @@ async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
     };
     join(worker, cutter).await;
     image.close().await.unwrap();
-    let left = disk.cut(Cut::Oldest, &mut rng);
+    let left = cut(&disk, Cut::Oldest, &mut rng);
     let leaks = judge(&left, under.as_deref(), &model, Settled::Ended).await.unwrap();
     assert_eq!(leaks, 0, "{name}, seed {seed}: leaks after a clean close");
 }
@@ -203,11 +244,13 @@ fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
 }
 
 async fn session_with_failure(kind: Rc<Kind>, step: u64) -> bool {
-    let Kind { name, size, image: bytes, under } = &*kind;
-    let disk = SimDisk::new(bytes, step, 3);
+    let Kind { name, size, under, .. } = &*kind;
+    let disk = disks(&kind, step, 3);
     let image = open(&disk, under.as_deref()).await.unwrap();
     let model = Model::new(read_disk(&image).await.unwrap());
-    disk.fail_in.set(Some(step));
+    // Every second failure is one of the data file's.
+    let fails = disk.1.as_ref().filter(|_| step % 2 == 1).unwrap_or(&disk.0).clone();
+    fails.fail_in.set(Some(step));
     let work = Work {
         volume: &image,
         model: &model,
@@ -219,10 +262,10 @@ async fn session_with_failure(kind: Rc<Kind>, step: u64) -> bool {
     };
     work.run(4).await;
     let closed = image.close().await;
-    let failed = disk.failed.get();
+    let failed = fails.failed.get();
     assert!(failed || closed.is_ok());
     for how in [Cut::Process, Cut::Oldest, Cut::Any] {
-        let left = disk.cut(how, &mut Rng::new(step));
+        let left = cut(&disk, how, &mut Rng::new(step));
         let by = if how == Cut::Process { Settled::Ended } else { Settled::Flushed };
         if let Err(e) = judge(&left, under.as_deref(), &model, by).await {
             panic!("{name}, step {step} fails, {how:?}: {e}");
@@ -248,7 +291,7 @@ fn a_lost_flush_fails_the_image_for_ever() {
     let bytes = sim::run(made(CreateOptions::new(1 << 20)));
     sim::run(async move {
         let disk = SimDisk::new(&bytes, 1, 0);
-        let image = open(&disk, None).await.unwrap();
+        let image = open(&(disk.clone(), None), None).await.unwrap();
         let data = tcmu_dif::sys::mem::Buffer::from_slice(&[1; 4096]).sg();
         image.write(ByteOffset(0), &data, Default::default()).await.unwrap();
         disk.fail_in.set(Some(0));

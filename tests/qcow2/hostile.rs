@@ -218,14 +218,6 @@ fn features_that_are_not_supported_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");
     let name = path.to_str().unwrap();
-    let data = dir.path().join("data");
-    let external = format!("data_file={}", data.display());
-    for (options, word) in [(external.as_str(), "external data file")] {
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, name, "1M"]);
-        let error = probe_header(&std::fs::read(&path).unwrap()).unwrap_err();
-        assert!(error.to_string().contains(word), "{options}: {error}");
-        assert!(error.next_step().is_some());
-    }
     let secret = [
         "--object",
         "secret,id=s,data=abc",

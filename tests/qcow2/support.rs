@@ -141,7 +141,7 @@ pub async fn backing_of(io: &Io, path: &Path) -> Option<Backing> {
         }
         _ => {
             let beneath = Box::pin(backing_of(io, &under)).await;
-            Rc::new(Qcow2::open(io, file, &under, true, beneath).await.unwrap())
+            Rc::new(Qcow2::open(io, file, None, &under, true, beneath).await.unwrap())
         }
     })
 }
@@ -149,6 +149,9 @@ pub async fn backing_of(io: &Io, path: &Path) -> Option<Backing> {
 /// The image, for writing.
 pub async fn open(io: &Io, path: &Path) -> Qcow2 {
     let backing = backing_of(io, path).await;
-    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
-    Qcow2::open(io, Rc::new(file), path, false, backing).await.unwrap()
+    let writable = |path: &Path| Rc::new(OpenOptions::new().read(true).write(true).open(path).unwrap());
+    let bytes = std::fs::read(path).unwrap();
+    let header = probe_header(&bytes[..bytes.len().min(2 << 20)]).unwrap();
+    let data = header.data_file.map(|name| writable(&path.parent().unwrap().join(name)));
+    Qcow2::open(io, writable(path), data, path, false, backing).await.unwrap()
 }

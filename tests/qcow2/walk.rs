@@ -14,6 +14,8 @@ struct Walk<'a> {
     bits: u64,
     order: u64,
     extended: bool,
+    /// The guest's clusters lie elsewhere.
+    external: bool,
     references: HashMap<u64, u64>,
 }
 
@@ -24,7 +26,9 @@ pub fn walk(bytes: &[u8]) -> Result<u64, String> {
     let version = be(bytes, 4, 4)?;
     let order = if version == 2 { 4 } else { be(bytes, 96, 4)? };
     let extended = version > 2 && be(bytes, 72, 8)? & 16 != 0;
-    let mut w = Walk { bytes, version, bits: be(bytes, 20, 4)?, order, extended, references: HashMap::new() };
+    let external = version > 2 && be(bytes, 72, 8)? & 4 != 0;
+    let bits = be(bytes, 20, 4)?;
+    let mut w = Walk { bytes, version, bits, order, extended, external, references: HashMap::new() };
     if be(bytes, 0, 4)? != 0x5146_49fb {
         return Err("no magic".into());
     }
@@ -102,11 +106,13 @@ impl Walk<'_> {
                 if self.extended {
                     let bitmap = be(self.bytes, l2 + j * 16 + 8, 8)?;
                     let (zeros, allocated) = (bitmap >> 32, bitmap & 0xffff_ffff);
-                    if zeros & allocated != 0 || (entry & OFFSET == 0 && allocated != 0) {
+                    if zeros & allocated != 0
+                        || (entry & OFFSET == 0 && allocated != 0 && !(self.external && entry >> 63 == 1))
+                    {
                         return Err(format!("L2 entry {entry:#x} with bitmap {bitmap:#x}"));
                     }
                 }
-                if entry & OFFSET != 0 {
+                if entry & OFFSET != 0 && !self.external {
                     if entry & OFFSET >= self.bytes.len() as u64 {
                         return Err(format!("L2 entry {entry:#x} points beyond the end"));
                     }
@@ -152,7 +158,7 @@ impl Walk<'_> {
             right(l1_entry)?;
             for j in 0..self.entries() {
                 let entry = be(self.bytes, (l1_entry & OFFSET) + j * self.entry_bytes(), 8)?;
-                if entry & OFFSET != 0 && entry >> 62 & 1 == 0 {
+                if entry & OFFSET != 0 && entry >> 62 & 1 == 0 && !self.external {
                     right(entry)?;
                 }
             }

@@ -92,7 +92,7 @@ fn by_us(dir: &Dir, options: CreateOptions) -> PathBuf {
     let made = path.clone();
     tcmu_dif::sys::run(async move |io| {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&made).unwrap();
-        create(&io, Rc::new(file), &made, &options).await.unwrap();
+        create(&io, Rc::new(file), None, &made, &options).await.unwrap();
     });
     check_clean(&path);
     path
@@ -183,6 +183,48 @@ fn a_write_of_a_subcluster_over_a_backing_file_copies_no_cluster() {
     check_clean(&path);
     let map = qemu_img(&["map", "--output=json", path.to_str().unwrap()]);
     assert_eq!(map.matches("\"depth\": 0").count(), 8, "{map}");
+}
+
+#[test]
+fn work_on_an_external_data_file() {
+    for (seed, options) in [
+        (27, "data_file=DATA"),
+        (28, "data_file=DATA,cluster_size=4k"),
+        (29, "data_file=DATA,extended_l2=on,cluster_size=32k"),
+        (30, "data_file=DATA,cluster_size=4k,backing_file=base.raw,backing_fmt=raw"),
+        (31, "data_file=DATA,cluster_size=16k,extended_l2=on,backing_file=base.raw,backing_fmt=raw"),
+    ] {
+        let dir = Dir::new();
+        raw_base(&dir, "base.raw", (3 << 20) + 777);
+        let options = options.replace("DATA", dir.path("disk.data").to_str().unwrap());
+        rounds(&by_qemu(&dir, &options, ODD), seed, 300);
+    }
+}
+
+#[test]
+fn a_raw_external_data_file_is_the_same_disk_by_itself() {
+    for (seed, options) in [(32, "cluster_size=64k"), (33, "cluster_size=4k,preallocation=metadata")] {
+        let dir = Dir::new();
+        let data = dir.path("disk.data");
+        let options = format!("data_file={},data_file_raw=on,{options}", data.display());
+        let path = by_qemu(&dir, &options, ODD);
+        rounds(&path, seed, 300);
+        let (raw, seen) = (std::fs::read(&data).unwrap(), qemu_reads(&path));
+        let differs = raw.iter().zip(&seen).position(|(a, b)| a != b);
+        // QEMU gives it whole clusters.
+        let rest = raw.get(seen.len()..).is_some_and(|rest| rest.iter().all(|b| *b == 0));
+        assert!(differs.is_none() && rest, "{options}: at {differs:?}, {} bytes", raw.len());
+        let grown = path.clone();
+        tcmu_dif::sys::run(async move |io| {
+            let image = open(&io, &grown).await;
+            image.resize(ODD + (1 << 20)).await.unwrap();
+            image.close().await.unwrap();
+        });
+        check_clean(&path);
+        let bytes = std::fs::read(&data).unwrap();
+        assert!(bytes.len() as u64 == ODD + (1 << 20) && bytes == qemu_reads(&path), "{options}, grown");
+        assert!(qemu_img(&["info", path.to_str().unwrap()]).contains("data file raw: true"));
+    }
 }
 
 #[test]

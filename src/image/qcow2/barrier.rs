@@ -7,7 +7,6 @@ use std::{
     io,
 };
 
-use super::storage::Storage;
 use crate::sync::Notify;
 
 /// Syncs that are shared: a caller gets one that began after its call, together with all who called before it began. The
@@ -60,8 +59,8 @@ impl Barrier {
         self.done.get() > stamp
     }
 
-    /// Waits until all that was written before the call is durable.
-    pub async fn sync(&self, storage: &impl Storage) -> Result<(), Lost> {
+    /// Waits until all that was written before the call is durable; `flush` is what makes it so.
+    pub async fn sync(&self, flush: impl AsyncFn() -> io::Result<()>) -> Result<(), Lost> {
         let stamp = self.stamp();
         loop {
             if self.failed.get() {
@@ -78,7 +77,7 @@ impl Barrier {
             self.started.set(id);
             self.running.set(true);
             let running = Running(self);
-            match storage.sync().await {
+            match flush().await {
                 Ok(()) => self.done.set(id),
                 Err(e) => {
                     self.failed.set(true);

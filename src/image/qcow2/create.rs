@@ -37,6 +37,10 @@ pub struct CreateOptions {
     pub version: u32,
     /// Clusters of 32 subclusters.
     pub extended_l2: bool,
+    /// The name of an external data file as the header shall have it.
+    pub data_file: Option<String>,
+    /// The external data file is to be a raw image by itself.
+    pub data_file_raw: bool,
     /// The backing file's name as the header shall have it.
     pub backing_file: Option<String>,
     /// Its format.
@@ -54,6 +58,8 @@ impl CreateOptions {
             refcount_bits: 16,
             version: 3,
             extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
             backing_file: None,
             backing_format: None,
             preallocation: Preallocation::Off,
@@ -86,18 +92,21 @@ fn refused(option: &'static str, value: impl ToString, reason: &'static str) -> 
     CreateError::Option { option, value: value.to_string(), reason }
 }
 
-/// Makes an image in an empty file, durably. The caller has made the file, and removes it if this fails.
+/// Makes an image in an empty file, durably, and in an empty data file where it is to have one. The caller has made the files, and
+/// removes them if this fails.
 ///
 /// # Errors
 /// [`CreateError`].
 pub async fn create(
     io: &Io,
     file: Rc<File>,
+    data: Option<Rc<File>>,
     path: &Path,
     options: &CreateOptions,
 ) -> Result<(), CreateError> {
-    let storage = FileStorage::new(io, file).map_err(|e| IoError::from_io(IoOp::Open, e).path(path))?;
-    create_on(storage, path, options).await
+    let storage = |file| FileStorage::new(io, file).map_err(|e| IoError::from_io(IoOp::Open, e).path(path));
+    let data = data.map(storage).transpose()?;
+    create_on(storage(file)?, data, path, options).await
 }
 
 /// As [`create`], on any storage.
@@ -106,6 +115,7 @@ pub async fn create(
 /// [`CreateError`].
 pub async fn create_on<S: Storage>(
     storage: S,
+    data: Option<S>,
     path: &Path,
     options: &CreateOptions,
 ) -> Result<(), CreateError> {
@@ -134,6 +144,8 @@ pub async fn create_on<S: Storage>(
         virtual_size: options.size,
         backing_file: options.backing_file.as_deref(),
         backing_format: options.backing_format.as_deref(),
+        data_file: options.data_file.as_deref(),
+        raw_data_file: options.data_file_raw,
         l1_entries: l1_entries as u32,
         l1_offset: byte(1 + table + blocks),
         refcount_table_offset: byte(1),
@@ -141,6 +153,10 @@ pub async fn create_on<S: Storage>(
     }
     .encode()?;
 
+    if let Some(data) = data.as_ref().filter(|_| options.data_file_raw) {
+        data.set_size(options.size).await.map_err(failed)?;
+        data.sync().await.map_err(failed)?;
+    }
     storage.set_size(byte(total)).await.map_err(failed)?;
     if storage.is_fixed() {
         storage.zero(0, byte(total)).await.map_err(failed)?;
@@ -161,7 +177,7 @@ pub async fn create_on<S: Storage>(
     storage.write(0, &Buffer::from_slice(&header).sg()).await.map_err(failed)?;
     storage.sync().await.map_err(failed)?;
     if options.preallocation == Preallocation::Metadata && options.size > 0 {
-        let image = Qcow2::open_on(storage, path, false, None).await?;
+        let image = Qcow2::open_with(storage, data, path, false, None).await?;
         image.write_zeroes(ByteOffset(0), options.size, false).await?;
         image.close().await?;
     }
@@ -193,7 +209,18 @@ fn check(options: &CreateOptions) -> Result<Geometry, CreateError> {
         cluster_bits: options.cluster_size.trailing_zeros(),
         refcount_order: options.refcount_bits.trailing_zeros(),
         extended_l2: options.extended_l2,
+        data_file: options.data_file.is_some(),
     };
+    if options.data_file_raw && (!g.data_file || options.backing_file.is_some()) {
+        return Err(refused("data_file_raw", "on", "needs an external data file, and no backing file"));
+    }
+    if g.data_file && g.version < 3 {
+        return Err(refused(
+            "data_file",
+            options.data_file.as_deref().unwrap_or_default(),
+            "needs compat=1.1",
+        ));
+    }
     if g.extended_l2 && g.version < 3 {
         return Err(refused("extended_l2", "on", "needs compat=1.1"));
     }

@@ -54,8 +54,8 @@ impl<S: Storage> Qcow2<S> {
                     let (first, last) = (self.geometry.index(host), self.geometry.index(host + run.len - 1));
                     self.check_not_metadata(OP, first, last - first + 1).await?;
                     let done = match free {
-                        true => self.storage.punch(host, run.len).await,
-                        false => self.storage.zero(host, run.len).await,
+                        true => self.data().punch(host, run.len).await,
+                        false => self.data().zero(host, run.len).await,
                     };
                     done.map_err(|e| self.io_error(OP, e))?;
                     true
@@ -93,7 +93,9 @@ impl<S: Storage> Qcow2<S> {
             }
         }
         let start = first << g.cluster_bits;
-        if !free || (g.version < 3 && self.has_backing_at(start)) {
+        if self.data.is_some() && free {
+            self.empty_data(first, next).await?;
+        } else if !free || (g.version < 3 && self.has_backing_at(start)) {
             let entries = self.entries(OP, first).await?;
             self.keep_zeros(&entries, first, next).await?;
         } else {
@@ -144,11 +146,14 @@ impl<S: Storage> Qcow2<S> {
                 }
                 _ => {
                     let want = self.clusters_to_take(entries, cluster, next - 1);
-                    let (host, count) = self.take(OP, want).await?;
+                    let (host, count) = self.take_for(OP, cluster, want).await?;
                     // They hold zeros, durably; this only makes sure of the space.
-                    if let Err(e) = self.storage.zero(host, count << g.cluster_bits).await {
-                        self.give_back(host, count);
+                    if let Err(e) = self.data().zero(host, count << g.cluster_bits).await {
+                        self.give_back_from(host, count);
                         return Err(self.io_error(OP, e));
+                    }
+                    if self.data.is_some() {
+                        self.sync(OP).await?;
                     }
                     let mut new = self.side_by_side(host, count);
                     if g.extended_l2 {
@@ -174,7 +179,7 @@ impl<S: Storage> Qcow2<S> {
         let g = self.geometry;
         if g.extended_l2 {
             self.check_not_metadata(OP, g.index(host), 1).await?;
-            self.storage.zero(host, g.cluster()).await.map_err(|e| self.io_error(OP, e))?;
+            self.data().zero(host, g.cluster()).await.map_err(|e| self.io_error(OP, e))?;
             if entry.bitmap != ALL_ALLOCATED {
                 // What was not allocated may hold anything until that is durable, so it reads as zeros by its bits.
                 let zeros = Entry { word: host | COPIED, bitmap: ALL_ZEROS };
@@ -192,7 +197,7 @@ impl<S: Storage> Qcow2<S> {
         };
         let count = (0..next - cluster).take_while(follows).count() as u64;
         self.check_not_metadata(OP, g.index(host), count).await?;
-        self.storage.zero(host, count << g.cluster_bits).await.map_err(|e| self.io_error(OP, e))?;
+        self.data().zero(host, count << g.cluster_bits).await.map_err(|e| self.io_error(OP, e))?;
         Ok(count)
     }
 }

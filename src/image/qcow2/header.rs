@@ -16,11 +16,14 @@ pub const MAX_CLUSTER: usize = 2 << 20;
 pub const DIRTY: u64 = 1;
 /// Incompatible bit 1: metadata were found damaged; the image must not be written.
 pub const CORRUPT: u64 = 2;
-const EXTERNAL_DATA: u64 = 4;
+/// Incompatible bit 2: the guest's clusters lie in a file of their own.
+pub const EXTERNAL_DATA: u64 = 4;
+/// Autoclear bit 1: the external data file is a raw image by itself.
+pub const RAW_DATA_FILE: u64 = 2;
 const COMPRESSION_TYPE: u64 = 8;
 /// Incompatible bit 4: L2 entries of 128 bits, with subclusters.
 pub const EXTENDED_L2: u64 = 16;
-const SUPPORTED: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2;
+const SUPPORTED: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2;
 /// Compatible bit 0: lazy refcounts.
 pub const LAZY_REFCOUNTS: u64 = 1;
 
@@ -37,6 +40,7 @@ pub mod field {
 }
 
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Bytes of a version 3 header with the compression type, padded to 8.
 pub const V3_LENGTH: u32 = 112;
@@ -103,6 +107,8 @@ pub struct HeaderInfo {
     pub backing_file: Option<String>,
     /// The backing file's format as it stands there, if it does.
     pub backing_format: Option<String>,
+    /// The name of the external data file as it stands there, if there is one.
+    pub data_file: Option<String>,
     /// How its compressed clusters are compressed.
     pub compression: Compression,
     /// Refcounts may be wrong until the image has been checked.
@@ -126,6 +132,11 @@ pub struct HeaderInfo {
 }
 
 impl HeaderInfo {
+    /// Whether the external data file is the same disk by itself (autoclear bit 1).
+    pub fn data_file_raw(&self) -> bool {
+        self.data_file.is_some() && self.autoclear & RAW_DATA_FILE != 0
+    }
+
     /// The sizes that the image is built from.
     pub fn geometry(&self) -> Geometry {
         Geometry {
@@ -133,6 +144,7 @@ impl HeaderInfo {
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
             extended_l2: self.incompatible & EXTENDED_L2 != 0,
+            data_file: self.data_file.is_some(),
         }
     }
 }
@@ -194,6 +206,10 @@ pub fn probe_header(first: &[u8]) -> Result<HeaderInfo, HeaderError> {
     if incompatible & EXTENDED_L2 != 0 && cluster_bits < MIN_EXTENDED_BITS {
         return Err(field("cluster_bits", cluster_bits, "must be at least 14 with extended L2 entries"));
     }
+    let data_file = data_file(incompatible, extensions.data_file)?;
+    if data_file.is_some() && be32(first, 60) != 0 {
+        return Err(field("nb_snapshots", be32(first, 60), "an image with an external data file has none"));
+    }
     let compression = compression(first, header_length, incompatible)?;
 
     let info = HeaderInfo {
@@ -203,6 +219,7 @@ pub fn probe_header(first: &[u8]) -> Result<HeaderInfo, HeaderError> {
         virtual_size: be64(first, 24),
         backing_file: backing_name(first, cluster)?,
         backing_format: extensions.backing_format,
+        data_file,
         compression,
         dirty: incompatible & DIRTY != 0,
         corrupt: incompatible & CORRUPT != 0,
@@ -293,6 +310,7 @@ fn backing_name(first: &[u8], cluster: u64) -> Result<Option<String>, HeaderErro
 #[derive(Default)]
 struct Extensions {
     backing_format: Option<String>,
+    data_file: Option<String>,
     /// (type, bit, name) of the feature name table.
     features: Vec<(u8, u8, String)>,
 }
@@ -316,6 +334,14 @@ impl Extensions {
             match kind {
                 EXT_BACKING_FORMAT => {
                     found.backing_format = Some(String::from_utf8_lossy(data).into_owned());
+                }
+                EXT_DATA_FILE => {
+                    let name = std::str::from_utf8(data)
+                        .ok()
+                        .filter(|name| !name.is_empty() && !name.contains('\0'));
+                    found.data_file = Some(name.map(str::to_owned).ok_or_else(|| {
+                        field("external data file name", len as u64, "the name is not text")
+                    })?);
                 }
                 EXT_FEATURE_NAMES => {
                     found.features = data
@@ -345,15 +371,21 @@ fn refuse_features(incompatible: u64, extensions: &Extensions) -> Result<(), Hea
         if incompatible & !SUPPORTED & mask == 0 {
             continue;
         }
-        match mask {
-            EXTERNAL_DATA => add("an external data file"),
-            _ => match extensions.features.iter().find(|(kind, b, _)| *kind == 0 && *b == bit) {
-                Some((_, _, name)) => add(&format!("incompatible feature {bit} ({name})")),
-                None => add(&format!("incompatible feature {bit}")),
-            },
+        match extensions.features.iter().find(|(kind, b, _)| *kind == 0 && *b == bit) {
+            Some((_, _, name)) => add(&format!("incompatible feature {bit} ({name})")),
+            None => add(&format!("incompatible feature {bit}")),
         }
     }
     if names.is_empty() { Ok(()) } else { Err(HeaderError::Feature(names)) }
+}
+
+/// The external data file's name, which counts where the feature bit is set.
+fn data_file(incompatible: u64, name: Option<String>) -> Result<Option<String>, HeaderError> {
+    match (incompatible & EXTERNAL_DATA != 0, name) {
+        (false, _) => Ok(None),
+        (true, Some(name)) => Ok(Some(name)),
+        (true, None) => Err(HeaderError::Feature("an external data file without a name".into())),
+    }
 }
 
 /// The specification wants the incompatible bit exactly where the type is not 0.
@@ -374,6 +406,8 @@ pub struct NewHeader<'a> {
     pub virtual_size: u64,
     pub backing_file: Option<&'a str>,
     pub backing_format: Option<&'a str>,
+    pub data_file: Option<&'a str>,
+    pub raw_data_file: bool,
     pub l1_entries: u32,
     pub l1_offset: u64,
     pub refcount_table_offset: u64,
@@ -404,17 +438,21 @@ impl NewHeader<'_> {
         u32be(&mut out, 0);
         u64be(&mut out, 0);
         if g.version > 2 {
-            u64be(&mut out, if g.extended_l2 { EXTENDED_L2 } else { 0 });
-            out.extend_from_slice(&[0; 16]);
+            let bit = |set: bool, bit: u64| if set { bit } else { 0 };
+            u64be(&mut out, bit(g.extended_l2, EXTENDED_L2) | bit(g.data_file, EXTERNAL_DATA));
+            u64be(&mut out, 0);
+            u64be(&mut out, bit(self.raw_data_file, RAW_DATA_FILE));
             u32be(&mut out, g.refcount_order);
             u32be(&mut out, V3_LENGTH);
             out.extend_from_slice(&[0; 8]);
         }
-        if let Some(format) = self.backing_format {
-            u32be(&mut out, EXT_BACKING_FORMAT);
-            u32be(&mut out, format.len() as u32);
-            out.extend_from_slice(format.as_bytes());
-            out.resize(out.len().next_multiple_of(8), 0);
+        for (kind, text) in [(EXT_BACKING_FORMAT, self.backing_format), (EXT_DATA_FILE, self.data_file)] {
+            if let Some(text) = text {
+                u32be(&mut out, kind);
+                u32be(&mut out, text.len() as u32);
+                out.extend_from_slice(text.as_bytes());
+                out.resize(out.len().next_multiple_of(8), 0);
+            }
         }
         u64be(&mut out, 0);
         if let Some(name) = self.backing_file {

@@ -35,6 +35,8 @@ pub struct Geometry {
     pub refcount_order: u32,
     /// L2 entries have 128 bits, and clusters 32 subclusters (incompatible feature bit 4).
     pub extended_l2: bool,
+    /// The guest's clusters lie in a file of their own (incompatible feature bit 2).
+    pub data_file: bool,
 }
 
 /// An L2 entry as it stands in the table.
@@ -226,6 +228,9 @@ impl Geometry {
             if at >= MAX_HOST {
                 return Err("the compressed data lie beyond 2^56");
             }
+            if self.data_file {
+                return Err("a compressed cluster in an image with an external data file");
+            }
             return Ok(Place::Compressed { at, len: sectors * 512 - (at & 511) });
         }
         let host = word & OFFSET;
@@ -239,6 +244,8 @@ impl Geometry {
             return Err("a subcluster is both allocated and zeros");
         }
         match host {
+            // Only in a data file can a guest cluster lie at 0; the flag tells it from none.
+            0 if self.data_file && word & COPIED != 0 => Ok(Place::Cluster { host, owned: true }),
             0 if entry.bitmap & ALL_ALLOCATED != 0 => Err("a subcluster is allocated without a cluster"),
             0 => Ok(Place::None),
             host => Ok(Place::Cluster { host, owned: word & COPIED != 0 }),
@@ -335,7 +342,7 @@ mod tests {
     use super::*;
 
     fn geometry(version: u32, cluster_bits: u32, refcount_order: u32) -> Geometry {
-        Geometry { version, cluster_bits, refcount_order, extended_l2: false }
+        Geometry { version, cluster_bits, refcount_order, extended_l2: false, data_file: false }
     }
 
     #[test]
@@ -396,6 +403,15 @@ mod tests {
         // Bit 0 of the word is reserved, and a bitmap can contradict itself.
         assert!(g.place(entry(1, 0)).is_err() && g.place(entry(0, 1)).is_err());
         assert!(g.place(entry(0x50000, 1 | 1 << 32)).is_err());
+    }
+
+    #[test]
+    fn in_a_data_file_a_cluster_may_lie_at_0() {
+        let g = Geometry { data_file: true, ..geometry(3, 16, 4) };
+        assert_eq!(map(&g, COPIED), Ok(Mapping::Data { host: 0, owned: true }));
+        assert_eq!(map(&g, 0), Ok(Mapping::Unallocated));
+        assert_eq!(map(&g, COPIED | ZERO), Ok(Mapping::ZeroAllocated { host: 0, owned: true }));
+        assert!(map(&g, COMPRESSED | 0x50000).is_err());
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod barrier;
 mod cache;
 mod compressed;
 mod create;
+mod data_file;
 mod discard;
 mod header;
 mod layout;
@@ -66,6 +67,8 @@ const REFCOUNT_CACHE: u64 = 4 << 20;
 /// An open qcow2 image.
 pub struct Qcow2<S: Storage = FileStorage> {
     storage: S,
+    /// The guest's clusters, where they lie in a file of their own.
+    data: Option<S>,
     path: PathBuf,
     geometry: Geometry,
     header: HeaderInfo,
@@ -106,7 +109,8 @@ pub struct Qcow2<S: Storage = FileStorage> {
 }
 
 impl Qcow2<FileStorage> {
-    /// Opens the image in `file`. The opener has probed the header, locked the file and opened the backing file that the header names.
+    /// Opens the image in `file`. The opener has probed the header, locked the file and opened what the header names: the backing file,
+    /// the external data file.
     ///
     /// # Errors
     /// `Unsupported` for a feature that this driver does not do; `Corrupt` for metadata that contradict themselves, and, for
@@ -114,12 +118,15 @@ impl Qcow2<FileStorage> {
     pub async fn open(
         io: &Io,
         file: Rc<File>,
+        data: Option<Rc<File>>,
         path: &Path,
         read_only: bool,
         backing: Option<Backing>,
     ) -> Result<Qcow2> {
-        let storage = FileStorage::new(io, file).map_err(|e| IoError::from_io(IoOp::Open, e).path(path))?;
-        Qcow2::open_on(storage, path, read_only, backing).await
+        let storage =
+            |file| FileStorage::new(io, file).map_err(|e| IoError::from_io(IoOp::Open, e).path(path));
+        let data = data.map(storage).transpose()?;
+        Qcow2::open_with(storage(file)?, data, path, read_only, backing).await
     }
 }
 
@@ -164,7 +171,7 @@ impl<S: Storage> Qcow2<S> {
 
     /// Everything written before is durable after.
     async fn sync(&self, op: IoOp) -> Result<()> {
-        match self.barrier.sync(&self.storage).await {
+        match self.barrier.sync(async || self.sync_files().await).await {
             Ok(()) => Ok(()),
             Err(Lost::Now(e)) => {
                 let source = Some(e);
@@ -172,6 +179,19 @@ impl<S: Storage> Qcow2<S> {
             }
             Err(Lost::Before) => Err(self.failed(op)),
         }
+    }
+
+    /// Data first: what refers to them is never durable before them.
+    async fn sync_files(&self) -> std::io::Result<()> {
+        if let Some(data) = &self.data {
+            data.sync().await?;
+        }
+        self.storage.sync().await
+    }
+
+    /// The file that the guest's clusters lie in.
+    fn data(&self) -> &S {
+        self.data.as_ref().unwrap_or(&self.storage)
     }
 
     fn failed(&self, op: IoOp) -> IoError {

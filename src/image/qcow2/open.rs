@@ -11,7 +11,7 @@ use super::{
     alloc::Pool,
     barrier::{Barrier, Epochs},
     cache::{Cache, OffsetSet},
-    header::{CORRUPT, HeaderInfo, MAX_CLUSTER, field, probe_header},
+    header::{CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
     layout::{Geometry, be32, be64},
     snapshot,
 };
@@ -22,11 +22,25 @@ use crate::{
 };
 
 impl<S: Storage> Qcow2<S> {
-    /// Opens the image on any storage; see [`Qcow2::open`].
+    /// Opens the image on any storage, without an external data file; see [`Qcow2::open`].
     ///
     /// # Errors
     /// As [`Qcow2::open`].
     pub async fn open_on(storage: S, path: &Path, read_only: bool, backing: Option<Backing>) -> Result<Self> {
+        Qcow2::open_with(storage, None, path, read_only, backing).await
+    }
+
+    /// Opens the image on any storage, with its external data file where it has one; see [`Qcow2::open`].
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`].
+    pub async fn open_with(
+        storage: S,
+        data: Option<S>,
+        path: &Path,
+        read_only: bool,
+        backing: Option<Backing>,
+    ) -> Result<Self> {
         let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
         let corrupt = |detail: String| IoError::corrupt(IoOp::Open, detail).path(path);
         let file_len = storage.size().map_err(failed)?;
@@ -39,6 +53,14 @@ impl<S: Storage> Qcow2<S> {
             if header.dirty {
                 return Err(corrupt(format!("it is marked dirty, its refcounts may be wrong; {next}")));
             }
+        }
+        if header.data_file.is_some() != data.is_some() {
+            let what = if data.is_some() {
+                "it has no external data file"
+            } else {
+                "its external data file is missing"
+            };
+            return Err(corrupt(what.to_owned()));
         }
         let g = header.geometry();
         let l1_bytes = u64::from(header.l1_entries) * 8;
@@ -74,6 +96,7 @@ impl<S: Storage> Qcow2<S> {
 
         Ok(Qcow2 {
             storage,
+            data,
             path: path.to_owned(),
             geometry: g,
             snapshots: snapshots.all,
@@ -105,15 +128,16 @@ impl<S: Storage> Qcow2<S> {
         })
     }
 
-    /// Before the first change: autoclear bits go, durably, since we keep none of the features that they stand for.
+    /// Before the first change: autoclear bits go, durably, but for those whose features we keep.
     pub(super) async fn begin(&self, op: IoOp) -> Result<()> {
         let _one_at_a_time = self.space.lock().await;
         if self.begun.get() {
             return Ok(());
         }
-        if self.header.autoclear != 0 {
-            let zeros = Buffer::zeroed(8).sg();
-            self.storage.write(field::AUTOCLEAR, &zeros).await.map_err(|e| self.io_error(op, e))?;
+        let kept = if self.raw_data() { RAW_DATA_FILE } else { 0 };
+        if self.header.autoclear != kept {
+            let bits = Buffer::from_slice(&kept.to_be_bytes()).sg();
+            self.storage.write(field::AUTOCLEAR, &bits).await.map_err(|e| self.io_error(op, e))?;
             self.sync(op).await?;
         }
         self.begun.set(true);
@@ -128,7 +152,7 @@ impl<S: Storage> Qcow2<S> {
         let bits = (self.header.incompatible | CORRUPT).to_be_bytes();
         // The image is not written any more either way; a mark that could not be made changes nothing of that.
         if self.storage.write(field::INCOMPATIBLE, &Buffer::from_slice(&bits).sg()).await.is_ok() {
-            let _ = self.barrier.sync(&self.storage).await;
+            let _ = self.barrier.sync(async || self.sync_files().await).await;
         }
     }
 }

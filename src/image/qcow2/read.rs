@@ -98,7 +98,7 @@ impl<S: Storage> Qcow2<S> {
             }
             Kind::Unallocated => self.read_backing(at, to).await,
             Kind::Data { host, .. } => {
-                self.storage.read(host, to).await.map_err(|e| self.io_error(IoOp::Read, e).at(ByteOffset(at)))
+                self.data().read(host, to).await.map_err(|e| self.io_error(IoOp::Read, e).at(ByteOffset(at)))
             }
             Kind::Compressed { at: stream, len } => {
                 let cluster = self.inflated(stream, len).await.map_err(|e| e.at(ByteOffset(at)))?;

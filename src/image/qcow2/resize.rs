@@ -43,6 +43,7 @@ impl<S: Storage> Qcow2<S> {
             }
             covered?;
         }
+        self.grow_raw_data(OP, old, size).await?;
         self.sync(OP).await?;
         let bytes = Buffer::from_slice(&size.to_be_bytes()).sg();
         if let Err(e) = self.storage.write(field::SIZE, &bytes).await {

@@ -51,13 +51,13 @@ impl<S: Storage> Qcow2<S> {
                 }
                 _ => {
                     let want = self.clusters_to_take(entries, cluster, last);
-                    let (host, count) = self.take(op, want).await?;
+                    let (host, count) = self.take_for(op, cluster, want).await?;
                     next = ((cluster + count) << g.cluster_bits).min(end);
                     let part = from.slice((pos - at) as usize, (next - pos) as usize);
                     match self.fill_subclusters(op, entries, pos, &part, (host, count)).await {
                         Ok(new) => self.link(op, entries, cluster, &new, true).await?,
                         Err(e) => {
-                            self.give_back(host, count);
+                            self.give_back_from(host, count);
                             return Err(e);
                         }
                     }
@@ -89,7 +89,8 @@ impl<S: Storage> Qcow2<S> {
         let mut whole = self.seen(start, at - start).await?;
         whole.append(from);
         whole.append(&self.seen(end, stop - end).await?);
-        self.write_in_place(op, host + g.within(start), &whole).await?;
+        self.check_not_metadata(op, g.index(host), 1).await?;
+        self.write_whole(op, host + g.within(start), &whole).await?;
         if new == 0 {
             return Ok(());
         }
@@ -120,7 +121,13 @@ impl<S: Storage> Qcow2<S> {
             data.push(d);
         }
         let mut new: Vec<Entry> = self.side_by_side(host, count);
-        if zeros.iter().all(|z| *z == ALL_ALLOCATED) {
+        if self.data.is_some() {
+            // What the data file holds there is not known: nothing but what is written may be used of it.
+            zeros.iter_mut().zip(&mut data).for_each(|(z, d)| {
+                *d |= *z;
+                *z = 0;
+            });
+        } else if zeros.iter().all(|z| *z == ALL_ALLOCATED) {
             self.storage.write(host + (at - base), from).await.map_err(|e| self.io_error(op, e))?;
             new.iter_mut().for_each(|e| e.bitmap = ALL_ALLOCATED);
             return Ok(new);
@@ -138,7 +145,7 @@ impl<S: Storage> Qcow2<S> {
         let mut whole = self.seen(start, at - start).await?;
         whole.append(from);
         whole.append(&self.seen(end, stop - end).await?);
-        self.storage.write(host + (start - base), &whole).await.map_err(|e| self.io_error(op, e))?;
+        self.write_whole(op, host + (start - base), &whole).await?;
         self.sync(op).await?;
         for (i, entry) in new.iter_mut().enumerate() {
             let cluster_at = base + ((i as u64) << g.cluster_bits);

@@ -111,10 +111,10 @@ impl<S: Storage> Qcow2<S> {
         let g = &self.geometry;
         let first = g.index(host);
         let last = g.index(host + from.len() as u64 - 1);
-        if (first..=last).any(|c| self.is_metadata(c)) {
+        if self.data.is_none() && (first..=last).any(|c| self.is_metadata(c)) {
             self.check_not_metadata(op, first, last - first + 1).await?;
         }
-        self.storage.write(host, from).await.map_err(|e| self.io_error(op, e))
+        self.data().write(host, from).await.map_err(|e| self.io_error(op, e))
     }
 
     /// Writes guest bytes that one slice maps, holding their clusters.
@@ -150,10 +150,11 @@ impl<S: Storage> Qcow2<S> {
                 }
                 _ => {
                     let want = self.clusters_to_take(&entries, cluster, last);
-                    let (host, count) = self.take(op, want).await?;
+                    let (host, count) = self.take_for(op, cluster, want).await?;
                     let next = ((cluster + count) << g.cluster_bits).min(end);
                     let part = from.slice((pos - at) as usize, (next - pos) as usize);
-                    self.fill(op, &entries, pos, &part, Target { host, count, fresh: true }).await?;
+                    self.fill(op, &entries, pos, &part, Target { host, count, fresh: self.data.is_none() })
+                        .await?;
                     next
                 }
             };
@@ -206,7 +207,7 @@ impl<S: Storage> Qcow2<S> {
         let written = async {
             if zeros {
                 let host = to.host + g.within(at);
-                return self.storage.write(host, from).await.map_err(|e| self.io_error(op, e));
+                return self.data().write(host, from).await.map_err(|e| self.io_error(op, e));
             }
             let (head, tail) = match (old.first(), old.last()) {
                 (Some(first), Some(last)) => self.read_ends(at, end, seen(*first), seen(*last)).await?,
@@ -215,7 +216,7 @@ impl<S: Storage> Qcow2<S> {
             let mut whole = head;
             whole.append(from);
             whole.append(&tail);
-            self.storage.write(to.host, &whole).await.map_err(|e| self.io_error(op, e))?;
+            self.write_whole(op, to.host, &whole).await?;
             self.sync(op).await
         }
         .await;
