@@ -7,6 +7,8 @@
 mod crash;
 #[path = "qcow2/hostile.rs"]
 mod hostile;
+#[path = "qcow2/kill.rs"]
+mod kill;
 #[path = "qcow2/model.rs"]
 mod model;
 #[path = "qcow2/sim.rs"]

@@ -1,7 +1,11 @@
 //! What a disk may hold, block by block, while any number of operations overlap: an operation's value is illegal once another
 //! that began after its end has settled.
 
-use std::cell::{Cell, RefCell};
+use std::{
+    cell::{Cell, RefCell},
+    fs::File,
+    io::Write as _,
+};
 
 /// Bytes of a block of the model.
 pub const BLOCK: u64 = 512;
@@ -32,6 +36,8 @@ pub struct Model {
     blocks: RefCell<Vec<Vec<u32>>>,
     /// When the reads under way began.
     reads: RefCell<Vec<u64>>,
+    /// Where beginnings and ends are written down, for whoever outlives this process.
+    diary: Option<File>,
 }
 
 fn value(op: usize, block: u64) -> u64 {
@@ -50,6 +56,30 @@ impl Model {
             ops: RefCell::default(),
             blocks: RefCell::new(vec![Vec::new(); blocks]),
             reads: RefCell::default(),
+            diary: None,
+        }
+    }
+
+    /// The same, with a diary.
+    pub fn with_diary(self, diary: File) -> Model {
+        Model { diary: Some(diary), ..self }
+    }
+
+    /// Lives through what a diary says. Its last line may be cut short.
+    pub fn relive(&self, diary: &str) {
+        for line in diary.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+            let words: Vec<u64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
+            match words[..] {
+                [first, count, zero] => drop(self.begin(first, count, zero == 1)),
+                [op] => self.end(op as usize, false),
+                _ => panic!("the diary says {line:?}"),
+            }
+        }
+    }
+
+    fn note(&self, line: std::fmt::Arguments<'_>) {
+        if let Some(mut diary) = self.diary.as_ref() {
+            diary.write_all(format!("{line}\n").as_bytes()).unwrap();
         }
     }
 
@@ -60,6 +90,7 @@ impl Model {
 
     /// A write (or zeroing) of blocks begins; gives its number.
     pub fn begin(&self, first: u64, count: u64, zero: bool) -> usize {
+        self.note(format_args!("{first} {count} {}", u8::from(zero)));
         let start = self.tick();
         let id = self.ops.borrow().len();
         self.ops.borrow_mut().push(Op { zero, start, end: None, durable: false });
@@ -77,6 +108,7 @@ impl Model {
 
     /// It has ended well. One that failed is never ended: both values stay legal.
     pub fn end(&self, op: usize, durable: bool) {
+        self.note(format_args!("{op}"));
         let end = self.tick();
         let op = &mut self.ops.borrow_mut()[op];
         op.end = Some(end);

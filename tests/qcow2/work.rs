@@ -48,6 +48,17 @@ impl<V: Volume> Work<'_, V> {
         join_all((0..workers).map(|_| self.worker())).await;
     }
 
+    /// Runs operations that change the disk with so many workers, until somebody ends the process.
+    pub async fn only_changes(&self, workers: u64) {
+        join_all((0..workers).map(|_| async {
+            loop {
+                let what = self.rng.borrow_mut().below(75);
+                self.act(if what < 45 { what } else { what + 25 }).await;
+            }
+        }))
+        .await;
+    }
+
     async fn worker(&self) {
         while self.left.get() > 0 {
             self.left.set(self.left.get() - 1);
@@ -80,9 +91,14 @@ impl<V: Volume> Work<'_, V> {
     }
 
     async fn one(&self) {
+        let what = self.rng.borrow_mut().below(100);
+        self.act(what).await;
+    }
+
+    /// An operation: 45 in 100 are writes, 25 reads, the rest changes or asks something else.
+    async fn act(&self, what: u64) {
         let (first, count) = self.place();
         let (at, len) = (ByteOffset(first * BLOCK), count * BLOCK);
-        let what = self.rng.borrow_mut().below(100);
         match what {
             0..45 => {
                 let op = self.model.begin(first, count, false);
