@@ -228,6 +228,22 @@ fn a_raw_external_data_file_is_the_same_disk_by_itself() {
 }
 
 #[test]
+fn a_dirty_bitmap_that_was_not_kept_says_so_and_nothing_of_it_leaks() {
+    let dir = Dir::new();
+    let path = by_qemu(&dir, "cluster_size=4k", ODD);
+    let name = path.to_str().unwrap();
+    for bitmap in ["backup", "another-name"] {
+        qemu_img(&["bitmap", "--add", name, bitmap]);
+    }
+    qemu_io(&path, &["write -P 3 1M 300k"]);
+    assert_eq!(qemu_img(&["info", name]).matches("in-use").count(), 0);
+    rounds(&path, 34, 300);
+    assert_eq!(qemu_img(&["info", name]).matches("in-use").count(), 2);
+    qemu_img(&["bitmap", "--remove", name, "backup"]);
+    check_clean(&path);
+}
+
+#[test]
 fn work_on_2m_clusters() {
     let dir = Dir::new();
     rounds(&by_qemu(&dir, "cluster_size=2M", (33 << 20) + 1024), 5, 3000);

@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use super::{
+    bitmaps::BitmapDirectory,
     compressed::Compression,
     layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be16, be32, be64},
 };
@@ -18,6 +19,8 @@ pub const DIRTY: u64 = 1;
 pub const CORRUPT: u64 = 2;
 /// Incompatible bit 2: the guest's clusters lie in a file of their own.
 pub const EXTERNAL_DATA: u64 = 4;
+/// Autoclear bit 0: the bitmaps extension says what is true.
+pub const BITMAPS: u64 = 1;
 /// Autoclear bit 1: the external data file is a raw image by itself.
 pub const RAW_DATA_FILE: u64 = 2;
 const COMPRESSION_TYPE: u64 = 8;
@@ -40,6 +43,7 @@ pub mod field {
 }
 
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Bytes of a version 3 header with the compression type, padded to 8.
@@ -109,6 +113,8 @@ pub struct HeaderInfo {
     pub backing_format: Option<String>,
     /// The name of the external data file as it stands there, if there is one.
     pub data_file: Option<String>,
+    /// Where its persistent dirty bitmaps are listed, if they are; valid with autoclear bit 0.
+    pub bitmaps: Option<BitmapDirectory>,
     /// How its compressed clusters are compressed.
     pub compression: Compression,
     /// Refcounts may be wrong until the image has been checked.
@@ -220,6 +226,7 @@ pub fn probe_header(first: &[u8]) -> Result<HeaderInfo, HeaderError> {
         backing_file: backing_name(first, cluster)?,
         backing_format: extensions.backing_format,
         data_file,
+        bitmaps: extensions.bitmaps,
         compression,
         dirty: incompatible & DIRTY != 0,
         corrupt: incompatible & CORRUPT != 0,
@@ -311,6 +318,7 @@ fn backing_name(first: &[u8], cluster: u64) -> Result<Option<String>, HeaderErro
 struct Extensions {
     backing_format: Option<String>,
     data_file: Option<String>,
+    bitmaps: Option<BitmapDirectory>,
     /// (type, bit, name) of the feature name table.
     features: Vec<(u8, u8, String)>,
 }
@@ -334,6 +342,10 @@ impl Extensions {
             match kind {
                 EXT_BACKING_FORMAT => {
                     found.backing_format = Some(String::from_utf8_lossy(data).into_owned());
+                }
+                EXT_BITMAPS if len >= 24 => {
+                    let (count, bytes, at) = (be32(data, 0), be64(data, 8), be64(data, 16));
+                    found.bitmaps = Some(BitmapDirectory { count, bytes, at });
                 }
                 EXT_DATA_FILE => {
                     let name = std::str::from_utf8(data)

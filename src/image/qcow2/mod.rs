@@ -16,6 +16,7 @@
 
 mod alloc;
 mod barrier;
+mod bitmaps;
 mod cache;
 mod compressed;
 mod create;
@@ -45,6 +46,7 @@ use barrier::{Barrier, Epochs, Lost};
 use cache::{Cache, OffsetSet};
 use layout::Geometry;
 
+pub use bitmaps::BitmapDirectory;
 pub use compressed::Compression;
 pub use create::{CreateError, CreateOptions, Preallocation, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};

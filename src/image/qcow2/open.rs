@@ -11,7 +11,7 @@ use super::{
     alloc::Pool,
     barrier::{Barrier, Epochs},
     cache::{Cache, OffsetSet},
-    header::{CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
+    header::{BITMAPS, CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
     layout::{Geometry, be32, be64},
     snapshot,
 };
@@ -134,10 +134,13 @@ impl<S: Storage> Qcow2<S> {
         if self.begun.get() {
             return Ok(());
         }
-        let kept = if self.raw_data() { RAW_DATA_FILE } else { 0 };
+        let bitmaps = if self.leave_bitmaps(op).await? { BITMAPS } else { 0 };
+        let kept = bitmaps | if self.raw_data() { RAW_DATA_FILE } else { 0 };
         if self.header.autoclear != kept {
             let bits = Buffer::from_slice(&kept.to_be_bytes()).sg();
             self.storage.write(field::AUTOCLEAR, &bits).await.map_err(|e| self.io_error(op, e))?;
+        }
+        if self.header.autoclear & !RAW_DATA_FILE != 0 {
             self.sync(op).await?;
         }
         self.begun.set(true);

@@ -1,0 +1,89 @@
+//! Persistent dirty bitmaps (qcow2 specification, "Bitmaps extension"). We do not keep them yet, so before the first write each is marked
+//! in use, which says to whoever opens the image later that it was not brought up to date; their clusters stay theirs.
+
+use super::{
+    Qcow2, Storage,
+    header::BITMAPS,
+    layout::{be16, be32},
+};
+use crate::{
+    sys::mem::Buffer,
+    volume::{IoOp, Result},
+};
+
+/// The largest directory that is looked at: QEMU's bound of 65535 bitmaps with names of 1023 bytes.
+const MAX_DIRECTORY: u64 = 65535 * (HEAD as u64 + 1024);
+/// Bytes of an entry before its name.
+const HEAD: usize = 24;
+/// Offset of the flags in an entry; bit 0 of them is "in use".
+const FLAGS: usize = 12;
+
+/// Where the directory of bitmaps lies, by its header extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BitmapDirectory {
+    /// Bitmaps in it.
+    pub count: u32,
+    /// Bytes of it.
+    pub bytes: u64,
+    /// Its offset in the file.
+    pub at: u64,
+}
+
+/// The offsets of the flags in a directory, or `None` if it makes no sense.
+fn flags_in(directory: &[u8], count: u32) -> Option<Vec<usize>> {
+    let mut at = 0;
+    let mut found = Vec::new();
+    for _ in 0..count {
+        let entry = directory.get(at..).filter(|rest| rest.len() >= HEAD)?;
+        let len = HEAD + be32(entry, 20) as usize + usize::from(be16(entry, 18));
+        found.push(at + FLAGS);
+        at += len.next_multiple_of(8);
+    }
+    (at == directory.len()).then_some(found)
+}
+
+impl<S: Storage> Qcow2<S> {
+    /// The directory, if the header says that it is valid and it lies in the file.
+    fn bitmap_directory(&self) -> Option<BitmapDirectory> {
+        let directory = self.header.bitmaps.filter(|_| self.header.autoclear & BITMAPS != 0)?;
+        let end = directory.at.checked_add(directory.bytes)?;
+        let sane = self.geometry.aligned(directory.at)
+            && directory.at > 0
+            && directory.bytes <= MAX_DIRECTORY
+            && end <= self.file_len.get();
+        sane.then_some(directory)
+    }
+
+    /// Marks every bitmap as in use; gives false if there are none, or what there is makes no sense. The caller syncs.
+    pub(super) async fn leave_bitmaps(&self, op: IoOp) -> Result<bool> {
+        let Some(directory) = self.bitmap_directory() else { return Ok(false) };
+        let bytes = Buffer::zeroed(directory.bytes as usize);
+        self.storage.read(directory.at, &bytes.sg()).await.map_err(|e| self.io_error(op, e))?;
+        let bytes = bytes.to_vec();
+        let Some(places) = flags_in(&bytes, directory.count) else { return Ok(false) };
+        for place in places {
+            let flags = be32(&bytes, place) | 1;
+            let flags = Buffer::from_slice(&flags.to_be_bytes()).sg();
+            let at = directory.at + place as u64;
+            self.storage.write(at, &flags).await.map_err(|e| self.io_error(op, e))?;
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_does_not_end_where_it_should_has_no_flags() {
+        let mut directory = vec![0; 32];
+        directory[19] = 5;
+        assert_eq!(flags_in(&directory, 1), Some(vec![12]));
+        assert_eq!(flags_in(&directory, 2), None);
+        assert_eq!(flags_in(&directory, 0), None);
+        directory[20] = 0xff;
+        assert_eq!(flags_in(&directory, 1), None);
+        assert_eq!(flags_in(&directory[..20], 1), None);
+    }
+}
