@@ -64,6 +64,23 @@ fn random_writes_over_100_gib_share_their_durable_writes() {
 }
 
 #[test]
+fn sequential_writes_at_a_queue_depth_share_their_writes_of_tuples() {
+    let world = World::new(6, PiType::Type1, BlockSize::B512, GIB);
+    block_on(async move {
+        let p = &world.open().await;
+        write(p, 0, &[1; 4096]).await.unwrap();
+        let before = count(&world.sidecar, OpKind::Write);
+        for round in 0..16u64 {
+            let at = |i: u64| (round * 32 + i) * 4096;
+            join_all((0..32).map(|i| async move { write(p, at(i), &[3; 4096]).await.unwrap() })).await;
+        }
+        let writes = count(&world.sidecar, OpKind::Write) - before;
+        assert!(writes <= 16 * 4, "{writes} writes of tuples for 512 writes of data");
+        assert_eq!(read(p, 77 * 4096, 4096).await.unwrap(), [3; 4096]);
+    });
+}
+
+#[test]
 fn a_region_that_is_marked_costs_a_write_of_tuples_and_nothing_else() {
     let world = World::new(2, PiType::Type1, BlockSize::B512, GIB);
     block_on(async move {

@@ -29,6 +29,7 @@
 
 mod error;
 mod file;
+mod gather;
 mod header;
 mod intent;
 mod journal;
@@ -45,6 +46,8 @@ use std::{
 
 use serde::Serialize;
 use uuid::Uuid;
+
+use gather::Gather;
 
 pub use error::StoreError;
 pub use file::{create_file, default_path, open_file};
@@ -141,6 +144,7 @@ pub struct Sidecar<S> {
     overlay: RefCell<HashMap<u64, [u8; TUPLE_LEN]>>,
     /// Pages of tuples that are known to have their space, 64 a word.
     pages: RefCell<HashMap<u64, u64>>,
+    gather: Gather,
     written: Cell<u64>,
     synced: Cell<u64>,
     failed: Cell<bool>,
@@ -240,6 +244,7 @@ impl<S: Storage> Sidecar<S> {
             journal,
             overlay: RefCell::default(),
             pages: RefCell::default(),
+            gather: Gather::default(),
             written: Cell::new(written),
             synced: Cell::new(0),
             failed: Cell::new(false),
@@ -434,12 +439,12 @@ impl<S: Storage> Sidecar<S> {
     /// Writes tuples in the form that travels. The region must be marked.
     pub async fn write_tuples(&self, lba: Lba, mut bytes: Vec<u8>, dsync: bool) -> io::Result<()> {
         invert(&mut bytes);
-        let at = self.tuple_at(lba);
-        let done = self.storage.write(at, &Buffer::from_slice(&bytes).sg(), dsync).await;
+        let (at, len) = (self.tuple_at(lba), bytes.len() as u64);
+        let done = self.gather.write(&self.storage, at, bytes, dsync).await;
         self.wrote();
         done?;
         let mut pages = self.pages.borrow_mut();
-        for page in at / PAGE..(at + bytes.len() as u64).div_ceil(PAGE) {
+        for page in at / PAGE..(at + len).div_ceil(PAGE) {
             *pages.entry(page / 64).or_default() |= 1 << (page % 64);
         }
         Ok(())
