@@ -19,6 +19,8 @@ pub struct CliError {
     pub next: Option<String>,
     /// The words on the command line were wrong, and nothing was tried: exit status 2 instead of 1.
     pub usage: bool,
+    /// An exit status that stands for something else.
+    pub status: Option<u8>,
 }
 
 impl CliError {
@@ -30,6 +32,7 @@ impl CliError {
             reason: reason.into(),
             next: None,
             usage: false,
+            status: None,
         }
     }
 
@@ -59,9 +62,15 @@ impl CliError {
         self
     }
 
-    /// 1, or 2 for wrong words.
+    /// With an exit status of its own.
+    pub fn with_status(mut self, status: u8) -> CliError {
+        self.status = Some(status);
+        self
+    }
+
+    /// 1, or 2 for wrong words, if it has none of its own.
     pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(if self.usage { 2 } else { 1 })
+        ExitCode::from(self.status.unwrap_or(if self.usage { 2 } else { 1 }))
     }
 }
 
@@ -97,6 +106,10 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "check-host",
         "demo",
         "info",
+        "check",
+        "repair",
+        "map",
+        "measure",
         "verify",
         "rebuild",
         "adopt",

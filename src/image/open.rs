@@ -44,14 +44,14 @@ impl Default for OpenOptions {
 }
 
 /// One file of a chain.
-struct Layer {
+pub(super) struct Layer {
     path: PathBuf,
-    file: Rc<File>,
+    pub(super) file: Rc<File>,
     /// Device and inode, or the device's own number.
     id: (u64, u64),
-    format: Format,
+    pub(super) format: Format,
     probed: bool,
-    lock: Option<ImageLock>,
+    pub(super) lock: Option<ImageLock>,
 }
 
 /// Opens an image and its backing files.
@@ -127,28 +127,53 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
         if layers.iter().any(|l| l.id == id) {
             return Err(OpenError::new(&layers[0].path, OpenErrorKind::BackingLoop));
         }
-        let mode = if read_only { LockMode::Reader } else { LockMode::Writer };
-        let lock = match options.lock {
-            true => Some(ImageLock::acquire(&file, mode).map_err(|e| of(OpenError::lock(&path, e)))?),
-            false => None,
-        };
-        let head = read_head(io, &file).await.map_err(|e| of(OpenError::io(&path, e, false)))?;
-        let is_qcow2 = head.starts_with(&QCOW2_MAGIC);
-        let probed = format.is_none();
-        let format = match (format, is_qcow2) {
-            (Some(Format::Qcow2), false) => return Err(of(OpenError::new(&path, OpenErrorKind::NotQcow2))),
-            (Some(format), _) => format,
-            (None, true) => Format::Qcow2,
-            (None, false) => Format::Raw,
-        };
-        if format == Format::Qcow2 {
+        let looked = look(io, &path, (file, id), format, read_only, options.lock).await;
+        let (layer, head) = looked.map_err(of)?;
+        if layer.format == Format::Qcow2 {
             let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
             let (name, format) = (header.backing_file.as_deref(), header.backing_format.as_deref());
             next = backing(&path, name, format).map_err(|what| of(OpenError::new(&path, what)))?;
         }
-        layers.push(Layer { path, file, id, format, probed, lock });
+        layers.push(layer);
     }
     Ok(layers)
+}
+
+/// One file alone, opened and locked.
+pub(super) async fn open_layer(
+    io: &Io,
+    path: &Path,
+    format: Option<Format>,
+    read_only: bool,
+    lock: bool,
+) -> Result<Layer, OpenError> {
+    let opened = open_file(io, path, read_only).await?;
+    Ok(look(io, path, opened, format, read_only, lock).await?.0)
+}
+
+/// Locks an open file and finds out what it is; gives its first bytes too.
+async fn look(
+    io: &Io,
+    path: &Path,
+    (file, id): (Rc<File>, (u64, u64)),
+    format: Option<Format>,
+    read_only: bool,
+    lock: bool,
+) -> Result<(Layer, Vec<u8>), OpenError> {
+    let mode = if read_only { LockMode::Reader } else { LockMode::Writer };
+    let lock = match lock {
+        true => Some(ImageLock::acquire(&file, mode).map_err(|e| OpenError::lock(path, e))?),
+        false => None,
+    };
+    let head = read_head(io, &file).await.map_err(|e| OpenError::io(path, e, false))?;
+    let probed = format.is_none();
+    let format = match (format, head.starts_with(&QCOW2_MAGIC)) {
+        (Some(Format::Qcow2), false) => return Err(OpenError::new(path, OpenErrorKind::NotQcow2)),
+        (Some(format), _) => format,
+        (None, true) => Format::Qcow2,
+        (None, false) => Format::Raw,
+    };
+    Ok((Layer { path: path.to_owned(), file, id, format, probed, lock }, head))
 }
 
 /// The backing file that a header names, and its format. A relative name is relative to the image's directory, as the image
@@ -180,7 +205,7 @@ pub(super) fn backing(
 
 /// The first bytes: of a qcow2 image the whole first cluster, where the header, its extensions and the name of the backing
 /// file are.
-async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
+pub(super) async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
     let mut want = 64 << 10;
     loop {
         let head = Buffer::zeroed(want);

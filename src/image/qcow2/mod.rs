@@ -17,15 +17,18 @@
 mod alloc;
 mod barrier;
 mod cache;
+mod check;
 mod compressed;
 mod create;
 mod discard;
 mod header;
 mod layout;
 mod map;
+mod measure;
 mod open;
 mod read;
 mod refcount;
+mod repair;
 mod resize;
 mod snapshot;
 mod storage;
@@ -43,10 +46,13 @@ use barrier::{Barrier, Epochs, Lost};
 use cache::{Cache, OffsetSet};
 use layout::Geometry;
 
+pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmap_count, check_on};
 pub use compressed::Compression;
-pub use create::{CreateError, CreateOptions, Preallocation, create, create_on};
+pub use create::{CreateError, CreateOptions, Preallocation, check_options, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
+pub use measure::{full_size, looks_preallocated};
 pub use read::{Backing, Boxed, ReadBacking};
+pub use repair::{Repair, repair_on};
 pub use snapshot::Snapshot;
 pub use storage::{FileStorage, Storage};
 

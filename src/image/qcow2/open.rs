@@ -133,7 +133,7 @@ impl<S: Storage> Qcow2<S> {
     }
 }
 
-async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &Path) -> Result<HeaderInfo> {
+pub(super) async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &Path) -> Result<HeaderInfo> {
     let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
     let refused = |e: HeaderError| {
         let kind = match e {
