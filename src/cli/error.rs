@@ -118,7 +118,10 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
     let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();
     let chosen: Vec<_> = chosen.into_iter().take_while(|w| commands.contains(w)).collect();
     let help = ["tcmu-dif"].into_iter().chain(chosen).chain(["--help"]).collect::<Vec<_>>().join(" ");
-    CliError::usage(what, value, reason).then(help)
+    let e = CliError::usage(what, value, reason).then(help);
+    // There the status 2 says that the image is corrupt.
+    let checks = |w: &[OsString]| w[0] == "image" && (w[1] == "check" || w[1] == "repair");
+    if words.windows(2).any(checks) { e.with_status(1) } else { e }
 }
 
 impl fmt::Display for CliError {

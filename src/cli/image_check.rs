@@ -14,6 +14,7 @@ use super::{
 use crate::{
     image::{
         Format,
+        open::{OpenError, OpenErrorKind},
         qcow2::{CheckReport, Repair},
         tools::{self, CheckOptions},
     },
@@ -82,7 +83,12 @@ fn run(command: &'static str, path: &Path, options: CheckOptions, printed: Print
     let at = path.to_owned();
     let checked = sys::run(async move |io| tools::check(&io, &at, options, step).await);
     bar.finish_and_clear();
-    let Some(report) = checked.map_err(|e| open_failed(path, &e))? else {
+    let failed = |e: OpenError| match e.what {
+        // What a look would say has just been said.
+        OpenErrorKind::Corrupt => open_failed(path, &e).then("restore the image from a backup"),
+        _ => open_failed(path, &e),
+    };
+    let Some(report) = checked.map_err(failed)? else {
         let reason = "raw images keep nothing that could be checked";
         return Err(CliError::new(command, path.display(), reason)
             .then("look at the content with the guest's own tools")

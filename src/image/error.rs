@@ -173,7 +173,7 @@ impl OpenError {
                 format!("make it a multiple: qemu-img resize {path} {up}")
             }
             OpenErrorKind::NotQcow2 => "leave the format out, or name it raw".to_owned(),
-            OpenErrorKind::Corrupt => format!("look at the damage: qemu-img check {path}"),
+            OpenErrorKind::Corrupt => format!("look at the damage: tcmu-dif image check {path}"),
             OpenErrorKind::Unsupported => format!(
                 "convert it: qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off {path} NEW"
             ),

@@ -205,7 +205,7 @@ pub(super) fn backing(
 
 /// The first bytes: of a qcow2 image the whole first cluster, where the header, its extensions and the name of the backing
 /// file are.
-pub(super) async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
+async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
     let mut want = 64 << 10;
     loop {
         let head = Buffer::zeroed(want);

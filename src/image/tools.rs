@@ -12,9 +12,9 @@ use std::{
 
 use super::{
     Driver, Format, Image,
-    open::{OpenError, OpenOptions, open_any_size, open_layer, read_head},
+    open::{OpenError, OpenOptions, open_any_size, open_layer},
     qcow2::{
-        CheckReport, CreateOptions, FileStorage, Repair, bitmap_count, check_on, check_options, full_size,
+        CheckReport, CreateOptions, FileStorage, Repair, bitmaps_size, check_on, check_options, full_size,
         looks_preallocated, repair_on,
     },
     raw::seek_runs,
@@ -225,7 +225,7 @@ pub struct Measured {
     pub required: u64,
     /// That it needs when every cluster has been written to.
     pub fully_allocated: u64,
-    /// That bitmaps need: 0 where there could be some and are none. We do not carry any over, nor count them.
+    /// That the old image's bitmaps need besides, where the new one can have them. We carry none over.
     pub bitmaps: Option<u64>,
 }
 
@@ -274,8 +274,9 @@ pub async fn measure(io: &Io, path: &Path, options: &MeasureOptions) -> Result<M
         && driver.header().version >= 3
         && options.create.version >= 3
     {
-        let first = read_head(io, &image.file).await.map_err(|e| OpenError::io(path, e, false))?;
-        measured.bitmaps = (bitmap_count(&first, driver.header()) == 0).then_some(0);
+        let failed = |e| OpenError::io(path, e, false);
+        let storage = FileStorage::new(io, image.file.clone()).map_err(failed)?;
+        measured.bitmaps = Some(bitmaps_size(&storage, driver.header(), cluster).await.map_err(failed)?);
     }
     Ok(measured)
 }

@@ -12,7 +12,7 @@
 //!
 //! Futures of changing operations have to be run to their end: one that is dropped half way fails the image, because nobody
 //! can say any more which of its writes are still to come. What a crash leaves of a reserved run is leaked
-//! (`qemu-img check -r leaks` returns it); a clean [`Volume::close`] returns it.
+//! (`tcmu-dif image check -r leaks` returns it); a clean [`Volume::close`] returns it.
 
 mod alloc;
 mod barrier;
@@ -46,7 +46,7 @@ use barrier::{Barrier, Epochs, Lost};
 use cache::{Cache, OffsetSet};
 use layout::Geometry;
 
-pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmap_count, check_on};
+pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmaps_size, check_on};
 pub use compressed::Compression;
 pub use create::{CreateError, CreateOptions, Preallocation, check_options, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
@@ -111,11 +111,11 @@ pub struct Qcow2<S: Storage = FileStorage> {
 }
 
 impl Qcow2<FileStorage> {
-    /// Opens the image in `file`. The opener has probed the header, locked the file and opened the backing file that the header names.
+    /// Opens the image in `file`; for writing, one that is marked dirty is repaired first. The opener has probed the header, locked the file and opened the backing file that the header names.
     ///
     /// # Errors
     /// `Unsupported` for a feature that this driver does not do; `Corrupt` for metadata that contradict themselves, and, for
-    /// writing, for an image that is marked dirty or corrupt. The words name the next step.
+    /// writing, for an image that is marked corrupt, or is marked dirty and cannot be repaired. The words name the next step.
     pub async fn open(
         io: &Io,
         file: Rc<File>,
@@ -228,7 +228,7 @@ impl<S: Storage> Qcow2<S> {
 
     /// Metadata that make no sense: the image is marked corrupt if it may be written, as QEMU does, and never written again.
     async fn damaged(&self, op: IoOp, detail: impl Into<String>) -> IoError {
-        let detail = format!("{}; run `qemu-img check {}`", detail.into(), self.path.display());
+        let detail = format!("{}; run `tcmu-dif image check {}`", detail.into(), self.path.display());
         if !self.read_only && self.corrupt.borrow().is_none() {
             *self.corrupt.borrow_mut() = Some("metadata were found damaged before".to_owned());
             self.mark_corrupt().await;

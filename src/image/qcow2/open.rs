@@ -13,6 +13,7 @@ use super::{
     cache::{Cache, OffsetSet},
     header::{CORRUPT, HeaderInfo, MAX_CLUSTER, field, probe_header},
     layout::{Geometry, be32, be64},
+    repair::mend_dirty,
     snapshot,
 };
 use crate::{
@@ -29,16 +30,16 @@ impl<S: Storage> Qcow2<S> {
     pub async fn open_on(storage: S, path: &Path, read_only: bool, backing: Option<Backing>) -> Result<Self> {
         let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
         let corrupt = |detail: String| IoError::corrupt(IoOp::Open, detail).path(path);
-        let file_len = storage.size().map_err(failed)?;
-        let header = read_header(&storage, file_len, path).await?;
-        if !read_only {
-            let next = format!("run `qemu-img check -r all {}`", path.display());
-            if header.corrupt {
-                return Err(corrupt(format!("it is marked corrupt and may only be read; {next}")));
-            }
-            if header.dirty {
-                return Err(corrupt(format!("it is marked dirty, its refcounts may be wrong; {next}")));
-            }
+        let mut file_len = storage.size().map_err(failed)?;
+        let mut header = read_header(&storage, file_len, path).await?;
+        let next = format!("run `tcmu-dif image repair {}`", path.display());
+        if !read_only && header.corrupt {
+            return Err(corrupt(format!("it is marked corrupt and may only be read; {next}")));
+        }
+        if !read_only && header.dirty {
+            mend_dirty(&storage, path).await?;
+            file_len = storage.size().map_err(failed)?;
+            header = read_header(&storage, file_len, path).await?;
         }
         let g = header.geometry();
         let l1_bytes = u64::from(header.l1_entries) * 8;
@@ -69,7 +70,7 @@ impl<S: Storage> Qcow2<S> {
         fixed.sort_unstable();
         let (tables, damage) = find_tables(&g, &fixed, &l1, &refcount_table, file_len);
         if let (Some(what), false) = (damage, read_only) {
-            return Err(corrupt(format!("{what}; run `qemu-img check -r all {}`", path.display())));
+            return Err(corrupt(format!("{what}; {next}")));
         }
 
         Ok(Qcow2 {

@@ -45,9 +45,59 @@ fn directory(first: &[u8], header_length: usize) -> Option<Directory> {
     None
 }
 
-/// Bitmaps that a header tells of. `first` is the image's first cluster.
-pub fn bitmap_count(first: &[u8], header: &HeaderInfo) -> u32 {
-    directory(first, header.header_length as usize).map_or(0, |found| found.count)
+/// A bitmap, as its directory entry has it.
+struct Bitmap {
+    table: u64,
+    entries: u64,
+    in_use: bool,
+    granularity_bits: u8,
+    name_len: u64,
+    /// Bytes of the whole entry.
+    len: usize,
+}
+
+fn bitmap(entry: &[u8]) -> Option<Bitmap> {
+    if entry.len() < ENTRY {
+        return None;
+    }
+    let (name, extra) = (usize::from(be16(entry, 18)), be32(entry, 20) as usize);
+    Some(Bitmap {
+        table: be64(entry, 0),
+        entries: be32(entry, 8).into(),
+        in_use: be32(entry, 12) & 1 != 0,
+        granularity_bits: entry[17],
+        name_len: name as u64,
+        len: (ENTRY + name + extra).next_multiple_of(8),
+    })
+}
+
+/// Bytes that an image's bitmaps take in another with those clusters, if all their bits were set: their clusters, their tables, the
+/// directory. Those that were in use when the image was last written to are void, and not counted.
+///
+/// # Errors
+/// Those of reading.
+pub async fn bitmaps_size<S: Storage>(storage: &S, header: &HeaderInfo, cluster: u64) -> io::Result<u64> {
+    let first = Buffer::zeroed(1usize << header.cluster_bits);
+    storage.read(0, &first.sg()).await?;
+    let found = directory(&first.to_vec(), header.header_length as usize);
+    let Some(found) = found.filter(|d| header.autoclear & VALID != 0 && d.bytes <= MAX_DIRECTORY) else {
+        return Ok(0);
+    };
+    let buffer = Buffer::zeroed(found.bytes as usize);
+    storage.read(found.at, &buffer.sg()).await?;
+    let bytes = buffer.to_vec();
+    let (mut at, mut directory, mut size) = (0, 0, 0);
+    for _ in 0..found.count {
+        let Some(map) = bytes.get(at..).and_then(bitmap) else { break };
+        at += map.len;
+        if map.in_use || map.granularity_bits > 31 {
+            continue;
+        }
+        let clusters = header.virtual_size.div_ceil(1 << map.granularity_bits).div_ceil(8).div_ceil(cluster);
+        size += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
+        directory += (ENTRY as u64 + map.name_len).next_multiple_of(8);
+    }
+    Ok(size + u64::next_multiple_of(directory, cluster))
 }
 
 impl Scan {
@@ -74,22 +124,20 @@ impl Scan {
         let mut at = 0;
         let mut left = self.file_len;
         for _ in 0..found.count {
-            let Some(entry) = bytes.get(at..).filter(|b| b.len() >= ENTRY) else {
+            let Some(map) = bytes.get(at..).and_then(bitmap) else {
                 self.lost_bitmaps("their directory is too short");
                 return Ok(());
             };
-            let (table, entries) = (be64(entry, 0), u64::from(be32(entry, 8)));
-            let (name, extra) = (usize::from(be16(entry, 18)), be32(entry, 20) as usize);
-            at += (ENTRY + name + extra).next_multiple_of(8);
-            let table_bytes = entries * 8;
+            at += map.len;
+            let table_bytes = map.entries * 8;
             // Tables do not overlap, so together they are no larger than the file.
-            let sane = self.g.aligned(table) && table_bytes <= MAX_TABLE && table_bytes <= left;
-            if !sane || !self.table(Owner::Bitmaps, table, table_bytes)? {
+            let sane = self.g.aligned(map.table) && table_bytes <= MAX_TABLE && table_bytes <= left;
+            if !sane || !self.table(Owner::Bitmaps, map.table, table_bytes)? {
                 self.lost_bitmaps("the table of one does not lie in the file");
                 return Ok(());
             }
             left -= table_bytes;
-            for entry in Scan::words(storage, table, table_bytes).await? {
+            for entry in Scan::words(storage, map.table, table_bytes).await? {
                 self.bitmap_entry(entry)?;
             }
         }

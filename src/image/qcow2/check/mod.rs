@@ -22,7 +22,7 @@ use std::path::Path;
 use super::{Storage, open::read_header};
 use crate::volume::{IoError, IoOp, Result};
 
-pub use bitmaps::bitmap_count;
+pub use bitmaps::bitmaps_size;
 pub(super) use walk::Scan;
 
 /// Bytes of memory for the counts.

@@ -13,6 +13,9 @@ const MAX_TABLE: u64 = 64 << 20;
 /// Extra data that every entry of a version 3 image has: the 64-bit size of the VM state, and the disk's size.
 const EXTRA_LEN: u32 = 16;
 
+/// QEMU's bound on the extra data of an entry.
+const MAX_EXTRA: u32 = 1024;
+
 impl Scan {
     /// The snapshot table and all L1 tables in it. What cannot be read leaves the check blind: clusters of which nobody knows
     /// must not be taken for leaks.
@@ -33,7 +36,13 @@ impl Scan {
             let head = Buffer::zeroed(SnapshotHead::BYTES);
             storage.read(at, &head.sg()).await?;
             let head = SnapshotHead::read(&head.to_vec());
-            bytes += (SnapshotHead::BYTES as u64 + head.rest()).next_multiple_of(8);
+            let entry = (SnapshotHead::BYTES as u64 + head.rest()).next_multiple_of(8);
+            if head.extra_len > MAX_EXTRA || at + entry > self.file_len.next_multiple_of(g.cluster()) {
+                self.report.error(|| format!("snapshot {number}: its table entry is too long"));
+                self.blind = true;
+                break;
+            }
+            bytes += entry;
             if g.version >= 3 && head.extra_len < EXTRA_LEN {
                 self.report.corrupt(1, || format!("snapshot {number}: its table entry is incomplete"));
             }
@@ -56,9 +65,7 @@ impl Scan {
                 self.l1_entries(&l1, false)?;
             }
         }
-        if bytes > 0 {
-            self.table(Owner::Snapshots, start, bytes)?;
-        }
+        self.blind |= !self.table(Owner::Snapshots, start, bytes)?;
         Ok(())
     }
 }

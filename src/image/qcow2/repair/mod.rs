@@ -5,27 +5,31 @@
 //! Order. Each step is durable before the next begins, and each leaves the image no worse than it was:
 //! 1. new refcount blocks (and a new table, if it has to grow or to move), beyond everything that is in use: first the content,
 //!    with the references counted, then the entries that link it, in whole sectors;
-//! 2. COPIED flags are cleared where a cluster has not exactly one reference: from here on such a cluster is copied, not written to;
-//! 3. refcounts that are too low are raised: too high is a leak at worst;
-//! 4. refcounts that are too high are lowered to the references counted, and the space of what has none goes back;
-//! 5. COPIED flags are set where a cluster has exactly one reference, and its refcount says so;
-//! 6. the image is checked again, and the marks are cleared if it is clean.
+//! 2. what lies where a table does gets a cluster of its own: reserved as in step 1, then the content copied, then the entry changed;
+//! 3. COPIED flags are cleared where a cluster has not exactly one reference: from here on such a cluster is copied, not written to;
+//! 4. refcounts that are too low are raised: too high is a leak at worst;
+//! 5. refcounts that are too high are lowered to the references counted, and the space of what has none goes back;
+//! 6. COPIED flags are set where a cluster has exactly one reference, and its refcount says so;
+//! 7. the image is checked again, and the marks are cleared if it is clean.
 //!
 //! A power cut between or within the steps leaves an image that the same repair mends: no refcount was lowered below the
 //! references, no flag set that permits writing to what is shared, nothing written over that anything refers to.
 //!
-//! What is never done: an entry of an L1 or L2 table keeps what it refers to, so the guest reads what it read before. Entries
-//! that make no sense, clusters beyond the end of the file, tables that lie where something else does and a damaged snapshot
-//! table are reported and left. While something that refers to clusters cannot be followed, no refcount is lowered: what looks leaked may be
-//! what could not be seen.
+//! What is never done: an entry of an L1 or L2 table keeps what it refers to, or gets a copy of it, so the guest reads what it read
+//! before. Entries that make no sense, data beyond the end of the file, compressed clusters and snapshots' tables that lie where something else
+//! does, and a damaged snapshot table are reported and left. While something that refers to clusters cannot be followed, no refcount is
+//! lowered: what looks leaked may be what could not be seen.
 
-use std::{collections::BTreeMap, path::Path};
+mod structure;
+mod unshare;
+
+use std::path::Path;
 
 use super::{
     Storage,
     check::{CheckReport, Progress, Scan, scan, walk::read_entry},
     header::{CORRUPT, DIRTY, field},
-    layout::{COPIED, MAX_HOST, MAX_REFCOUNT_TABLE_BYTES, Mapping, be64},
+    layout::{COPIED, MAX_HOST, Mapping, be64},
     tables::encode,
 };
 use crate::{
@@ -63,8 +67,17 @@ pub async fn repair_on<S: Storage>(
     let first = before.report.clone();
     let failed = |e| IoError::from_io(IoOp::Write, e).path(path);
     let mut mending = Mending { storage, scan: before };
-    if what == Repair::All && mending.structure().await.map_err(failed)? {
-        mending.scan = scan(storage, path, progress).await?;
+    if what == Repair::All && first.corruptions > 0 {
+        if mending.structure(0).await.map_err(failed)?.is_some() {
+            mending.scan = scan(storage, path, progress).await?;
+        }
+        // Entries in tables of their own, then tables that had to be copied, then what is in those.
+        for _ in 0..3 {
+            if !mending.unshare().await.map_err(failed)? {
+                break;
+            }
+            mending.scan = scan(storage, path, progress).await?;
+        }
     }
     mending.refcounts_and_flags(what).await.map_err(failed)?;
     let mut after = match first.corruptions + first.leaks {
@@ -84,136 +97,33 @@ pub async fn repair_on<S: Storage>(
     Ok(after.report)
 }
 
+/// Before an image that is marked dirty is written to: its refcounts were postponed by whoever wrote to it last (lazy refcounts),
+/// and that ended without a close. They are put right, as QEMU does.
+///
+/// # Errors
+/// As [`repair_on`]; `Corrupt` if the mark could not be cleared.
+pub(super) async fn mend_dirty<S: Storage>(storage: &S, path: &Path) -> Result<()> {
+    let name = path.display();
+    tracing::warn!(path = %name, "the image was not closed and its refcounts may be wrong: repairing it");
+    let report = repair_on(storage, path, Repair::All, &mut |_, _| ()).await?;
+    if report.marked {
+        let detail = format!(
+            "it is marked dirty, and {} errors are left after a repair; run `tcmu-dif image check {name}`",
+            report.corruptions + report.check_errors
+        );
+        return Err(IoError::corrupt(IoOp::Open, detail).path(path));
+    }
+    let (errors, leaks) = (report.corruptions_fixed, report.leaks_fixed);
+    tracing::warn!(path = %name, errors, leaks, "the image has been repaired");
+    Ok(())
+}
+
 struct Mending<'a, S: Storage> {
     storage: &'a S,
     scan: Scan,
 }
 
 impl<S: Storage> Mending<'_, S> {
-    /// New refcount blocks where the table has none, or one that cannot stay. Whether anything was done.
-    async fn structure(&mut self) -> std::io::Result<bool> {
-        let s = &self.scan;
-        let g = s.g;
-        let at = s.header.refcount_table_offset;
-        let table_clusters = u64::from(s.header.refcount_table_clusters);
-        let mut move_table = (g.index(at)..g.index(at) + table_clusters).any(|c| !s.alone(c));
-        if s.replace.is_empty() && !move_table {
-            return Ok(false);
-        }
-        // An entry whose block would count nothing is cleared, unless the block may count what was not seen.
-        let used = s.references.blocks(g.block_bits());
-        let needed = |index: &u64| used.binary_search(index).is_ok();
-        let unseen = |index: &u64| s.blind && s.blocks.contains_key(index);
-        let (mut make, dropped): (Vec<u64>, Vec<u64>) =
-            s.replace.iter().partition(|index| needed(index) || unseen(index));
-        let mut places = Places::new(s, self.storage.is_fixed());
-        // Until the blocks and the table are counted themselves.
-        let mut blocks: BTreeMap<u64, u64> = BTreeMap::new();
-        let mut table: Option<(u64, u64)> = None;
-        let mut taken: Vec<u64> = Vec::new();
-        loop {
-            while let Some(index) = make.pop() {
-                let Some(cluster) = places.take(1) else { return self.no_room() };
-                blocks.insert(index, cluster);
-                taken.push(cluster);
-            }
-            let most = blocks.keys().last().copied().unwrap_or(0);
-            let have = table.map_or(table_clusters, |(_, n)| n) << g.cluster_bits >> 3;
-            if most >= have || (move_table && table.is_none()) {
-                let entries = (most + 1).max(have) + u64::from(most >= have) * have / 2;
-                let count = g.clusters_for(entries * 8);
-                if count << g.cluster_bits > MAX_REFCOUNT_TABLE_BYTES {
-                    return self.no_room();
-                }
-                let Some(first) = places.take(count) else { return self.no_room() };
-                table = Some((first, count));
-                taken.extend(first..first + count);
-                move_table = true;
-            }
-            make = taken
-                .iter()
-                .map(|cluster| cluster >> g.block_bits())
-                .filter(|index| {
-                    !blocks.contains_key(index)
-                        && (s.replace.contains(index) || !s.blocks.get(index).is_some_and(|b| b.good))
-                })
-                .collect();
-            make.dedup();
-            if make.is_empty() {
-                break;
-            }
-        }
-        self.write_structure(&blocks, table, &taken, &dropped).await?;
-        Ok(true)
-    }
-
-    fn no_room(&mut self) -> std::io::Result<bool> {
-        self.scan.report.say(|| "there is no room for new refcount blocks".to_owned());
-        Ok(false)
-    }
-
-    async fn write_structure(
-        &mut self,
-        blocks: &BTreeMap<u64, u64>,
-        table: Option<(u64, u64)>,
-        taken: &[u64],
-        dropped: &[u64],
-    ) -> std::io::Result<()> {
-        let g = self.scan.g;
-        for cluster in taken {
-            self.scan.references.set(*cluster, 1)?;
-        }
-        for (index, cluster) in blocks {
-            let mut bytes = vec![0; g.cluster() as usize];
-            let first = index << g.block_bits();
-            let old = if self.scan.blind { self.scan.block(self.storage, *index).await } else { None };
-            for i in 0..1u64 << g.block_bits() {
-                let stored = old.as_ref().map_or(0, |b| g.refcount(b, i as usize));
-                g.set_refcount(&mut bytes, i as usize, self.scan.references.get(first + i).max(stored));
-            }
-            let at = cluster << g.cluster_bits;
-            self.storage.write(at, &Buffer::from_slice(&bytes).sg()).await?;
-        }
-        // Where a block that stays counts a new cluster.
-        let others: Vec<u64> =
-            taken.iter().copied().filter(|c| !blocks.contains_key(&(c >> g.block_bits()))).collect();
-        for cluster in others {
-            self.change_block(
-                cluster >> g.block_bits(),
-                |i, stored, _| if i == cluster { 1 } else { stored },
-            )
-            .await?;
-        }
-        let mut new = self.scan.refcount_table.clone();
-        if let Some((_, count)) = table {
-            new.resize((count << g.cluster_bits) as usize / 8, 0);
-        }
-        for index in dropped {
-            new[*index as usize] = 0;
-        }
-        for (index, cluster) in blocks {
-            new[*index as usize] = cluster << g.cluster_bits;
-        }
-        match table {
-            Some((first, count)) => {
-                let at = first << g.cluster_bits;
-                self.storage.write(at, &encode(&new).sg()).await?;
-                self.storage.sync().await?;
-                // Offset and length stand side by side in one sector of the header.
-                let mut words = at.to_be_bytes().to_vec();
-                words.extend_from_slice(&(count as u32).to_be_bytes());
-                self.storage.write(field::REFCOUNT_TABLE, &Buffer::from_slice(&words).sg()).await?;
-            }
-            None => {
-                self.storage.sync().await?;
-                let old = encode(&self.scan.refcount_table).to_vec();
-                let at = self.scan.header.refcount_table_offset;
-                self.write_sectors(at, &old, &encode(&new).to_vec()).await?;
-            }
-        }
-        self.storage.sync().await
-    }
-
     /// Writes the sectors of a table that have changed.
     async fn write_sectors(&self, at: u64, old: &[u8], new: &[u8]) -> std::io::Result<()> {
         for (i, (was, is)) in old.chunks(SECTOR).zip(new.chunks(SECTOR)).enumerate() {
@@ -301,15 +211,20 @@ impl<S: Storage> Mending<'_, S> {
         }
     }
 
+    /// Whether the L1 table lies where nothing else does.
+    fn l1_alone(&self) -> bool {
+        let s = &self.scan;
+        let clusters = s.g.clusters_for(s.l1.len() as u64 * 8);
+        (0..clusters).all(|i| s.alone(s.g.index(s.header.l1_offset) + i))
+    }
+
     /// Sets the COPIED flags that are missing, or clears those that must not be. Tables that lie where something else does are
     /// not written.
     async fn flags(&mut self, set: bool) -> std::io::Result<()> {
         let g = self.scan.g;
         let host = |entry: u64| entry & (MAX_HOST - 1) & !511;
         let l1_at = self.scan.header.l1_offset;
-        let l1_bytes = self.scan.l1.len() as u64 * 8;
-        let l1_alone = (0..g.clusters_for(l1_bytes)).all(|i| self.scan.alone(g.index(l1_at) + i));
-        if l1_alone {
+        if self.l1_alone() {
             let old = self.scan.l1.clone();
             let new: Vec<u64> = old
                 .iter()
@@ -343,30 +258,5 @@ impl<S: Storage> Mending<'_, S> {
             self.write_sectors(at, &old, &new).await?;
         }
         Ok(())
-    }
-}
-
-/// Where new tables go: beyond everything in use.
-struct Places {
-    next: u64,
-    /// One past the last cluster that there can be.
-    end: u64,
-}
-
-impl Places {
-    fn new(s: &Scan, fixed: bool) -> Places {
-        let used = s.references.last().map_or(0, |last| last + 1);
-        match fixed {
-            // A device does not grow. What is behind the last reference is free, unless something cannot be followed.
-            true if s.blind => Places { next: 0, end: 0 },
-            true => Places { next: used, end: s.file_len >> s.g.cluster_bits },
-            false => Places { next: used.max(s.clusters), end: MAX_HOST >> s.g.cluster_bits },
-        }
-    }
-
-    fn take(&mut self, count: u64) -> Option<u64> {
-        let first = self.next;
-        self.next = first.checked_add(count).filter(|next| *next <= self.end)?;
-        Some(first)
     }
 }
