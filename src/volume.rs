@@ -48,6 +48,8 @@ pub enum ExtentKind {
     Zero,
     /// Reads as zeros, and takes no space (SBC-4: deallocated).
     Hole,
+    /// As [`ExtentKind::Hole`], because no file of the chain says anything of it.
+    Unallocated,
 }
 
 /// One run of a volume's map.
@@ -59,7 +61,7 @@ pub struct Extent {
     pub len: u64,
     /// What it holds.
     pub kind: ExtentKind,
-    /// Where the data lies in the file named by `depth`, if it lies there as it is.
+    /// Where the data, or the space kept, lies in the file named by `depth`, if it lies there as it is.
     pub host_offset: Option<u64>,
     /// 0 for the image itself, 1 for its backing file, and so on.
     pub depth: u32,

@@ -5,6 +5,10 @@
 
 #[path = "qcow2/crash.rs"]
 mod crash;
+#[path = "qcow2/damage.rs"]
+mod damage;
+#[path = "qcow2/gallery.rs"]
+mod gallery;
 #[path = "qcow2/hostile.rs"]
 mod hostile;
 #[path = "qcow2/kill.rs"]
@@ -15,6 +19,8 @@ mod model;
 mod sim;
 #[path = "qcow2/support.rs"]
 mod support;
+#[path = "qcow2/tools.rs"]
+mod tools;
 #[path = "qcow2/walk.rs"]
 mod walk;
 #[path = "qcow2/work.rs"]

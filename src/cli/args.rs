@@ -4,6 +4,7 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::image_args::{ImageCheck, ImageMap, ImageMeasure, ImageRepair};
 use crate::{
     daemon::rundir::RUN_DIR,
     image::Format,
@@ -244,6 +245,14 @@ pub enum Image {
     Create(ImageCreate),
     /// Describe an image, in qemu-img's words
     Info(ImageInfo),
+    /// Check a qcow2 image that is not in use; exit status 0: clean, 2: errors, 3: leaks, 63: not a format that can be checked
+    Check(ImageCheck),
+    /// Mend all of a qcow2 image that can be mended: the same as check -r all
+    Repair(ImageRepair),
+    /// Show where each range of the disk lies in which file
+    Map(ImageMap),
+    /// Say how large the file of a new image will be
+    Measure(ImageMeasure),
 }
 
 /// `image create`.
@@ -394,7 +403,7 @@ pub struct PeerVhost {
     pub measure_ms: u64,
 }
 
-fn format(text: &str) -> Result<Format, String> {
+pub(super) fn format(text: &str) -> Result<Format, String> {
     match text {
         "raw" => Ok(Format::Raw),
         "qcow2" => Ok(Format::Qcow2),

@@ -19,6 +19,8 @@ pub struct CliError {
     pub next: Option<String>,
     /// The words on the command line were wrong, and nothing was tried: exit status 2 instead of 1.
     pub usage: bool,
+    /// An exit status that stands for something else.
+    pub status: Option<u8>,
 }
 
 impl CliError {
@@ -30,6 +32,7 @@ impl CliError {
             reason: reason.into(),
             next: None,
             usage: false,
+            status: None,
         }
     }
 
@@ -59,9 +62,15 @@ impl CliError {
         self
     }
 
-    /// 1, or 2 for wrong words.
+    /// With an exit status of its own.
+    pub fn with_status(mut self, status: u8) -> CliError {
+        self.status = Some(status);
+        self
+    }
+
+    /// 1, or 2 for wrong words, if it has none of its own.
     pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(if self.usage { 2 } else { 1 })
+        ExitCode::from(self.status.unwrap_or(if self.usage { 2 } else { 1 }))
     }
 }
 
@@ -97,6 +106,10 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "check-host",
         "demo",
         "info",
+        "check",
+        "repair",
+        "map",
+        "measure",
         "verify",
         "rebuild",
         "adopt",
@@ -105,7 +118,10 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
     let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();
     let chosen: Vec<_> = chosen.into_iter().take_while(|w| commands.contains(w)).collect();
     let help = ["tcmu-dif"].into_iter().chain(chosen).chain(["--help"]).collect::<Vec<_>>().join(" ");
-    CliError::usage(what, value, reason).then(help)
+    let e = CliError::usage(what, value, reason).then(help);
+    // There the status 2 says that the image is corrupt.
+    let checks = |w: &[OsString]| w[0] == "image" && (w[1] == "check" || w[1] == "repair");
+    if words.windows(2).any(checks) { e.with_status(1) } else { e }
 }
 
 impl fmt::Display for CliError {

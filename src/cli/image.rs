@@ -14,7 +14,7 @@ use serde_json::json;
 use super::{
     CliError, Done,
     args::{Image, ImageCreate, ImageInfo, Output},
-    output, size,
+    image_check, image_map, image_measure, output, size,
 };
 use crate::{
     image::{
@@ -37,15 +37,19 @@ pub struct Looked {
     pub capacity: u64,
 }
 
-/// Runs `image create` or `image info`.
+/// Runs one of `image`'s commands.
 pub fn run(args: &Image) -> Done {
     match args {
         Image::Create(args) => create(args),
         Image::Info(args) => info(args),
+        Image::Check(args) => image_check::check(args),
+        Image::Repair(args) => image_check::repair(args),
+        Image::Map(args) => image_map::run(args),
+        Image::Measure(args) => image_measure::run(args),
     }
 }
 
-fn open_failed(path: &Path, e: &OpenError) -> CliError {
+pub(super) fn open_failed(path: &Path, e: &OpenError) -> CliError {
     CliError::from("image", path.display(), e).maybe_next(e.next_step())
 }
 
@@ -91,14 +95,11 @@ fn create(args: &ImageCreate) -> Done {
     let mut options = CreateOptions::new(args.size.unwrap_or(0));
     let words: Vec<&str> = args.options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()).collect();
     if args.format == Format::Raw {
-        let only_qcow2 = |what: &str, value: &str| {
-            CliError::usage(what, value, "raw images have none").then("choose -f qcow2")
-        };
         if let Some(word) = words.first() {
-            return Err(only_qcow2("-o", word));
+            return Err(only_qcow2("-o", word, "-f qcow2"));
         }
         if let Some(backing) = &args.backing {
-            return Err(only_qcow2("-b", backing));
+            return Err(only_qcow2("-b", backing, "-f qcow2"));
         }
     }
     for word in words {
@@ -116,8 +117,13 @@ fn create(args: &ImageCreate) -> Done {
     ))
 }
 
+/// An option that raw images do not have.
+pub(super) fn only_qcow2(what: &str, value: &str, choose: &str) -> CliError {
+    CliError::usage(what, value, "raw images have none").then(format!("choose {choose}"))
+}
+
 /// One `key=value` of `-o`.
-fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
+pub(super) fn option(options: &mut CreateOptions, word: &str) -> Result<(), CliError> {
     let wrong = |reason: &str| {
         CliError::usage("-o", word, reason).then("see what there is: tcmu-dif image create --help")
     };

@@ -175,7 +175,7 @@ impl OpenError {
                 format!("make it a multiple: qemu-img resize {path} {up}")
             }
             OpenErrorKind::NotQcow2 => "leave the format out, or name it raw".to_owned(),
-            OpenErrorKind::Corrupt => format!("look at the damage: qemu-img check {path}"),
+            OpenErrorKind::Corrupt => format!("look at the damage: tcmu-dif image check {path}"),
             OpenErrorKind::Unsupported => format!("convert it: qemu-img convert -O qcow2 {path} NEW"),
             OpenErrorKind::BackingProtocol(_) => {
                 format!("give it a local backing file: qemu-img rebase -b FILE -F FORMAT {path}")

@@ -9,6 +9,7 @@ pub mod lock;
 pub mod open;
 pub mod qcow2;
 pub mod raw;
+pub mod tools;
 
 use std::{
     cell::RefCell,

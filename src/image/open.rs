@@ -44,12 +44,12 @@ impl Default for OpenOptions {
 }
 
 /// One file of a chain.
-struct Layer {
+pub(super) struct Layer {
     path: PathBuf,
-    file: Rc<File>,
-    format: Format,
+    pub(super) file: Rc<File>,
+    pub(super) format: Format,
     probed: bool,
-    lock: Option<ImageLock>,
+    pub(super) lock: Option<ImageLock>,
     data: Option<DataFile>,
 }
 
@@ -144,18 +144,8 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
             return Err(OpenError::new(first(&layers, &path), OpenErrorKind::BackingLoop));
         }
         seen.push(id);
-        let lock = lock_file(&file, &path, read_only, options).map_err(of)?;
-        let head = read_head(io, &file).await.map_err(|e| of(OpenError::io(&path, e, false)))?;
-        let is_qcow2 = head.starts_with(&QCOW2_MAGIC);
-        let probed = format.is_none();
-        let format = match (format, is_qcow2) {
-            (Some(Format::Qcow2), false) => return Err(of(OpenError::new(&path, OpenErrorKind::NotQcow2))),
-            (Some(format), _) => format,
-            (None, true) => Format::Qcow2,
-            (None, false) => Format::Raw,
-        };
-        let mut data = None;
-        if format == Format::Qcow2 {
+        let (mut layer, head) = look(io, &path, file, format, read_only, options.lock).await.map_err(of)?;
+        if layer.format == Format::Qcow2 {
             let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
             let (name, format) = (header.backing_file.as_deref(), header.backing_format.as_deref());
             next = backing(&path, name, format).map_err(|what| of(OpenError::new(&path, what)))?;
@@ -166,11 +156,11 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
                     return Err(OpenError::new(first(&layers, &path), OpenErrorKind::BackingLoop));
                 }
                 seen.push(id);
-                let lock = lock_file(&file, &at, read_only, options).map_err(of)?;
-                data = Some(DataFile { path: at, file, lock });
+                let lock = lock_file(&file, &at, read_only, options.lock).map_err(of)?;
+                layer.data = Some(DataFile { path: at, file, lock });
             }
         }
-        layers.push(Layer { path, file, format, probed, lock, data });
+        layers.push(layer);
     }
     Ok(layers)
 }
@@ -179,10 +169,10 @@ fn lock_file(
     file: &Rc<File>,
     path: &Path,
     read_only: bool,
-    options: &OpenOptions,
+    lock: bool,
 ) -> Result<Option<ImageLock>, OpenError> {
     let mode = if read_only { LockMode::Reader } else { LockMode::Writer };
-    let lock = options.lock.then(|| ImageLock::acquire(file, mode)).transpose();
+    let lock = lock.then(|| ImageLock::acquire(file, mode)).transpose();
     lock.map_err(|e| OpenError::lock(path, e))
 }
 
@@ -201,6 +191,39 @@ pub(super) fn data_file(image: &Path, name: &str) -> Result<PathBuf, OpenErrorKi
         true => Ok(file),
         false => Err(OpenErrorKind::DataFileElsewhere(name.to_owned())),
     }
+}
+
+/// One file alone, opened and locked.
+pub(super) async fn open_layer(
+    io: &Io,
+    path: &Path,
+    format: Option<Format>,
+    read_only: bool,
+    lock: bool,
+) -> Result<Layer, OpenError> {
+    let (file, _) = open_file(io, path, read_only).await?;
+    Ok(look(io, path, file, format, read_only, lock).await?.0)
+}
+
+/// Locks an open file and finds out what it is; gives its first bytes too.
+async fn look(
+    io: &Io,
+    path: &Path,
+    file: Rc<File>,
+    format: Option<Format>,
+    read_only: bool,
+    lock: bool,
+) -> Result<(Layer, Vec<u8>), OpenError> {
+    let lock = lock_file(&file, path, read_only, lock)?;
+    let head = read_head(io, &file).await.map_err(|e| OpenError::io(path, e, false))?;
+    let probed = format.is_none();
+    let format = match (format, head.starts_with(&QCOW2_MAGIC)) {
+        (Some(Format::Qcow2), false) => return Err(OpenError::new(path, OpenErrorKind::NotQcow2)),
+        (Some(format), _) => format,
+        (None, true) => Format::Qcow2,
+        (None, false) => Format::Raw,
+    };
+    Ok((Layer { path: path.to_owned(), file, format, probed, lock, data: None }, head))
 }
 
 /// The backing file that a header names, and its format. A relative name is relative to the image's directory, as the image

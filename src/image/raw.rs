@@ -285,7 +285,7 @@ impl Volume for Raw {
                 start: ByteOffset(start),
                 len,
                 kind: if data { ExtentKind::Data } else { ExtentKind::Hole },
-                host_offset: data.then_some(start),
+                host_offset: Some(start),
                 depth: 0,
             })
             .collect())
@@ -351,7 +351,7 @@ fn device_granularity(rdev: u64) -> u32 {
 }
 
 /// The runs of data and holes from `at` to `end`: start, length, whether it is data.
-fn seek_runs(file: &File, mut at: u64, end: u64) -> io::Result<Vec<(u64, u64, bool)>> {
+pub(super) fn seek_runs(file: &File, mut at: u64, end: u64) -> io::Result<Vec<(u64, u64, bool)>> {
     let mut runs = Vec::new();
     while at < end && runs.len() < MAX_EXTENTS {
         let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use tcmu_dif::{
-    image::qcow2::{Backing, CreateOptions, Qcow2, create_on},
+    image::qcow2::{Backing, CreateOptions, Qcow2, Repair, create_on, repair_on},
     sys::exec::{join, yield_now},
     units::ByteOffset,
     volume::Volume,
@@ -170,6 +170,21 @@ async fn judge(
     let image = open(&files, under).await.map_err(|e| e.to_string())?;
     let guest = read_disk(&image).await.map_err(|e| e.to_string())?;
     model.judge_disk(&guest, by)?;
+    if leaks > 0 {
+        let disk = SimDisk::new(bytes, 1, 0);
+        let report = repair_on(&disk, Path::new(PATH), Repair::Leaks, &mut |_, _| ()).await;
+        let report = report.map_err(|e| e.to_string())?;
+        if !report.is_clean() || report.leaks_fixed != leaks {
+            return Err(format!("{leaks} leaks, and a repair says {report:?}"));
+        }
+        let mended = disk.cut(Cut::Oldest, &mut Rng::new(1));
+        let left = walk(&mended)?;
+        let files = (SimDisk::new(&mended, 1, 0), files.1);
+        let image = open(&files, under).await.map_err(|e| e.to_string())?;
+        if left != 0 || read_disk(&image).await.map_err(|e| e.to_string())? != guest {
+            return Err(format!("{left} leaks after a repair, or the guest reads something else"));
+        }
+    }
     Ok(leaks)
 }
 

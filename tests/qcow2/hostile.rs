@@ -234,20 +234,37 @@ fn features_that_are_not_supported_are_refused_by_name() {
 }
 
 #[test]
-fn dirty_and_corrupt_images_are_read_and_not_written() {
-    for (bit, word) in [(1u8, "dirty"), (2, "corrupt")] {
-        let mut bytes = image("cluster_size=4k");
-        bytes[79] |= bit;
+fn marked_images_are_read_and_not_written_unless_they_are_only_dirty() {
+    let good = image("cluster_size=4k");
+    // An L2 entry beyond the end of the file: nobody can mend that.
+    let l2 = (be64(&good, be64(&good, 40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    for (bits, broken, word) in
+        [(1u8, false, ""), (1, true, "marked dirty"), (2, false, "corrupt"), (3, false, "corrupt")]
+    {
+        let mut bytes = good.clone();
+        bytes[79] |= bits;
+        if broken {
+            bytes[l2 + 8..l2 + 16].copy_from_slice(&(1u64 << 40).to_be_bytes());
+        }
         sim::run(async move {
-            let open = async |read_only| {
-                let disk = SimDisk::new(&bytes, 1, 0);
-                Qcow2::open_on(disk, Path::new("/marked"), read_only, None).await
-            };
-            assert!(read_disk(&open(true).await.unwrap()).await.is_ok());
-            let Err(e) = open(false).await else { panic!("a {word} image was opened for writing") };
-            assert_eq!(e.kind, IoErrorKind::Corrupt);
-            let e = e.to_string();
-            assert!(e.contains(word) && e.contains("qemu-img check -r all"), "{e}");
+            let disk = SimDisk::new(&bytes, 1, 0);
+            let open =
+                async |read_only| Qcow2::open_on(disk.clone(), Path::new("/marked"), read_only, None).await;
+            let image = open(true).await.unwrap();
+            assert_eq!(read_disk(&image).await.is_ok(), !broken);
+            assert!(disk.cut(Cut::Process, &mut Rng::new(1)) == bytes, "a reader has written");
+            match open(false).await {
+                Ok(image) => {
+                    assert_eq!(word, "", "a {word} image was opened for writing");
+                    let marks = disk.cut(Cut::Oldest, &mut Rng::new(1))[79] & 3;
+                    assert_eq!((marks, image.header().dirty), (0, false));
+                }
+                Err(e) => {
+                    assert_eq!(e.kind, IoErrorKind::Corrupt);
+                    let e = e.to_string();
+                    assert!(!word.is_empty() && e.contains(word) && e.contains("tcmu-dif image"), "{e}");
+                }
+            }
         });
     }
 }

@@ -398,7 +398,7 @@ fn discarded_clusters_go_back_to_the_file_and_are_used_again() {
             image.flush().await.unwrap();
         }
         let map = image.map_extents(ByteOffset(0), 64 << 20).await.unwrap();
-        assert!(map.len() == 1 && map[0].kind == ExtentKind::Hole, "{map:?}");
+        assert!(map.len() == 1 && map[0].kind == ExtentKind::Unallocated, "{map:?}");
         image.close().await.unwrap();
     });
     check_clean(&path);

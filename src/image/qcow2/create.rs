@@ -184,6 +184,14 @@ pub async fn create_on<S: Storage>(
     Ok(())
 }
 
+/// Whether an image can be made with these options.
+///
+/// # Errors
+/// [`CreateError::Option`].
+pub fn check_options(options: &CreateOptions) -> Result<(), CreateError> {
+    check(options).map(|_| ())
+}
+
 fn check(options: &CreateOptions) -> Result<Geometry, CreateError> {
     if !options.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&options.cluster_size) {
         return Err(refused("cluster_size", options.cluster_size, "must be a power of two, 512 to 2 MiB"));

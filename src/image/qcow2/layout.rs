@@ -215,6 +215,14 @@ impl Geometry {
         Ok((at != 0).then_some(at))
     }
 
+    /// The entry at an index of an L2 table's bytes.
+    pub fn entry(&self, table: &[u8], index: usize) -> Entry {
+        match self.extended_l2 {
+            true => Entry { word: be64(table, 16 * index), bitmap: be64(table, 16 * index + 8) },
+            false => Entry::standard(be64(table, 8 * index)),
+        }
+    }
+
     /// The place that an L2 entry gives its guest cluster.
     ///
     /// # Errors

@@ -212,7 +212,14 @@ impl<S: Storage> Qcow2<S> {
             let run = self.run(IoOp::Map, pos, end - pos).await?;
             let (kind, host_offset) = match run.kind {
                 Kind::Zero { kept: false } => (ExtentKind::Hole, None),
-                Kind::Zero { kept: true } => (ExtentKind::Zero, None),
+                Kind::Zero { kept: true } => {
+                    for (len, host) in self.kept_runs(pos, run.len).await? {
+                        let (start, kind) = (ByteOffset(pos), ExtentKind::Zero);
+                        push(&mut out, Extent { start, len, kind, host_offset: host, depth: 0 });
+                        pos += len;
+                    }
+                    continue;
+                }
                 Kind::Data { host, .. } => (ExtentKind::Data, Some(host)),
                 Kind::Compressed { .. } => (ExtentKind::Data, None),
                 Kind::Unallocated => {
@@ -246,11 +253,39 @@ impl<S: Storage> Qcow2<S> {
     }
 }
 
+impl<S: Storage> Qcow2<S> {
+    /// Where the clusters (or subclusters) of a run of kept zeros lie: for each, the guest's bytes in it and its place.
+    async fn kept_runs(&self, at: u64, len: u64) -> Result<Vec<(u64, Option<u64>)>> {
+        let (g, end) = (self.geometry, at + len);
+        let unit = 1 << g.unit_bits();
+        let mut runs = Vec::new();
+        let mut pos = at;
+        while pos < end {
+            let cluster = g.index(pos);
+            let host = match self.l2_table(cluster) {
+                Ok(Some((table, _))) => {
+                    let slice = self.load_slice(IoOp::Map, table, cluster).await?;
+                    let entry = self.entry_in(&slice, self.place(table, cluster).index);
+                    match self.mapping(entry, g.within(pos) >> g.unit_bits()) {
+                        Ok(Mapping::ZeroAllocated { host, .. }) => Some(host + (pos & (unit - 1))),
+                        _ => None,
+                    }
+                }
+                _ => None,
+            };
+            let n = (unit - (pos & (unit - 1))).min(end - pos);
+            runs.push((n, host));
+            pos += n;
+        }
+        Ok(runs)
+    }
+}
+
 /// A map stops after so many runs; the caller asks on from there.
 const MAX_EXTENTS: usize = 4096;
 
 fn hole(at: u64, len: u64) -> Extent {
-    Extent { start: ByteOffset(at), len, kind: ExtentKind::Hole, host_offset: None, depth: 0 }
+    Extent { start: ByteOffset(at), len, kind: ExtentKind::Unallocated, host_offset: None, depth: 0 }
 }
 
 /// Adds a run, joined to the one before where they say the same.

@@ -12,12 +12,13 @@
 //!
 //! Futures of changing operations have to be run to their end: one that is dropped half way fails the image, because nobody
 //! can say any more which of its writes are still to come. What a crash leaves of a reserved run is leaked
-//! (`qemu-img check -r leaks` returns it); a clean [`Volume::close`] returns it.
+//! (`tcmu-dif image check -r leaks` returns it); a clean [`Volume::close`] returns it.
 
 mod alloc;
 mod barrier;
 mod bitmaps;
 mod cache;
+mod check;
 mod compressed;
 mod create;
 mod data_file;
@@ -25,9 +26,11 @@ mod discard;
 mod header;
 mod layout;
 mod map;
+mod measure;
 mod open;
 mod read;
 mod refcount;
+mod repair;
 mod resize;
 mod snapshot;
 mod storage;
@@ -47,10 +50,13 @@ use cache::{Cache, OffsetSet};
 use layout::Geometry;
 
 pub use bitmaps::BitmapDirectory;
+pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmaps_size, check_on};
 pub use compressed::Compression;
-pub use create::{CreateError, CreateOptions, Preallocation, create, create_on};
+pub use create::{CreateError, CreateOptions, Preallocation, check_options, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
+pub use measure::{full_size, looks_preallocated};
 pub use read::{Backing, Boxed, ReadBacking};
+pub use repair::{Repair, repair_on};
 pub use snapshot::Snapshot;
 pub use storage::{FileStorage, Storage};
 
@@ -111,12 +117,12 @@ pub struct Qcow2<S: Storage = FileStorage> {
 }
 
 impl Qcow2<FileStorage> {
-    /// Opens the image in `file`. The opener has probed the header, locked the file and opened what the header names: the backing file,
-    /// the external data file.
+    /// Opens the image in `file`; for writing, one that is marked dirty is repaired first. The opener has probed the header, locked the
+    /// file and opened what the header names: the backing file, the external data file.
     ///
     /// # Errors
     /// `Unsupported` for a feature that this driver does not do; `Corrupt` for metadata that contradict themselves, and, for
-    /// writing, for an image that is marked dirty or corrupt. The words name the next step.
+    /// writing, for an image that is marked corrupt, or is marked dirty and cannot be repaired. The words name the next step.
     pub async fn open(
         io: &Io,
         file: Rc<File>,
@@ -245,7 +251,7 @@ impl<S: Storage> Qcow2<S> {
 
     /// Metadata that make no sense: the image is marked corrupt if it may be written, as QEMU does, and never written again.
     async fn damaged(&self, op: IoOp, detail: impl Into<String>) -> IoError {
-        let detail = format!("{}; run `qemu-img check {}`", detail.into(), self.path.display());
+        let detail = format!("{}; run `tcmu-dif image check {}`", detail.into(), self.path.display());
         if !self.read_only && self.corrupt.borrow().is_none() {
             *self.corrupt.borrow_mut() = Some("metadata were found damaged before".to_owned());
             self.mark_corrupt().await;

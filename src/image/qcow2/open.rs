@@ -13,6 +13,7 @@ use super::{
     cache::{Cache, OffsetSet},
     header::{BITMAPS, CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
     layout::{Geometry, be32, be64},
+    repair::mend_dirty,
     snapshot,
 };
 use crate::{
@@ -43,16 +44,16 @@ impl<S: Storage> Qcow2<S> {
     ) -> Result<Self> {
         let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
         let corrupt = |detail: String| IoError::corrupt(IoOp::Open, detail).path(path);
-        let file_len = storage.size().map_err(failed)?;
-        let header = read_header(&storage, file_len, path).await?;
-        if !read_only {
-            let next = format!("run `qemu-img check -r all {}`", path.display());
-            if header.corrupt {
-                return Err(corrupt(format!("it is marked corrupt and may only be read; {next}")));
-            }
-            if header.dirty {
-                return Err(corrupt(format!("it is marked dirty, its refcounts may be wrong; {next}")));
-            }
+        let mut file_len = storage.size().map_err(failed)?;
+        let mut header = read_header(&storage, file_len, path).await?;
+        let next = format!("run `tcmu-dif image repair {}`", path.display());
+        if !read_only && header.corrupt {
+            return Err(corrupt(format!("it is marked corrupt and may only be read; {next}")));
+        }
+        if !read_only && header.dirty {
+            mend_dirty(&storage, path).await?;
+            file_len = storage.size().map_err(failed)?;
+            header = read_header(&storage, file_len, path).await?;
         }
         if header.data_file.is_some() != data.is_some() {
             let what = if data.is_some() {
@@ -91,7 +92,7 @@ impl<S: Storage> Qcow2<S> {
         fixed.sort_unstable();
         let (tables, damage) = find_tables(&g, &fixed, &l1, &refcount_table, file_len);
         if let (Some(what), false) = (damage, read_only) {
-            return Err(corrupt(format!("{what}; run `qemu-img check -r all {}`", path.display())));
+            return Err(corrupt(format!("{what}; {next}")));
         }
 
         Ok(Qcow2 {
@@ -160,7 +161,7 @@ impl<S: Storage> Qcow2<S> {
     }
 }
 
-async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &Path) -> Result<HeaderInfo> {
+pub(super) async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &Path) -> Result<HeaderInfo> {
     let failed = |e| IoError::from_io(IoOp::Open, e).path(path);
     let refused = |e: HeaderError| {
         let kind = match e {

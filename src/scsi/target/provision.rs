@@ -190,7 +190,7 @@ impl<V: Volume> Target<V> {
             for extent in extents {
                 known_to = (extent.start.0 + extent.len).clamp(known_to, end_byte);
                 match extent.kind {
-                    ExtentKind::Hole => {
+                    ExtentKind::Hole | ExtentKind::Unallocated => {
                         hole_from.get_or_insert(extent.start.0.max(at));
                     }
                     ExtentKind::Data | ExtentKind::Zero => {
