@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::{
     compressed::Compression,
-    layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be16, be32, be64},
+    layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be32, be64},
 };
 
 /// "QFI\xfb".
@@ -16,7 +16,7 @@ pub const MAX_CLUSTER: usize = 2 << 20;
 pub const DIRTY: u64 = 1;
 /// Incompatible bit 1: metadata were found damaged; the image must not be written.
 pub const CORRUPT: u64 = 2;
-const EXTERNAL_DATA: u64 = 4;
+pub(super) const EXTERNAL_DATA: u64 = 4;
 const COMPRESSION_TYPE: u64 = 8;
 const EXTENDED_L2: u64 = 16;
 const SUPPORTED: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE;
@@ -40,7 +40,8 @@ const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Bytes of a version 3 header with the compression type, padded to 8.
 pub const V3_LENGTH: u32 = 112;
 const V2_LENGTH: u32 = 72;
-const MAX_SNAPSHOTS: u32 = 65536;
+/// QEMU's bound on the number of snapshots.
+pub const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;
 
 /// Why a header is refused.
@@ -423,36 +424,5 @@ impl NewHeader<'_> {
             return Err(field("backing_file_size", out.len() as u64, "the header does not fit in a cluster"));
         }
         Ok(out)
-    }
-}
-
-/// One entry of the snapshot table's fixed part, and how many bytes the whole entry has, padded.
-pub(super) struct SnapshotHead {
-    pub l1_offset: u64,
-    pub l1_entries: u32,
-    pub id_len: u16,
-    pub name_len: u16,
-    pub seconds: u32,
-    pub extra_len: u32,
-    pub vm_state_size: u32,
-}
-
-impl SnapshotHead {
-    pub const BYTES: usize = 40;
-
-    pub fn read(bytes: &[u8]) -> SnapshotHead {
-        SnapshotHead {
-            l1_offset: be64(bytes, 0),
-            l1_entries: be32(bytes, 8),
-            id_len: be16(bytes, 12),
-            name_len: be16(bytes, 14),
-            seconds: be32(bytes, 16),
-            vm_state_size: be32(bytes, 32),
-            extra_len: be32(bytes, 36),
-        }
-    }
-
-    pub fn rest(&self) -> u64 {
-        u64::from(self.extra_len) + u64::from(self.id_len) + u64::from(self.name_len)
     }
 }
