@@ -30,6 +30,8 @@ fn the_help_of_every_command_is_as_it_was() {
         &["image"],
         &["image", "create"],
         &["image", "info"],
+        &["image", "snapshot"],
+        &["image", "resize"],
         &["pi"],
         &["pi", "verify"],
         &["pi", "rebuild"],

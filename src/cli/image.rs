@@ -14,6 +14,8 @@ use serde_json::json;
 use super::{
     CliError, Done,
     args::{Image, ImageCreate, ImageInfo, Output},
+    image_resize,
+    image_snapshot::{self, SnapshotInfo},
     output, size,
 };
 use crate::{
@@ -23,6 +25,7 @@ use crate::{
         open::{OpenError, OpenOptions, open},
         qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation},
     },
+    pi::protected::sidecar_path,
     sys,
     units::BlockSize,
     volume::Volume,
@@ -37,16 +40,28 @@ pub struct Looked {
     pub capacity: u64,
 }
 
-/// Runs `image create` or `image info`.
+/// Runs a command of `image`.
 pub fn run(args: &Image) -> Done {
     match args {
         Image::Create(args) => create(args),
         Image::Info(args) => info(args),
+        Image::Snapshot(args) => image_snapshot::run(args),
+        Image::Resize(args) => image_resize::run(args),
     }
 }
 
-fn open_failed(path: &Path, e: &OpenError) -> CliError {
+pub(super) fn open_failed(path: &Path, e: &OpenError) -> CliError {
     CliError::from("image", path.display(), e).maybe_next(e.next_step())
+}
+
+/// Says what follows where an image that has protection information beside it has been changed without that.
+pub(super) fn warn_of_sidecar(path: &Path) {
+    if sidecar_path(path, None).exists() {
+        tracing::warn!(
+            "the protection information beside {0} is that of the image as it was; next: tcmu-dif pi adopt {0}",
+            path.display()
+        );
+    }
 }
 
 fn create_failed(path: &Path, e: &CreateError) -> CliError {
@@ -158,6 +173,8 @@ fn look_without_lock(path: &Path) -> Result<Looked, CliError> {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Info {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<SnapshotInfo>,
     filename: String,
     format: String,
     virtual_size: u64,
@@ -182,6 +199,10 @@ fn info(args: &ImageInfo) -> Done {
     };
     let meta = fs::metadata(path).map_err(|e| CliError::from("image", path.display(), &e))?;
     let info = Info {
+        snapshots: match looked.format {
+            Format::Raw => Vec::new(),
+            Format::Qcow2 => image_snapshot::look(path)?,
+        },
         filename: path.display().to_string(),
         format: looked.format.to_string(),
         virtual_size: looked.capacity,
@@ -229,6 +250,7 @@ fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
     out.extend(info.cluster_size.map(|c| format!("cluster_size: {c}")));
     out.extend(info.backing_filename.as_ref().map(|b| format!("backing file: {b}")));
     out.extend(info.backing_filename_format.as_ref().map(|f| format!("backing file format: {f}")));
+    out.extend(image_snapshot::table(&info.snapshots));
     if let Some(h) = header {
         out.push("format specific information:".to_owned());
         out.push(format!("    compat: {}", if h.version == 2 { "0.10" } else { "1.1" }));

@@ -10,6 +10,8 @@ mod create;
 mod delete;
 mod error;
 mod image;
+mod image_resize;
+mod image_snapshot;
 mod luns;
 mod output;
 mod pi;

@@ -25,13 +25,13 @@ use crate::{
 const PATH: &str = "/simulated.qcow2";
 
 /// A kind of image to work on.
-struct Kind {
-    name: String,
+pub struct Kind {
+    pub name: String,
     /// Bytes of the disk.
-    size: u64,
-    image: Vec<u8>,
+    pub size: u64,
+    pub image: Vec<u8>,
     /// A backing file as qcow2 bytes.
-    under: Option<Vec<u8>>,
+    pub under: Option<Vec<u8>>,
 }
 
 async fn made(options: CreateOptions) -> Vec<u8> {
@@ -55,9 +55,9 @@ fn by_qemu(options: &str, size: u64, snapshot: bool) -> Vec<u8> {
     std::fs::read(&path).unwrap()
 }
 
-const SIZE: u64 = (300 << 10) + 512;
+pub const SIZE: u64 = (300 << 10) + 512;
 
-fn kinds() -> Vec<Rc<Kind>> {
+pub fn kinds() -> Vec<Rc<Kind>> {
     let ours = |size, cluster_size, refcount_bits, version, backed: bool| {
         let options = CreateOptions {
             cluster_size,
@@ -96,7 +96,7 @@ fn kinds() -> Vec<Rc<Kind>> {
     .into()
 }
 
-async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
+pub async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
     let backing: Option<Backing> = match under {
         Some(bytes) => {
             let disk = SimDisk::new(bytes, 1, 0);
