@@ -93,7 +93,8 @@ pub fn run(args: &ImageResize) -> Done {
         }
         Ended::NoSize(old) => {
             let reason = format!("new image size must be positive, and below 8 EiB; it is {}", bytes(old));
-            Err(CliError::new("image", path.display(), reason))
+            Err(CliError::new("image", path.display(), reason)
+                .then("choose a size above 0: tcmu-dif image resize --help"))
         }
         Ended::Odd(new) => {
             let reason = format!("the new size must be a multiple of 512, and {new} is not");
@@ -110,7 +111,8 @@ pub fn run(args: &ImageResize) -> Done {
             Err(CliError::new("image", path.display(), reason)
                 .then("make sure that there is nothing of worth, and use the --shrink option"))
         }
-        Ended::Failed(e) => Err(CliError::from("image", path.display(), &e)),
+        Ended::Failed(e) => Err(CliError::from("image", path.display(), &e)
+            .then(format!("look at the image: tcmu-dif image info {}", path.display()))),
     }
 }
 

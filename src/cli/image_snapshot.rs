@@ -195,8 +195,9 @@ pub fn run(args: &ImageSnapshot) -> Done {
             Failed::Snapshot(e) => e.next_step(),
             Failed::Close(_) => None,
         };
+        let look = || format!("look at the image: tcmu-dif image info {}", path.display());
         let value = format!("{}: could not {verb} snapshot '{name}'", path.display());
-        CliError::from("image", value, &e).maybe_next(next)
+        CliError::from("image", value, &e).then(next.unwrap_or_else(look))
     })?;
     warn_of_sidecar(path);
     Ok(ExitCode::SUCCESS)

@@ -21,7 +21,10 @@ use tcmu_dif::{
 
 use crate::{
     model::{BLOCK, Frozen, Model, Settled},
-    support::{Rng, check_clean, open, qemu_img, qemu_io, qemu_reads, qemu_reads_snapshot, run, scale},
+    support::{
+        Rng, check_clean, open, qemu_converts_snapshot, qemu_img, qemu_io, qemu_reads, qemu_reads_snapshot,
+        run, scale,
+    },
     work::{Work, read_disk},
 };
 
@@ -41,6 +44,21 @@ impl Content {
             Content::Is(known) => assert!(*known == bytes, "{whose} has changed"),
         }
         *self = Content::Is(bytes);
+    }
+}
+
+/// Judges every snapshot by what QEMU reads: one that has been read before by the part that `convert -l` shows of it.
+fn settle_all(case: &Case, known: &mut Known, when: &str) {
+    for (name, content) in known {
+        let whose = format!("seed {}, {when}, {name}", case.seed);
+        match content {
+            Content::May(_) => content.settle(qemu_reads_snapshot(&case.path, name), &whose),
+            Content::Is(bytes) => {
+                let now = qemu_converts_snapshot(&case.path, name);
+                let both = now.len().min(bytes.len());
+                assert!(now[..both] == bytes[..both], "{whose} has changed");
+            }
+        }
     }
 }
 
@@ -134,9 +152,7 @@ async fn our_round(image: &Qcow2, case: &Case, round: u64, known: &RefCell<Known
 fn judge(case: &Case, known: &mut Known, disk: &[u8]) {
     check_clean(&case.path);
     assert!(qemu_reads(&case.path) == disk, "seed {}: QEMU reads another disk", case.seed);
-    for (name, content) in known {
-        content.settle(qemu_reads_snapshot(&case.path, name), &format!("seed {}, {name}", case.seed));
-    }
+    settle_all(case, known, "after us");
 }
 
 /// QEMU goes on with it.
@@ -164,17 +180,12 @@ fn qemus_round(case: &Case, round: u64, known: &mut Known, disk: &[u8]) {
         qemu_img(&["snapshot", "-a", &back, name]);
     }
     check_clean(&case.path);
-    for (name, content) in known {
-        content.settle(
-            qemu_reads_snapshot(&case.path, name),
-            &format!("seed {}, after QEMU, {name}", case.seed),
-        );
-    }
+    settle_all(case, known, "after QEMU");
 }
 
 fn rounds(case: Case) {
     let mut known = Known::new();
-    for round in 0..3 {
+    for round in 0..1 + scale().min(3) {
         let base = qemu_reads(&case.path);
         let path = case.path.clone();
         let case_here = Case { path: path.clone(), ..case };
@@ -488,4 +499,70 @@ fn vm_state_does_not_appear_when_the_disk_grows_without_a_snapshot_of_ours() {
         image.close().await.unwrap();
     });
     check_clean(&path);
+}
+
+#[test]
+fn snapshots_that_come_and_go_leave_the_file_as_large_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = some(dir.path(), "cluster_size=4k");
+    let at = path.clone();
+    tcmu_dif::sys::run(async move |io| {
+        let image = open(&io, &at).await;
+        let len = || std::fs::metadata(&at).unwrap().len();
+        let mut after_some = 0;
+        for round in 0..60u64 {
+            image.snapshot_create("comes and goes", SystemTime::now()).await.unwrap();
+            let data = Buffer::from_slice(&[round as u8; 64 << 10]).sg();
+            image.write(ByteOffset(round % 16 * 65536), &data, Default::default()).await.unwrap();
+            if round % 3 == 0 {
+                image.snapshot_apply("comes and goes").await.unwrap();
+            }
+            image.snapshot_delete("comes and goes").await.unwrap();
+            if round == 20 {
+                after_some = len();
+            }
+        }
+        assert!(len() <= after_some + (128 << 10), "{} and then {}", after_some, len());
+        image.close().await.unwrap();
+    });
+    check_clean(&path);
+    let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+    assert!(used < 2 << 20, "{used} bytes are in use");
+}
+
+/// What a QEMU before version 3 left, or a damaged entry: no guess is made.
+#[test]
+fn a_snapshot_whose_tables_are_damaged_is_refused_and_the_disk_stays() {
+    for (what, value) in [("no table", 0x8200u64), ("beyond the end", 1 << 40), ("the header", 0x1000)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = some(dir.path(), "cluster_size=4k");
+        let at = path.clone();
+        tcmu_dif::sys::run(async move |io| {
+            let image = open(&io, &at).await;
+            image.snapshot_create("bad", SystemTime::now()).await.unwrap();
+            image.close().await.unwrap();
+        });
+        let mut bytes = std::fs::read(&path).unwrap();
+        let be = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+        let l1 = be(be(64));
+        bytes[l1..l1 + 8].copy_from_slice(&value.to_be_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let before = qemu_reads(&path);
+        for act in ["apply", "delete"] {
+            std::fs::write(&path, &bytes).unwrap();
+            let at = path.clone();
+            tcmu_dif::sys::run(async move |io| {
+                let image = open(&io, &at).await;
+                let result = match act {
+                    "apply" => image.snapshot_apply("bad").await,
+                    _ => image.snapshot_delete("bad").await,
+                };
+                let Err(SnapshotError::Io(e)) = result else { panic!("{what}, {act}: {result:?}") };
+                assert_eq!(e.kind, IoErrorKind::Corrupt, "{what}, {act}: {e}");
+                assert!(read_disk(&image).await.is_ok());
+                image.close().await.unwrap();
+            });
+            assert!(qemu_reads(&path) == before, "{what}, {act}");
+        }
+    }
 }

@@ -115,7 +115,8 @@ pub fn qemu_reads_snapshot(path: &Path, which: &str) -> Vec<u8> {
     gone_back
 }
 
-fn qemu_converts_snapshot(path: &Path, which: &str) -> Vec<u8> {
+/// The same from `convert -l`, of the live disk's size.
+pub fn qemu_converts_snapshot(path: &Path, which: &str) -> Vec<u8> {
     let raw = path.with_extension("raw-of-snapshot");
     let (from, to) = (path.to_str().unwrap(), raw.to_str().unwrap());
     qemu_img(&["convert", "-f", "qcow2", "-l", which, "-O", "raw", from, to]);

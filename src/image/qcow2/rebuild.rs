@@ -22,7 +22,7 @@ use super::{
     Qcow2, Snapshot, Storage,
     deltas::Deltas,
     header::field,
-    open::{find_tables, fixed_ranges},
+    open::{find_tables, fixed_ranges, in_ranges},
     refcount::{Clusters, push_run},
     snapshot::table,
     tables::encode,
@@ -241,6 +241,13 @@ impl<S: Storage> Qcow2<S> {
         let (tables, damage) = find_tables(&g, &fixed, &plan.l1, &counting.table, self.file_len.get());
         if let Some(what) = damage {
             return Err(self.damaged(op, what).await);
+        }
+        // A damaged snapshot may refer to what it has no business with. Nothing that is in use becomes free.
+        let in_use = |c: u64| tables.contains(&c) || in_ranges(&fixed, c);
+        let freed = counting.free.iter().flat_map(|(first, count)| *first..first + count);
+        if let Some(cluster) = freed.into_iter().find(|c| in_use(*c)) {
+            let at = cluster << g.cluster_bits;
+            return Err(self.damaged(op, format!("the metadata at {at:#x} would become free")).await);
         }
         self.sync(op).await?;
         // A snapshot that is made takes nothing away from readers.
