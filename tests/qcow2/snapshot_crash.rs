@@ -337,7 +337,7 @@ async fn beside_work(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
         left: Cell::new(300),
         may_fail: false,
     };
-    let known: RefCell<BTreeMap<String, Frozen>> = RefCell::default();
+    let known: RefCell<BTreeMap<String, Rc<Frozen>>> = RefCell::default();
     // The one that is being made or deleted, which may be there or not.
     let open_case: RefCell<Option<String>> = RefCell::default();
     let busy = Cell::new(true);
@@ -355,7 +355,7 @@ async fn beside_work(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
             let began = model.flush_begins();
             image.snapshot_create(&name, UNIX_EPOCH).await.unwrap();
             let frozen = model.freeze(began);
-            known.borrow_mut().insert(name, frozen);
+            known.borrow_mut().insert(name, Rc::new(frozen));
             open_case.take();
             if rng.one_in(2) {
                 let n = rng.below(known.borrow().len() as u64) as usize;
@@ -376,7 +376,7 @@ async fn beside_work(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
             for how in [Cut::Process, Cut::Oldest, Cut::Any, Cut::Prefix] {
                 let left = disk.cut(how, &mut rng);
                 let by = if how == Cut::Process { Settled::Ended } else { Settled::Flushed };
-                let (known, open_case) = (known.borrow(), open_case.borrow());
+                let (known, open_case) = (known.borrow().clone(), open_case.borrow().clone());
                 let judged = judge_beside(&left, under, &model, by, &known, open_case.as_deref());
                 if let Err(e) = judged.await {
                     panic!("{}, seed {seed}, {how:?}: {e}; {}", kind.name, keep(&left));
@@ -392,9 +392,10 @@ async fn beside_work(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
     join(join(worker, snapping), cutter).await;
     image.close().await.unwrap();
     let left = disk.cut(Cut::Oldest, &mut Rng::new(1));
-    judge_beside(&left, under, &model, Settled::Ended, &known.borrow(), None).await.unwrap();
+    let known = known.into_inner();
+    judge_beside(&left, under, &model, Settled::Ended, &known, None).await.unwrap();
     assert_eq!(walk(&left).unwrap(), 0, "{}, seed {seed}: leaks after a clean close", kind.name);
-    count.new.set(count.new.get() + known.borrow().len() as u64);
+    count.new.set(count.new.get() + known.len() as u64);
 }
 
 async fn judge_beside(
@@ -402,7 +403,7 @@ async fn judge_beside(
     under: Option<&[u8]>,
     model: &Model,
     by: Settled,
-    known: &BTreeMap<String, Frozen>,
+    known: &BTreeMap<String, Rc<Frozen>>,
     open_case: Option<&str>,
 ) -> Result<(), String> {
     walk(left)?;
