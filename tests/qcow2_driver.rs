@@ -13,6 +13,8 @@ mod model;
 mod sim;
 #[path = "qcow2/snapshot_crash.rs"]
 mod snapshot_crash;
+#[path = "qcow2/snapshot_order.rs"]
+mod snapshot_order;
 #[path = "qcow2/snapshots.rs"]
 mod snapshots;
 #[path = "qcow2/support.rs"]
