@@ -285,6 +285,8 @@ pub enum IoOp {
     Discard,
     /// Resizing.
     Resize,
+    /// Making, applying or deleting an internal snapshot.
+    Snapshot,
     /// Mapping extents.
     Map,
     /// Closing.
@@ -422,6 +424,7 @@ impl fmt::Display for IoOp {
             IoOp::Flush => "flush",
             IoOp::Discard => "discard",
             IoOp::Resize => "resize",
+            IoOp::Snapshot => "snapshot",
             IoOp::Map => "map",
             IoOp::Close => "close",
         })

@@ -34,6 +34,8 @@ fn the_help_of_every_command_is_as_it_was() {
         &["image", "repair"],
         &["image", "map"],
         &["image", "measure"],
+        &["image", "snapshot"],
+        &["image", "resize"],
         &["pi"],
         &["pi", "verify"],
         &["pi", "rebuild"],

@@ -17,6 +17,12 @@ mod kill;
 mod model;
 #[path = "qcow2/sim.rs"]
 mod sim;
+#[path = "qcow2/snapshot_crash.rs"]
+mod snapshot_crash;
+#[path = "qcow2/snapshot_order.rs"]
+mod snapshot_order;
+#[path = "qcow2/snapshots.rs"]
+mod snapshots;
 #[path = "qcow2/support.rs"]
 mod support;
 #[path = "qcow2/tools.rs"]

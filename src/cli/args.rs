@@ -253,6 +253,10 @@ pub enum Image {
     Map(ImageMap),
     /// Say how large the file of a new image will be
     Measure(ImageMeasure),
+    /// Make, go back to, delete or list the snapshots in a qcow2 image, in qemu-img's words
+    Snapshot(ImageSnapshot),
+    /// Change the size of an image that nobody uses, in qemu-img's words
+    Resize(ImageResize),
 }
 
 /// `image create`.
@@ -288,6 +292,48 @@ pub struct ImageInfo {
     pub json: bool,
     /// The image
     pub path: PathBuf,
+}
+
+/// `image snapshot`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("action").args(["list", "create", "apply", "delete"])))]
+pub struct ImageSnapshot {
+    /// List the snapshots; what is done if nothing else is asked for
+    #[arg(short, long)]
+    pub list: bool,
+    /// Make a snapshot of the disk as it is
+    #[arg(short, long, value_name = "NAME")]
+    pub create: Option<String>,
+    /// Make the disk what it was; what it holds now is lost. By name or ID, or snapshot.name=NAME, snapshot.id=ID
+    #[arg(short, long, value_name = "NAME")]
+    pub apply: Option<String>,
+    /// Delete a snapshot, named as for -a
+    #[arg(short, long, value_name = "NAME")]
+    pub delete: Option<String>,
+    /// List them while somebody else is writing to the image; what is shown may be out of date
+    #[arg(short = 'U', long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub force_share: bool,
+    /// Print the list as JSON
+    #[arg(long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub json: bool,
+    /// The image
+    pub path: PathBuf,
+}
+
+/// `image resize`.
+#[derive(Debug, Args)]
+pub struct ImageResize {
+    /// The format, rather than what the first bytes say
+    #[arg(short, long, value_name = "FORMAT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Agree that what lies beyond a smaller size is deleted
+    #[arg(long)]
+    pub shrink: bool,
+    /// The image
+    pub path: PathBuf,
+    /// The new size (bytes, or with K, M, G, T), or with + or - before it how much more or less
+    #[arg(value_parser = super::image_resize::NewSize::parse, allow_hyphen_values = true)]
+    pub size: super::image_resize::NewSize,
 }
 
 /// How to print.

@@ -114,6 +114,7 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "rebuild",
         "adopt",
         "status",
+        "snapshot",
     ];
     let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();
     let chosen: Vec<_> = chosen.into_iter().take_while(|w| commands.contains(w)).collect();

@@ -14,7 +14,9 @@ use serde_json::json;
 use super::{
     CliError, Done,
     args::{Image, ImageCreate, ImageInfo, Output},
-    image_check, image_map, image_measure, output, size,
+    image_check, image_map, image_measure, image_resize,
+    image_snapshot::{self, SnapshotInfo},
+    output, size,
 };
 use crate::{
     image::{
@@ -23,6 +25,7 @@ use crate::{
         open::{OpenError, OpenOptions, open},
         qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation},
     },
+    pi::protected::sidecar_path,
     sys,
     units::BlockSize,
     volume::Volume,
@@ -37,7 +40,7 @@ pub struct Looked {
     pub capacity: u64,
 }
 
-/// Runs one of `image`'s commands.
+/// Runs a command of `image`.
 pub fn run(args: &Image) -> Done {
     match args {
         Image::Create(args) => create(args),
@@ -46,11 +49,23 @@ pub fn run(args: &Image) -> Done {
         Image::Repair(args) => image_check::repair(args),
         Image::Map(args) => image_map::run(args),
         Image::Measure(args) => image_measure::run(args),
+        Image::Snapshot(args) => image_snapshot::run(args),
+        Image::Resize(args) => image_resize::run(args),
     }
 }
 
 pub(super) fn open_failed(path: &Path, e: &OpenError) -> CliError {
     CliError::from("image", path.display(), e).maybe_next(e.next_step())
+}
+
+/// Says what follows where an image that has protection information beside it has been changed without that.
+pub(super) fn warn_of_sidecar(path: &Path) {
+    if sidecar_path(path, None).exists() {
+        tracing::warn!(
+            "the protection information beside {0} is that of the image as it was; next: tcmu-dif pi adopt {0}",
+            path.display()
+        );
+    }
 }
 
 fn create_failed(path: &Path, e: &CreateError) -> CliError {
@@ -180,6 +195,8 @@ fn look_without_lock(path: &Path) -> Result<Looked, CliError> {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Info {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<SnapshotInfo>,
     filename: String,
     format: String,
     virtual_size: u64,
@@ -204,6 +221,10 @@ fn info(args: &ImageInfo) -> Done {
     };
     let meta = fs::metadata(path).map_err(|e| CliError::from("image", path.display(), &e))?;
     let info = Info {
+        snapshots: match looked.format {
+            Format::Raw => Vec::new(),
+            Format::Qcow2 => image_snapshot::look(path)?,
+        },
         filename: path.display().to_string(),
         format: looked.format.to_string(),
         virtual_size: looked.capacity,
@@ -257,6 +278,7 @@ fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
     out.extend(info.cluster_size.map(|c| format!("cluster_size: {c}")));
     out.extend(info.backing_filename.as_ref().map(|b| format!("backing file: {b}")));
     out.extend(info.backing_filename_format.as_ref().map(|f| format!("backing file format: {f}")));
+    out.extend(image_snapshot::table(&info.snapshots));
     if let Some(h) = header {
         out.push("format specific information:".to_owned());
         out.push(format!("    compat: {}", if h.version == 2 { "0.10" } else { "1.1" }));

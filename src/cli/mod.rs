@@ -14,6 +14,8 @@ mod image_args;
 mod image_check;
 mod image_map;
 mod image_measure;
+mod image_resize;
+mod image_snapshot;
 mod luns;
 mod output;
 mod pi;

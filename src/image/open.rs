@@ -70,8 +70,11 @@ pub async fn open(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, 
     Ok(image)
 }
 
-/// [`open`] for an image that need not be a disk, but may lie under one.
-pub(super) async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+/// [`open`] for an image that need not be a disk, but may lie under one, or become one.
+///
+/// # Errors
+/// As [`open`], but for the size.
+pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
     let layers = open_chain(io, path, options).await?;
     let mut locks = Vec::new();
     let mut image: Option<Image> = None;

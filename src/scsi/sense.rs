@@ -246,7 +246,7 @@ pub fn from_io_error(error: &IoError, block_size: BlockSize) -> Failure {
             IoOp::Open | IoOp::Read | IoOp::Map => {
                 at(Sense::new(MediumError, Asc::UNRECOVERED_READ_ERROR), lba)
             }
-            IoOp::Write | IoOp::Flush | IoOp::Discard | IoOp::Resize | IoOp::Close => {
+            IoOp::Write | IoOp::Flush | IoOp::Discard | IoOp::Resize | IoOp::Snapshot | IoOp::Close => {
                 at(Sense::new(MediumError, Asc::WRITE_ERROR), lba)
             }
         },

@@ -3,6 +3,7 @@
 //! Each file wraps one facility of the kernel in an interface that safe code cannot misuse.
 #![allow(unsafe_code)]
 
+pub mod clock;
 pub mod exec;
 pub mod io;
 pub mod mem;

@@ -25,15 +25,15 @@ use crate::{
 const PATH: &str = "/simulated.qcow2";
 
 /// A kind of image to work on.
-struct Kind {
-    name: String,
+pub struct Kind {
+    pub name: String,
     /// Bytes of the disk.
-    size: u64,
-    image: Vec<u8>,
+    pub size: u64,
+    pub image: Vec<u8>,
     /// A backing file as qcow2 bytes.
-    under: Option<Vec<u8>>,
+    pub under: Option<Vec<u8>>,
     /// What an external data file holds at first.
-    data: Option<Vec<u8>>,
+    pub data: Option<Vec<u8>>,
 }
 
 async fn made(options: CreateOptions) -> Vec<u8> {
@@ -58,9 +58,9 @@ fn by_qemu(options: &str, size: u64, snapshot: bool) -> Vec<u8> {
     std::fs::read(&path).unwrap()
 }
 
-const SIZE: u64 = (300 << 10) + 512;
+pub const SIZE: u64 = (300 << 10) + 512;
 
-fn kinds() -> Vec<Rc<Kind>> {
+pub fn kinds() -> Vec<Rc<Kind>> {
     let ours = |size, cluster_size, refcount_bits, version, backed: bool| {
         let options = CreateOptions {
             cluster_size,
@@ -144,7 +144,12 @@ fn cut(disks: &Files<Rc<SimDisk>>, how: Cut, rng: &mut Rng) -> Files<Vec<u8>> {
     (disks.0.cut(how, rng), disks.1.as_ref().map(|disk| disk.cut(how, rng)))
 }
 
-async fn open(
+/// An image without an external data file.
+pub async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
+    open_files(&(disk.clone(), None), under).await
+}
+
+async fn open_files(
     (disk, data): &Files<Rc<SimDisk>>,
     under: Option<&[u8]>,
 ) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {
@@ -167,7 +172,7 @@ async fn judge(
 ) -> Result<u64, String> {
     let leaks = walk(bytes)?;
     let files = (SimDisk::new(bytes, 1, 0), data.as_ref().map(|data| SimDisk::new(data, 1, 0)));
-    let image = open(&files, under).await.map_err(|e| e.to_string())?;
+    let image = open_files(&files, under).await.map_err(|e| e.to_string())?;
     let guest = read_disk(&image).await.map_err(|e| e.to_string())?;
     model.judge_disk(&guest, by)?;
     if leaks > 0 {
@@ -180,7 +185,7 @@ async fn judge(
         let mended = disk.cut(Cut::Oldest, &mut Rng::new(1));
         let left = walk(&mended)?;
         let files = (SimDisk::new(&mended, 1, 0), files.1);
-        let image = open(&files, under).await.map_err(|e| e.to_string())?;
+        let image = open_files(&files, under).await.map_err(|e| e.to_string())?;
         if left != 0 || read_disk(&image).await.map_err(|e| e.to_string())? != guest {
             return Err(format!("{left} leaks after a repair, or the guest reads something else"));
         }
@@ -196,7 +201,7 @@ struct Count {
 async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
     let Kind { name, size, under, .. } = &*kind;
     let disk = disks(&kind, seed, 6);
-    let image = open(&disk, under.as_deref()).await.unwrap();
+    let image = open_files(&disk, under.as_deref()).await.unwrap();
     let model = Model::new(read_disk(&image).await.unwrap());
     let work = Work {
         volume: &image,
@@ -261,7 +266,7 @@ fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
 async fn session_with_failure(kind: Rc<Kind>, step: u64) -> bool {
     let Kind { name, size, under, .. } = &*kind;
     let disk = disks(&kind, step, 3);
-    let image = open(&disk, under.as_deref()).await.unwrap();
+    let image = open_files(&disk, under.as_deref()).await.unwrap();
     let model = Model::new(read_disk(&image).await.unwrap());
     // Every second failure is one of the data file's.
     let fails = disk.1.as_ref().filter(|_| step % 2 == 1).unwrap_or(&disk.0).clone();
@@ -306,7 +311,7 @@ fn a_lost_flush_fails_the_image_for_ever() {
     let bytes = sim::run(made(CreateOptions::new(1 << 20)));
     sim::run(async move {
         let disk = SimDisk::new(&bytes, 1, 0);
-        let image = open(&(disk.clone(), None), None).await.unwrap();
+        let image = open(&disk, None).await.unwrap();
         let data = tcmu_dif::sys::mem::Buffer::from_slice(&[1; 4096]).sg();
         image.write(ByteOffset(0), &data, Default::default()).await.unwrap();
         disk.fail_in.set(Some(0));

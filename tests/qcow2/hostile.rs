@@ -1,6 +1,6 @@
 //! Damaged and hostile images: an error, or the data; never a panic, a hang, or a write over metadata.
 
-use std::{cell::Cell, path::Path, rc::Rc};
+use std::{cell::Cell, path::Path, rc::Rc, time::UNIX_EPOCH};
 
 use tcmu_dif::{
     image::qcow2::{Qcow2, probe_header},
@@ -59,6 +59,11 @@ async fn use_it(bytes: Rc<Vec<u8>>) -> u64 {
         }
         if !read_only {
             count(image.flush().await.is_err());
+            count(image.snapshot_create("mine", UNIX_EPOCH).await.is_err());
+            count(image.snapshot_apply("one").await.is_err());
+            count(image.snapshot_delete("one").await.is_err());
+            count(image.shrink((size / 3).max(1)).await.is_err());
+            count(image.snapshot_apply("mine").await.is_err());
             count(image.discard(ByteOffset(0), size.min(64 << 20)).await.is_err());
             count(image.resize(size.saturating_add(1 << 20)).await.is_err());
         }

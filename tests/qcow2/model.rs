@@ -193,6 +193,30 @@ impl Model {
         ))
     }
 
+    /// What a snapshot may hold whose making began at that moment (from [`Model::flush_begins`]) and ends now: all that had
+    /// ended before, nothing that begins later.
+    pub fn freeze(&self, began: u64) -> Frozen {
+        let ops = self.ops.borrow();
+        let blocks = self.blocks.borrow();
+        let settled = |op: &Op| op.end.is_some_and(|end| end < began);
+        let legal = |(block, seen): (usize, &Vec<u32>)| {
+            let mut legal = Vec::new();
+            if !seen.iter().any(|b| settled(&ops[*b as usize])) {
+                let at = block * BLOCK as usize;
+                legal.push(self.base[at..at + BLOCK as usize].to_vec());
+            }
+            for a in seen {
+                let op = &ops[*a as usize];
+                if !seen.iter().any(|b| settled(&ops[*b as usize]) && after(&ops[*b as usize], op)) {
+                    let word = if op.zero { 0 } else { value(*a as usize, block as u64) };
+                    legal.push(word.to_le_bytes().repeat(BLOCK as usize / 8));
+                }
+            }
+            legal
+        };
+        Frozen(blocks.iter().enumerate().map(legal).collect())
+    }
+
     /// Judges what a read gave that began at that moment (from [`Model::read_begins`]).
     pub fn judge_read(&self, first: u64, bytes: &[u8], began: u64) -> Result<(), String> {
         for (i, block) in bytes.chunks(BLOCK as usize).enumerate() {
@@ -207,6 +231,26 @@ impl Model {
             self.judge(i as u64, block, by, u64::MAX, true)?;
         }
         Ok(())
+    }
+}
+
+/// What each block of a snapshot may hold.
+pub struct Frozen(Vec<Vec<Vec<u8>>>);
+
+impl Frozen {
+    /// Judges the whole content of the snapshot.
+    pub fn judge(&self, bytes: &[u8]) -> Result<(), String> {
+        if bytes.len().div_ceil(BLOCK as usize) != self.0.len() {
+            return Err(format!("{} bytes for {} blocks", bytes.len(), self.0.len()));
+        }
+        let wrong =
+            |(block, legal): (&[u8], &Vec<Vec<u8>>)| !legal.iter().any(|l| l[..block.len()] == *block);
+        match bytes.chunks(BLOCK as usize).zip(&self.0).position(wrong) {
+            None => Ok(()),
+            Some(block) => {
+                Err(format!("block {block} of the snapshot is none of {} values", self.0[block].len()))
+            }
+        }
     }
 }
 

@@ -108,6 +108,11 @@ impl SimDisk {
         }
     }
 
+    /// Changes so far: what it was before tells whether something has been written since.
+    pub fn changes(&self) -> u64 {
+        self.sequence.get()
+    }
+
     fn next(&self) -> u64 {
         self.sequence.set(self.sequence.get() + 1);
         self.sequence.get()

@@ -101,6 +101,30 @@ pub fn qemu_reads(path: &Path) -> Vec<u8> {
     bytes
 }
 
+/// A snapshot's content as QEMU reads it; `which` is an ID or a name. `convert -l` gives it the live disk's size, so
+/// that only the part that both have is compared with what QEMU has when it has gone back to it.
+pub fn qemu_reads_snapshot(path: &Path, which: &str) -> Vec<u8> {
+    let copy = path.with_extension("copy");
+    std::fs::copy(path, &copy).unwrap();
+    qemu_img(&["snapshot", "-a", which, copy.to_str().unwrap()]);
+    let gone_back = qemu_reads(&copy);
+    std::fs::remove_file(copy).unwrap();
+    let listed = qemu_converts_snapshot(path, which);
+    let both = listed.len().min(gone_back.len());
+    assert!(listed[..both] == gone_back[..both], "QEMU reads {which} in two ways");
+    gone_back
+}
+
+/// The same from `convert -l`, of the live disk's size.
+pub fn qemu_converts_snapshot(path: &Path, which: &str) -> Vec<u8> {
+    let raw = path.with_extension("raw-of-snapshot");
+    let (from, to) = (path.to_str().unwrap(), raw.to_str().unwrap());
+    qemu_img(&["convert", "-f", "qcow2", "-l", which, "-O", "raw", from, to]);
+    let bytes = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(raw).unwrap();
+    bytes
+}
+
 /// A raw file beneath an image.
 struct RawBacking {
     io: Io,

@@ -16,14 +16,14 @@ use crate::{
 impl<S: Storage> Qcow2<S> {
     /// A place for guest clusters from `cluster` on: at least one, at most `want`. In the image's own file they hold zeros, durably; in a
     /// data file anything.
-    pub(super) async fn take_for(&self, op: IoOp, cluster: u64, want: u64) -> Result<(u64, u64)> {
+    pub(super) async fn take_place(&self, op: IoOp, cluster: u64, want: u64) -> Result<(u64, u64)> {
         match self.data {
             Some(_) => Ok((cluster << self.geometry.cluster_bits, want)),
             None => self.take(op, want).await,
         }
     }
 
-    /// A place from [`Qcow2::take_for`] that was not linked after all.
+    /// A place from [`Qcow2::take_place`] that was not linked after all.
     pub(super) fn give_back_from(&self, host: u64, count: u64) {
         if self.data.is_none() {
             self.give_back(host, count);

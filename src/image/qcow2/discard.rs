@@ -146,7 +146,7 @@ impl<S: Storage> Qcow2<S> {
                 }
                 _ => {
                     let want = self.clusters_to_take(entries, cluster, next - 1);
-                    let (host, count) = self.take_for(OP, cluster, want).await?;
+                    let (host, count) = self.take_place(OP, cluster, want).await?;
                     // They hold zeros, durably; this only makes sure of the space.
                     if let Err(e) = self.data().zero(host, count << g.cluster_bits).await {
                         self.give_back_from(host, count);

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use super::{
     bitmaps::BitmapDirectory,
     compressed::Compression,
-    layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be16, be32, be64},
+    layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, be32, be64},
 };
 
 /// "QFI\xfb".
@@ -51,7 +51,8 @@ pub const V3_LENGTH: u32 = 112;
 const V2_LENGTH: u32 = 72;
 /// log2 of the smallest cluster with subclusters, which have 512 bytes then.
 pub const MIN_EXTENDED_BITS: u32 = 14;
-const MAX_SNAPSHOTS: u32 = 65536;
+/// QEMU's bound on the number of snapshots.
+pub const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;
 
 /// Why a header is refused.
@@ -480,36 +481,5 @@ impl NewHeader<'_> {
             return Err(field("backing_file_size", out.len() as u64, "the header does not fit in a cluster"));
         }
         Ok(out)
-    }
-}
-
-/// One entry of the snapshot table's fixed part, and how many bytes the whole entry has, padded.
-pub(super) struct SnapshotHead {
-    pub l1_offset: u64,
-    pub l1_entries: u32,
-    pub id_len: u16,
-    pub name_len: u16,
-    pub seconds: u32,
-    pub extra_len: u32,
-    pub vm_state_size: u32,
-}
-
-impl SnapshotHead {
-    pub const BYTES: usize = 40;
-
-    pub fn read(bytes: &[u8]) -> SnapshotHead {
-        SnapshotHead {
-            l1_offset: be64(bytes, 0),
-            l1_entries: be32(bytes, 8),
-            id_len: be16(bytes, 12),
-            name_len: be16(bytes, 14),
-            seconds: be32(bytes, 16),
-            vm_state_size: be32(bytes, 32),
-            extra_len: be32(bytes, 36),
-        }
-    }
-
-    pub fn rest(&self) -> u64 {
-        u64::from(self.extra_len) + u64::from(self.id_len) + u64::from(self.name_len)
     }
 }

@@ -223,6 +223,15 @@ impl Geometry {
         }
     }
 
+    /// The bytes of entries of an L2 table.
+    pub fn entry_table(&self, entries: &[Entry]) -> Vec<u8> {
+        let words = |e: &Entry| [e.word.to_be_bytes(), e.bitmap.to_be_bytes()];
+        match self.extended_l2 {
+            true => entries.iter().flat_map(words).flatten().collect(),
+            false => entries.iter().flat_map(|e| e.word.to_be_bytes()).collect(),
+        }
+    }
+
     /// The place that an L2 entry gives its guest cluster.
     ///
     /// # Errors

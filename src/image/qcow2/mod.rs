@@ -22,13 +22,16 @@ mod check;
 mod compressed;
 mod create;
 mod data_file;
+mod deltas;
 mod discard;
+mod gate;
 mod header;
 mod layout;
 mod map;
 mod measure;
 mod open;
 mod read;
+mod rebuild;
 mod refcount;
 mod repair;
 mod resize;
@@ -36,6 +39,7 @@ mod snapshot;
 mod storage;
 mod subcluster;
 mod tables;
+mod tree;
 mod write;
 
 use std::{
@@ -47,6 +51,7 @@ use std::{
 
 use barrier::{Barrier, Epochs, Lost};
 use cache::{Cache, OffsetSet};
+use gate::Gate;
 use layout::Geometry;
 
 pub use bitmaps::BitmapDirectory;
@@ -57,7 +62,7 @@ pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
 pub use measure::{full_size, looks_preallocated};
 pub use read::{Backing, Boxed, ReadBacking};
 pub use repair::{Repair, repair_on};
-pub use snapshot::Snapshot;
+pub use snapshot::{Snapshot, SnapshotError};
 pub use storage::{FileStorage, Storage};
 
 use crate::{
@@ -80,7 +85,8 @@ pub struct Qcow2<S: Storage = FileStorage> {
     path: PathBuf,
     geometry: Geometry,
     header: HeaderInfo,
-    snapshots: Vec<Snapshot>,
+    snapshots: RefCell<Vec<Snapshot>>,
+    snapshots_at: Cell<u64>,
     read_only: bool,
     backing: Option<Backing>,
     /// Bytes of the guest's disk.
@@ -99,6 +105,10 @@ pub struct Qcow2<S: Storage = FileStorage> {
     fixed: RefCell<Vec<(u64, u64)>>,
     barrier: Barrier,
     epochs: Epochs,
+    /// All that changes the image passes here.
+    writers: Gate,
+    /// All that reads the guest's disk, or its map, passes here.
+    readers: Gate,
     /// Guest clusters whose mapping is being changed.
     guests: RangeLock,
     /// Held while an L2 table is made or copied, or the L1 table grows.
@@ -159,9 +169,9 @@ impl<S: Storage> Qcow2<S> {
         &self.header
     }
 
-    /// Internal snapshots.
-    pub fn snapshots(&self) -> &[Snapshot] {
-        &self.snapshots
+    /// Internal snapshots, in the order of their table.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        self.snapshots.borrow().clone()
     }
 
     /// Bytes of a cluster.
@@ -236,6 +246,26 @@ impl<S: Storage> Qcow2<S> {
 
     /// Runs a changing operation to its end: checks before, fails the image if the future is dropped half way.
     async fn changing<T>(&self, op: IoOp, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let _inside = self.writers.enter().await;
+        self.changing_inside(op, work).await
+    }
+
+    /// Runs a changing operation alone: those under way end first, and those that come meanwhile wait. Clusters that were
+    /// unlinked before are free when it begins, so that every reference is one that a table holds.
+    async fn alone<T>(&self, op: IoOp, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let _shut = self.writers.shut().await;
+        let settled_first = async {
+            self.sync(op).await?;
+            {
+                let _readers = self.readers.shut().await;
+                self.settle(op).await?;
+            }
+            work.await
+        };
+        self.changing_inside(op, settled_first).await
+    }
+
+    async fn changing_inside<T>(&self, op: IoOp, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.check_writable(op)?;
         let changing = Changing(&self.barrier);
         let result = match self.begun.get() {
@@ -273,6 +303,7 @@ impl<S: Storage> Volume for Qcow2<S> {
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
         self.check_alive(IoOp::Read)?;
+        let _inside = self.readers.enter().await;
         self.check_range(IoOp::Read, at, to.len() as u64)?;
         self.read_range(at.0, to).await.map_err(|e| e.at(at))
     }
@@ -280,6 +311,8 @@ impl<S: Storage> Volume for Qcow2<S> {
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         self.check_range(IoOp::Write, at, from.len() as u64)?;
         let work = async {
+            // It may have had to wait while the disk became shorter.
+            self.check_range(IoOp::Write, at, from.len() as u64)?;
             self.write_range(IoOp::Write, at.0, from).await?;
             if flags.fua { self.sync(IoOp::Write).await } else { Ok(()) }
         };
@@ -296,6 +329,7 @@ impl<S: Storage> Volume for Qcow2<S> {
             return Ok(());
         }
         // The flush itself is done. What cannot be freed now is a leak at worst, and shows where it matters.
+        let Some(_inside) = self.writers.try_enter() else { return Ok(()) };
         let changing = Changing(&self.barrier);
         let _ = self.settle(IoOp::Flush).await;
         changing.finish();
@@ -304,23 +338,33 @@ impl<S: Storage> Volume for Qcow2<S> {
 
     async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
         self.check_range(IoOp::Discard, at, len)?;
-        let work = self.zero_range(at.0, len, true);
+        let work = async {
+            self.check_range(IoOp::Discard, at, len)?;
+            self.zero_range(at.0, len, true).await
+        };
         self.changing(IoOp::Discard, work).await.map_err(|e| e.at(at))
     }
 
     async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
         self.check_range(IoOp::Discard, at, len)?;
-        let work = self.zero_range(at.0, len, may_unmap);
+        let work = async {
+            self.check_range(IoOp::Discard, at, len)?;
+            self.zero_range(at.0, len, may_unmap).await
+        };
         self.changing(IoOp::Discard, work).await.map_err(|e| e.at(at))
     }
 
     async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
         self.check_alive(IoOp::Map)?;
+        let _inside = self.readers.enter().await;
         self.check_range(IoOp::Map, at, len)?;
         self.extents(at.0, len).await.map_err(|e| e.at(at))
     }
 
     async fn resize(&self, capacity: u64) -> Result<()> {
+        if self.holds_beyond_end() {
+            self.alone(IoOp::Resize, self.cut(self.size.get())).await?;
+        }
         self.changing(IoOp::Resize, self.resize_to(capacity)).await
     }
 

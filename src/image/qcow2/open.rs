@@ -11,10 +11,11 @@ use super::{
     alloc::Pool,
     barrier::{Barrier, Epochs},
     cache::{Cache, OffsetSet},
+    gate::Gate,
     header::{BITMAPS, CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
     layout::{Geometry, be32, be64},
     repair::mend_dirty,
-    snapshot,
+    snapshot::{self, Snapshot},
 };
 use crate::{
     sync::{AsyncMutex, RangeLock},
@@ -75,21 +76,18 @@ impl<S: Storage> Qcow2<S> {
             .await
             .map_err(failed)?
             .ok_or_else(|| corrupt("the file ends within its refcount table".into()))?;
-        let snapshots = snapshot::read_table(&storage, &header, file_len)
+        let snapshots = snapshot::table::read(&storage, &header, file_len)
             .await
             .map_err(failed)?
             .map_err(|why| corrupt(format!("snapshot table: {why}")))?;
 
-        let mut fixed = vec![(0, 1)];
-        let clusters = |at: u64, bytes: u64| (g.index(at), g.index(at) + g.clusters_for(bytes));
-        fixed.push(clusters(header.l1_offset, l1_bytes));
-        fixed.push(clusters(header.refcount_table_offset, table_bytes));
-        if header.snapshot_count > 0 {
-            fixed.push(clusters(header.snapshot_offset, snapshots.table_bytes));
-        }
-        fixed.extend(snapshots.all.iter().map(|s| clusters(s.l1_offset, u64::from(s.l1_entries) * 8)));
-        fixed.retain(|(start, end)| start < end);
-        fixed.sort_unstable();
+        let fixed = fixed_ranges(
+            &g,
+            (header.l1_offset, l1_bytes),
+            (header.refcount_table_offset, table_bytes),
+            (header.snapshot_offset, snapshot::table::bytes(&snapshots)),
+            &snapshots,
+        );
         let (tables, damage) = find_tables(&g, &fixed, &l1, &refcount_table, file_len);
         if let (Some(what), false) = (damage, read_only) {
             return Err(corrupt(format!("{what}; {next}")));
@@ -100,7 +98,8 @@ impl<S: Storage> Qcow2<S> {
             data,
             path: path.to_owned(),
             geometry: g,
-            snapshots: snapshots.all,
+            snapshots: RefCell::new(snapshots),
+            snapshots_at: Cell::new(header.snapshot_offset),
             read_only,
             backing,
             size: Cell::new(header.virtual_size),
@@ -115,6 +114,8 @@ impl<S: Storage> Qcow2<S> {
             fixed: RefCell::new(fixed),
             barrier: Barrier::default(),
             epochs: Epochs::default(),
+            writers: Gate::default(),
+            readers: Gate::default(),
             guests: RangeLock::new(),
             linking: AsyncMutex::new(),
             space: AsyncMutex::new(),
@@ -187,7 +188,7 @@ pub(super) async fn read_header<S: Storage>(storage: &S, file_len: u64, path: &P
 }
 
 /// A table of 64-bit words; `None` if the file ends before it does.
-async fn read_table<S: Storage>(
+pub(super) async fn read_table<S: Storage>(
     storage: &S,
     file_len: u64,
     at: u64,
@@ -213,9 +214,29 @@ async fn read_table<S: Storage>(
     Ok(Some(words))
 }
 
+/// The clusters that no guest's data may lie in, but for L2 tables and refcount blocks, in order. Each table is given as its
+/// offset and its bytes.
+pub(super) fn fixed_ranges(
+    g: &Geometry,
+    l1: (u64, u64),
+    refcount_table: (u64, u64),
+    snapshot_table: (u64, u64),
+    snapshots: &[Snapshot],
+) -> Vec<(u64, u64)> {
+    let l1s = snapshots.iter().map(|s| (s.l1_offset, u64::from(s.l1_entries) * 8));
+    let mut fixed: Vec<(u64, u64)> = [(0, 1), l1, refcount_table, snapshot_table]
+        .into_iter()
+        .chain(l1s)
+        .filter(|(_, bytes)| *bytes > 0)
+        .map(|(at, bytes)| (g.index(at), g.index(at) + g.clusters_for(bytes)))
+        .collect();
+    fixed.sort_unstable();
+    fixed
+}
+
 /// The clusters of all L2 tables and refcount blocks, and the first thing that is wrong with them. An entry that makes no
 /// sense in itself is left to whoever follows it.
-fn find_tables(
+pub(super) fn find_tables(
     g: &Geometry,
     fixed: &[(u64, u64)],
     l1: &[u64],

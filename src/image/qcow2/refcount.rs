@@ -24,7 +24,7 @@ const SECTOR_ENTRIES: u64 = 512 / 8;
 pub(super) type Clusters = (u64, u64);
 
 /// Adds clusters to a list of runs in ascending order, joined where they touch.
-fn push_run(runs: &mut Vec<Clusters>, first: u64, count: u64) {
+pub(super) fn push_run(runs: &mut Vec<Clusters>, first: u64, count: u64) {
     match runs.last_mut() {
         Some((f, n)) if *f + *n == first => *n += count,
         _ => runs.push((first, count)),
@@ -62,6 +62,32 @@ impl<S: Storage> Qcow2<S> {
         let slice = self.refcounts.load(&self.storage, at).await.map_err(|e| self.io_error(op, e))?;
         let index = in_block % per_slice;
         Ok(Some((slice, index as usize, per_slice - index)))
+    }
+
+    /// A cluster's refcount.
+    pub(super) async fn refcount_now(&self, op: IoOp, cluster: u64) -> Result<u64> {
+        let counts = self.counts(op, cluster).await?;
+        Ok(counts.map_or(0, |(slice, index, _)| slice.with(|bytes| self.geometry.refcount(bytes, index))))
+    }
+
+    /// A refcount block: where it lies, and what it says.
+    pub(super) async fn refcount_block(&self, op: IoOp, block: u64) -> Result<(u64, Vec<u8>)> {
+        let g = self.geometry;
+        let first = block << g.block_bits();
+        let at = match self.block_of(first) {
+            Ok(Some(at)) => at,
+            Ok(None) => {
+                let what = format!("no refcount block for the cluster at {:#x}", first << g.cluster_bits);
+                return Err(self.damaged(op, what).await);
+            }
+            Err(why) => return Err(self.damaged(op, why).await),
+        };
+        let mut bytes = Vec::with_capacity(g.cluster() as usize);
+        while (bytes.len() as u64) < g.cluster() {
+            let slice = self.refcounts.load(&self.storage, at + bytes.len() as u64).await;
+            slice.map_err(|e| self.io_error(op, e))?.with(|slice| bytes.extend_from_slice(slice));
+        }
+        Ok((at, bytes))
     }
 
     /// Adds a reference to each cluster of a run, or takes one away; gives the runs that nobody refers to any more.

@@ -104,12 +104,7 @@ impl<S: Storage> Qcow2<S> {
         let g = self.geometry;
         let offset = entries.index(cluster) * g.entry_bytes() as usize;
         let at = entries.slice.at + offset as u64;
-        let bytes: Vec<u8> = match g.extended_l2 {
-            true => {
-                new.iter().flat_map(|e| [e.word.to_be_bytes(), e.bitmap.to_be_bytes()]).flatten().collect()
-            }
-            false => new.iter().flat_map(|e| e.word.to_be_bytes()).collect(),
-        };
+        let bytes = g.entry_table(new);
         match self.storage.write(at, &Buffer::from_slice(&bytes).sg()).await {
             Ok(()) => {
                 entries.slice.set(offset, &bytes);

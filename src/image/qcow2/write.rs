@@ -150,7 +150,7 @@ impl<S: Storage> Qcow2<S> {
                 }
                 _ => {
                     let want = self.clusters_to_take(&entries, cluster, last);
-                    let (host, count) = self.take_for(op, cluster, want).await?;
+                    let (host, count) = self.take_place(op, cluster, want).await?;
                     let next = ((cluster + count) << g.cluster_bits).min(end);
                     let part = from.slice((pos - at) as usize, (next - pos) as usize);
                     self.fill(op, &entries, pos, &part, Target { host, count, fresh: self.data.is_none() })

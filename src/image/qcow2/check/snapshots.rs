@@ -4,7 +4,7 @@ use std::io;
 
 use super::{Scan, walk::Owner};
 use crate::{
-    image::qcow2::{Storage, header::SnapshotHead, layout::MAX_L1_BYTES},
+    image::qcow2::{Storage, layout::MAX_L1_BYTES, snapshot::table::Head},
     sys::mem::Buffer,
 };
 
@@ -27,16 +27,16 @@ impl Scan {
         let mut left = self.file_len.saturating_add(u64::from(self.header.l1_entries) * 8);
         for number in 0..self.header.snapshot_count {
             let at = start + bytes;
-            if at + SnapshotHead::BYTES as u64 > self.file_len || bytes > MAX_TABLE {
+            if at + Head::BYTES as u64 > self.file_len || bytes > MAX_TABLE {
                 self.report
                     .error(|| format!("snapshot {number}: its entry lies beyond the end of the table"));
                 self.blind = true;
                 break;
             }
-            let head = Buffer::zeroed(SnapshotHead::BYTES);
+            let head = Buffer::zeroed(Head::BYTES);
             storage.read(at, &head.sg()).await?;
-            let head = SnapshotHead::read(&head.to_vec());
-            let entry = (SnapshotHead::BYTES as u64 + head.rest()).next_multiple_of(8);
+            let head = Head::read(&head.to_vec());
+            let entry = (Head::BYTES as u64 + head.rest()).next_multiple_of(8);
             if head.extra_len > MAX_EXTRA || at + entry > self.file_len.next_multiple_of(g.cluster()) {
                 self.report.error(|| format!("snapshot {number}: its table entry is too long"));
                 self.blind = true;
