@@ -1,4 +1,5 @@
-//! What lies where a table does: an L2 entry, or an L1 entry, that refers to a cluster of metadata gets a copy of it. The guest
+//! What lies where a table does: an L2 entry, or an L1 entry, that refers to a cluster of metadata gets a copy of it; and so does
+//! an L2 entry whose cluster is shared by more than a refcount can say. The guest
 //! reads what it read before, and may write without touching the table.
 
 use std::io;
@@ -62,6 +63,8 @@ impl<S: Storage> Mending<'_, S> {
     async fn shared_data(&self) -> io::Result<Vec<Change>> {
         let (s, mut changes) = (&self.scan, Vec::new());
         let g = s.g;
+        let most = g.max_refcount();
+        let on_table = |host| s.owned.contains_key(&g.index(host));
         for (table, _) in s.tables.iter().filter(|(at, t)| t.active > 0 && s.alone(g.index(**at))) {
             let buffer = Buffer::zeroed(g.cluster() as usize);
             self.storage.read(*table, &buffer.sg()).await?;
@@ -70,9 +73,11 @@ impl<S: Storage> Mending<'_, S> {
                 let entry = be64(&bytes, index * 8);
                 let at = table + index as u64 * 8;
                 let host = entry & (MAX_HOST - 1) & !511;
-                let lost = !g.aligned(host) || host >= s.file_len || s.owned.contains_key(&g.index(host));
+                let lost = !g.aligned(host) || host >= s.file_len || on_table(host);
                 match g.mapping(entry) {
-                    Ok(Mapping::Data { host, .. }) if s.owned.contains_key(&g.index(host)) => {
+                    Ok(Mapping::Data { host, .. })
+                        if on_table(host) || s.references.get(g.index(host)) > most =>
+                    {
                         changes.push(Change { at, copy: Some(host) });
                     }
                     Ok(Mapping::ZeroAllocated { .. }) if lost => changes.push(Change { at, copy: None }),
