@@ -146,7 +146,8 @@ impl Scan {
             };
             for cluster in first..end.min(first + (1 << g.block_bits())) {
                 let stored = bytes.as_ref().map_or(0, |b| g.refcount(b, (cluster - first) as usize));
-                let found = self.references.get(cluster);
+                let all = self.references.get(cluster);
+                let found = all.min(g.max_refcount());
                 if stored > 0 || found > 0 {
                     used = cluster;
                 }
@@ -160,7 +161,7 @@ impl Scan {
                     if bytes.is_none() {
                         self.replace.insert(index);
                     }
-                } else if self.owned.contains_key(&cluster) && !self.alone(cluster) {
+                } else if all == found && self.owned.contains_key(&cluster) && !self.alone(cluster) {
                     self.report.corrupt(1, || format!("the table at {at:#x} lies where something else does"));
                 }
             }

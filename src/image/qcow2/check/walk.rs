@@ -170,7 +170,8 @@ impl Scan {
         let most = self.g.max_refcount();
         for cluster in self.g.index(at)..=self.g.index(end - 1) {
             let old = self.references.get(cluster);
-            let excess = n.saturating_sub(most - old.min(most));
+            // The count goes on all the same: who shares a cluster must be known.
+            let excess = n.min(old.saturating_add(n).saturating_sub(most));
             if excess > 0 {
                 let at = cluster << self.g.cluster_bits;
                 let bits = 1u64 << self.g.refcount_order;
@@ -180,7 +181,7 @@ impl Scan {
                     )
                 });
             }
-            self.references.set(cluster, old + (n - excess))?;
+            self.references.set(cluster, old.saturating_add(n))?;
         }
         Ok(true)
     }

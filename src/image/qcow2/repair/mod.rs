@@ -124,6 +124,11 @@ struct Mending<'a, S: Storage> {
 }
 
 impl<S: Storage> Mending<'_, S> {
+    /// The refcount that a cluster ought to have: its references, or as many as a refcount can say.
+    fn references(&self, cluster: u64) -> u64 {
+        self.scan.references.get(cluster).min(self.scan.g.max_refcount())
+    }
+
     /// Writes the sectors of a table that have changed.
     async fn write_sectors(&self, at: u64, old: &[u8], new: &[u8]) -> std::io::Result<()> {
         for (i, (was, is)) in old.chunks(SECTOR).zip(new.chunks(SECTOR)).enumerate() {
@@ -150,7 +155,7 @@ impl<S: Storage> Mending<'_, S> {
         let first = index << g.block_bits();
         for i in 0..1u64 << g.block_bits() {
             let stored = g.refcount(&old, i as usize);
-            let is = new(first + i, stored, self.scan.references.get(first + i));
+            let is = new(first + i, stored, self.references(first + i));
             if is != stored {
                 g.set_refcount(&mut bytes, i as usize, is);
                 if is == 0 {

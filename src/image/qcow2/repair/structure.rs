@@ -103,7 +103,7 @@ impl<S: Storage> Mending<'_, S> {
             let old = if self.scan.blind { self.scan.block(self.storage, *index).await } else { None };
             for i in 0..1u64 << g.block_bits() {
                 let stored = old.as_ref().map_or(0, |b| g.refcount(b, i as usize));
-                g.set_refcount(&mut bytes, i as usize, self.scan.references.get(first + i).max(stored));
+                g.set_refcount(&mut bytes, i as usize, self.references(first + i).max(stored));
             }
             let at = cluster << g.cluster_bits;
             self.storage.write(at, &Buffer::from_slice(&bytes).sg()).await?;

@@ -1,4 +1,5 @@
-//! What lies where a table does: an L2 entry, or an L1 entry, that refers to a cluster of metadata gets a copy of it. The guest
+//! What lies where a table does: an L2 entry, or an L1 entry, that refers to a cluster of metadata gets a copy of it; and so does
+//! an L2 entry whose cluster is shared by more than a refcount can say. The guest
 //! reads what it read before, and may write without touching the table.
 
 use std::io;
@@ -65,6 +66,9 @@ impl<S: Storage> Mending<'_, S> {
         if g.data_file {
             return Ok(changes);
         }
+        let most = g.max_refcount();
+        let on_table = |host| s.owned.contains_key(&g.index(host));
+        let shared = |host| on_table(host) || s.references.get(g.index(host)) > most;
         for (table, _) in s.tables.iter().filter(|(at, t)| t.active > 0 && s.alone(g.index(**at))) {
             let buffer = Buffer::zeroed(g.cluster() as usize);
             self.storage.read(*table, &buffer.sg()).await?;
@@ -74,16 +78,16 @@ impl<S: Storage> Mending<'_, S> {
                 let entry = g.entry(&bytes, index);
                 let at = table + index as u64 * step;
                 let host = entry.word & (MAX_HOST - 1) & !511;
-                let lost = !g.aligned(host) || host >= s.file_len || s.owned.contains_key(&g.index(host));
+                let lost = !g.aligned(host) || host >= s.file_len || on_table(host);
                 match g.mapping(entry, 0) {
                     // A cluster with subclusters is copied whole; its bitmap stays.
                     Ok(_) if g.extended_l2 => match g.place(entry) {
-                        Ok(Place::Cluster { host, .. }) if s.owned.contains_key(&g.index(host)) => {
+                        Ok(Place::Cluster { host, .. }) if shared(host) => {
                             changes.push(Change { at, copy: Some(host) });
                         }
                         _ => {}
                     },
-                    Ok(Mapping::Data { host, .. }) if s.owned.contains_key(&g.index(host)) => {
+                    Ok(Mapping::Data { host, .. }) if shared(host) => {
                         changes.push(Change { at, copy: Some(host) });
                     }
                     Ok(Mapping::ZeroAllocated { .. }) if lost => changes.push(Change { at, copy: None }),
