@@ -17,13 +17,14 @@ const KERNEL_PACKAGE: &str = "linux-image-6.12-amd64";
 const BOOT_MODULES: &[&str] = &["virtio_blk", "ext4", "9p", "9pnet_virtio"];
 
 /// The same for a guest inside the guest, whose disk is our LUN.
-const INNER_MODULES: &[&str] = &["virtio_scsi", "sd_mod", "ext4", "9p", "9pnet_virtio"];
+const INNER_MODULES: &[&str] = &["virtio_scsi", "sd_mod", "ext4"];
 
 const RELEASE: &str = "bookworm";
 
 /// What the tests call in the guest.
 const GUEST_PACKAGES: &[&str] = &[
     "bash",
+    "cpio",
     "dbus",
     "e2fsprogs",
     "fio",
@@ -62,7 +63,7 @@ pub struct Artefacts {
     pub scratch: PathBuf,
     /// target_core_user.ko with our change, which a test loads in place of the stock one.
     pub module: PathBuf,
-    /// The initramfs of a guest inside the guest.
+    /// Kernel and initramfs of a guest inside the guest: `vmlinux`, `initramfs`.
     pub inner: PathBuf,
 }
 
@@ -74,12 +75,12 @@ pub fn prepare(cache: &Cache) -> Result<Artefacts> {
     let initramfs = cache.artefact(
         "initramfs",
         &format!("1\n{kernel_name}\n{}\n{INITRAMFS_INIT}", BOOT_MODULES.join(" ")),
-        |at| build_initramfs(&kernel, at, BOOT_MODULES, INITRAMFS_INIT),
+        |at| build_initramfs(&kernel, at, BOOT_MODULES, INITRAMFS_INIT, "zstd -q -6 > ../initramfs.zst"),
     )?;
     let inner = cache.artefact(
         "inner",
-        &format!("1\n{kernel_name}\n{}\n{INNER_INIT}", INNER_MODULES.join(" ")),
-        |at| build_initramfs(&kernel, at, INNER_MODULES, INNER_INIT),
+        &format!("2\n{kernel_name}\n{}\n{INNER_INIT}", INNER_MODULES.join(" ")),
+        |at| build_inner(&kernel, at),
     )?;
     let rootfs = cache.artefact(
         "rootfs",
@@ -90,7 +91,7 @@ pub fn prepare(cache: &Cache) -> Result<Artefacts> {
     let module = cache.artefact("module", &module::recipe(&kernel_name), |at| module::build(&kernel, at))?;
     Ok(Artefacts {
         module: module.join("target_core_user.ko"),
-        inner: inner.join("initramfs.zst"),
+        inner,
         kernel: kernel.join("vmlinuz"),
         initramfs: initramfs.join("initramfs.zst"),
         rootfs: rootfs.join("rootfs.ext4"),
@@ -123,7 +124,14 @@ fn build_kernel(at: &Path) -> Result<()> {
     let Some(package) = package else {
         bail!("apt knows no package {KERNEL_PACKAGE}; `apt-get update` as root may mend that");
     };
-    sh::quiet(Command::new("apt-get").args(["download", "-qq", &package]).current_dir(at))?;
+    unpack_kernel(&package, at)?;
+    fs::write(at.join("package"), &package)?;
+    Ok(())
+}
+
+/// Downloads a kernel's package; gives a folder its image as `vmlinuz`, and its modules.
+fn unpack_kernel(package: &str, at: &Path) -> Result<()> {
+    sh::quiet(Command::new("apt-get").args(["download", "-qq", package]).current_dir(at))?;
     let archive = only_entry(at, ".deb")?;
     let unpacked = at.join("unpacked");
     sh::quiet(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&unpacked))?;
@@ -131,8 +139,43 @@ fn build_kernel(at: &Path) -> Result<()> {
     fs::rename(unpacked.join("lib"), at.join("lib"))?;
     fs::remove_dir_all(&unpacked)?;
     fs::remove_file(&archive)?;
-    fs::write(at.join("package"), &package)?;
     sh::quiet(Command::new("depmod").arg("-b").arg(at).arg(version(at)?))?;
+    Ok(())
+}
+
+/// What a guest inside the guest boots: Debian's kernel for virtual machines, of the same version, which has less to set up; and
+/// nothing of it compressed, since unpacking takes minutes where an emulator runs in an emulator.
+fn build_inner(kernel: &Path, at: &Path) -> Result<()> {
+    let package = fs::read_to_string(kernel.join("package"))?.replace("-amd64", "-cloud-amd64");
+    unpack_kernel(&package, at)?;
+    unpack_vmlinux(at)?;
+    build_initramfs(at, at, INNER_MODULES, INNER_INIT, "cat > ../initramfs")?;
+    fs::remove_dir_all(at.join("lib"))?;
+    Ok(())
+}
+
+/// Takes the ELF file out of a kernel's image (Documentation/arch/x86/boot.rst: `setup_sects`, `payload_offset`,
+/// `payload_length`; the payload ends with its unpacked length).
+fn unpack_vmlinux(at: &Path) -> Result<()> {
+    let image = fs::read(at.join("vmlinuz"))?;
+    let word = |at: usize| {
+        image.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes) as usize
+    };
+    let setup_sectors = image.get(0x1f1).copied().map_or(0, usize::from);
+    let start = (setup_sectors + 1) * 512 + word(0x248);
+    let end = (start + word(0x24c)).saturating_sub(4);
+    let Some(payload) = image.get(start..end) else {
+        bail!("the kernel's image has no payload where its header says")
+    };
+    let program = match payload {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0xfd, b'7', b'z', b'X', ..] => "xz",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => bail!("the kernel is packed in a way that is not known here"),
+    };
+    fs::write(at.join("payload"), payload)?;
+    let unpack = format!("{program} -dc < payload > vmlinux && rm payload vmlinuz");
+    sh::quiet(Command::new("sh").args(["-c", &unpack]).current_dir(at))?;
     Ok(())
 }
 
@@ -154,7 +197,8 @@ pub fn only_entry(dir: &Path, part: &str) -> Result<PathBuf> {
     bail!("nothing called *{part}* in {}", dir.display())
 }
 
-fn build_initramfs(kernel: &Path, at: &Path, modules: &[&str], init: &str) -> Result<()> {
+/// Packs an initramfs with `pack`, a command whose input is the archive and which writes beside the folder that it runs in.
+fn build_initramfs(kernel: &Path, at: &Path, modules: &[&str], init: &str, pack: &str) -> Result<()> {
     let root = at.join("root");
     for dir in ["bin", "dev", "proc", "sys", "newroot", "modules"] {
         fs::create_dir_all(root.join(dir))?;
@@ -177,10 +221,8 @@ fn build_initramfs(kernel: &Path, at: &Path, modules: &[&str], init: &str) -> Re
         unpack_module(Path::new(path), &to)?;
         seen.push(path.to_owned());
     }
-    let pack = "find . -print0 | cpio --null --create --format=newc --quiet | zstd -q -6";
-    sh::quiet(
-        Command::new("sh").args(["-c", &format!("set -e; {pack} > ../initramfs.zst")]).current_dir(&root),
-    )?;
+    let script = format!("set -e; find . -print0 | cpio --null --create --format=newc --quiet | {pack}");
+    sh::quiet(Command::new("sh").args(["-c", &script]).current_dir(&root))?;
     fs::remove_dir_all(&root)?;
     Ok(())
 }

@@ -135,9 +135,10 @@ impl RunDir {
         }
         fs::copy(&lab.artefacts.module, dir.0.join("share/target_core_user.ko"))
             .context("cannot give the module to the guest")?;
-        for (from, to) in [(&lab.artefacts.kernel, "vmlinuz"), (&lab.artefacts.inner, "inner.zst")] {
-            fs::copy(from, dir.0.join("share").join(to))
-                .with_context(|| format!("cannot give {to} to the guest"))?;
+        for part in ["vmlinux", "initramfs"] {
+            let to = dir.0.join("share").join(format!("inner-{part}"));
+            fs::copy(lab.artefacts.inner.join(part), to)
+                .with_context(|| format!("cannot give the inner guest's {part} to the guest"))?;
         }
         crate::sh::quiet(
             Command::new("cp")
