@@ -3,20 +3,16 @@
 
 use super::{
     Qcow2, Storage,
-    header::BITMAPS,
-    layout::{be16, be32},
+    header::{BITMAPS, HeaderInfo},
+    layout::{be16, be32, be64},
 };
 use crate::{
     sys::mem::Buffer,
     volume::{IoOp, Result},
 };
 
-/// The largest directory that is looked at: QEMU's bound of 65535 bitmaps with names of 1023 bytes.
-const MAX_DIRECTORY: u64 = 65535 * (HEAD as u64 + 1024);
-/// Bytes of an entry before its name.
-const HEAD: usize = 24;
-/// Offset of the flags in an entry; bit 0 of them is "in use".
-const FLAGS: usize = 12;
+/// The largest directory that is looked at, QEMU's bound.
+pub(super) const MAX_DIRECTORY: u64 = 64 << 20;
 
 /// Where the directory of bitmaps lies, by its header extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,15 +25,60 @@ pub struct BitmapDirectory {
     pub at: u64,
 }
 
+/// A bitmap, as its directory entry has it.
+pub(super) struct BitmapEntry {
+    /// Its table: offset.
+    pub table: u64,
+    /// Its table: entries.
+    pub entries: u64,
+    /// Flags; bit 0 is "in use".
+    pub in_use: bool,
+    /// log2 of the bytes that a bit stands for.
+    pub granularity_bits: u8,
+    /// Bytes of the name.
+    pub name_len: u64,
+    /// Bytes of the whole entry.
+    pub len: usize,
+}
+
+impl BitmapEntry {
+    /// Bytes before its extra data and name.
+    pub const HEAD: usize = 24;
+    /// Offset of the flags, 32 bits.
+    const FLAGS: usize = 12;
+
+    /// Reads it; `None` if there is less than its head.
+    pub fn read(entry: &[u8]) -> Option<BitmapEntry> {
+        if entry.len() < BitmapEntry::HEAD {
+            return None;
+        }
+        let (name, extra) = (usize::from(be16(entry, 18)), be32(entry, 20) as usize);
+        Some(BitmapEntry {
+            table: be64(entry, 0),
+            entries: be32(entry, 8).into(),
+            in_use: be32(entry, BitmapEntry::FLAGS) & 1 != 0,
+            granularity_bits: entry[17],
+            name_len: name as u64,
+            len: (BitmapEntry::HEAD + name + extra).next_multiple_of(8),
+        })
+    }
+}
+
+impl HeaderInfo {
+    /// Where the bitmaps are listed, if what the list says is true.
+    pub(super) fn valid_bitmaps(&self) -> Option<BitmapDirectory> {
+        self.bitmaps.filter(|_| self.autoclear & BITMAPS != 0)
+    }
+}
+
 /// The offsets of the flags in a directory, or `None` if it makes no sense.
 fn flags_in(directory: &[u8], count: u32) -> Option<Vec<usize>> {
     let mut at = 0;
     let mut found = Vec::new();
     for _ in 0..count {
-        let entry = directory.get(at..).filter(|rest| rest.len() >= HEAD)?;
-        let len = HEAD + be32(entry, 20) as usize + usize::from(be16(entry, 18));
-        found.push(at + FLAGS);
-        at += len.next_multiple_of(8);
+        let entry = directory.get(at..).and_then(BitmapEntry::read)?;
+        found.push(at + BitmapEntry::FLAGS);
+        at += entry.len;
     }
     (at == directory.len()).then_some(found)
 }
@@ -45,7 +86,7 @@ fn flags_in(directory: &[u8], count: u32) -> Option<Vec<usize>> {
 impl<S: Storage> Qcow2<S> {
     /// The directory, if the header says that it is valid and it lies in the file.
     fn bitmap_directory(&self) -> Option<BitmapDirectory> {
-        let directory = self.header.bitmaps.filter(|_| self.header.autoclear & BITMAPS != 0)?;
+        let directory = self.header.valid_bitmaps()?;
         let end = directory.at.checked_add(directory.bytes)?;
         let sane = self.geometry.aligned(directory.at)
             && directory.at > 0

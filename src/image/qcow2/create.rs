@@ -50,6 +50,17 @@ pub struct CreateOptions {
 }
 
 impl CreateOptions {
+    /// The sizes that the image is built from; the options have been checked.
+    pub(super) fn geometry(&self) -> Geometry {
+        Geometry {
+            version: self.version,
+            cluster_bits: self.cluster_size.trailing_zeros(),
+            refcount_order: self.refcount_bits.trailing_zeros(),
+            extended_l2: self.extended_l2,
+            data_file: self.data_file.is_some(),
+        }
+    }
+
     /// qemu-img's defaults: version 3, 64 KiB clusters, 16-bit refcounts.
     pub fn new(size: u64) -> CreateOptions {
         CreateOptions {
@@ -212,13 +223,7 @@ fn check(options: &CreateOptions) -> Result<Geometry, CreateError> {
     if options.preallocation == Preallocation::Metadata && options.backing_file.is_some() {
         return Err(refused("preallocation", "metadata", "would hide the backing file"));
     }
-    let g = Geometry {
-        version: options.version,
-        cluster_bits: options.cluster_size.trailing_zeros(),
-        refcount_order: options.refcount_bits.trailing_zeros(),
-        extended_l2: options.extended_l2,
-        data_file: options.data_file.is_some(),
-    };
+    let g = options.geometry();
     if options.data_file_raw && (!g.data_file || options.backing_file.is_some()) {
         return Err(refused("data_file_raw", "on", "needs an external data file, and no backing file"));
     }

@@ -3,21 +3,12 @@
 use std::path::Path;
 
 use super::{CreateOptions, Storage, check::Scan, open::read_header};
-use crate::{
-    image::qcow2::layout::Geometry,
-    volume::{IoError, IoOp, Result},
-};
+use crate::volume::{IoError, IoOp, Result};
 
 /// Bytes of the file of an image with these options whose every cluster is allocated: data, L2 tables, an L1 table, refcounts
 /// and the header. An upper bound; `qemu-img measure` calls it "fully allocated".
 pub fn full_size(options: &CreateOptions) -> u64 {
-    let g = Geometry {
-        version: options.version,
-        cluster_bits: options.cluster_size.trailing_zeros(),
-        refcount_order: options.refcount_bits.trailing_zeros(),
-        extended_l2: options.extended_l2,
-        data_file: options.data_file.is_some(),
-    };
+    let g = options.geometry();
     let entries = g.cluster() / 8;
     let data = g.clusters_for(options.size);
     let l2 = data.div_ceil(1 << g.l2_bits());

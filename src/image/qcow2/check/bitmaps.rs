@@ -7,69 +7,15 @@ use super::{Scan, walk::Owner};
 use crate::{
     image::qcow2::{
         HeaderInfo, Storage,
-        layout::{MAX_HOST, be16, be32, be64},
+        bitmaps::{BitmapEntry, MAX_DIRECTORY},
+        layout::MAX_HOST,
     },
     sys::mem::Buffer,
 };
 
-/// Autoclear bit 0.
-const VALID: u64 = 1;
-const EXTENSION: u32 = 0x2385_2875;
 /// QEMU's bounds.
 const MAX_BITMAPS: u32 = 65535;
-const MAX_DIRECTORY: u64 = 64 << 20;
 const MAX_TABLE: u64 = 64 << 20;
-/// Bytes of a directory entry before its extra data and name.
-const ENTRY: usize = 24;
-
-/// The header extension's content: how many bitmaps, and where their directory lies.
-struct Directory {
-    count: u32,
-    at: u64,
-    bytes: u64,
-}
-
-fn directory(first: &[u8], header_length: usize) -> Option<Directory> {
-    let mut at = header_length;
-    while at + 8 <= first.len() {
-        let (kind, len) = (be32(first, at), be32(first, at + 4) as usize);
-        if kind == EXTENSION && len >= 24 {
-            let data = first.get(at + 8..)?.get(..24)?;
-            return Some(Directory { count: be32(data, 0), bytes: be64(data, 8), at: be64(data, 16) });
-        }
-        if kind == 0 {
-            return None;
-        }
-        at += 8 + len.next_multiple_of(8);
-    }
-    None
-}
-
-/// A bitmap, as its directory entry has it.
-struct Bitmap {
-    table: u64,
-    entries: u64,
-    in_use: bool,
-    granularity_bits: u8,
-    name_len: u64,
-    /// Bytes of the whole entry.
-    len: usize,
-}
-
-fn bitmap(entry: &[u8]) -> Option<Bitmap> {
-    if entry.len() < ENTRY {
-        return None;
-    }
-    let (name, extra) = (usize::from(be16(entry, 18)), be32(entry, 20) as usize);
-    Some(Bitmap {
-        table: be64(entry, 0),
-        entries: be32(entry, 8).into(),
-        in_use: be32(entry, 12) & 1 != 0,
-        granularity_bits: entry[17],
-        name_len: name as u64,
-        len: (ENTRY + name + extra).next_multiple_of(8),
-    })
-}
 
 /// Bytes that an image's bitmaps take in another with those clusters, if all their bits were set: their clusters, their tables, the
 /// directory. Those that were in use when the image was last written to are void, and not counted.
@@ -77,42 +23,27 @@ fn bitmap(entry: &[u8]) -> Option<Bitmap> {
 /// # Errors
 /// Those of reading.
 pub async fn bitmaps_size<S: Storage>(storage: &S, header: &HeaderInfo, cluster: u64) -> io::Result<u64> {
-    let first = Buffer::zeroed(1usize << header.cluster_bits);
-    storage.read(0, &first.sg()).await?;
-    let found = directory(&first.to_vec(), header.header_length as usize);
-    let Some(found) = found.filter(|d| header.autoclear & VALID != 0 && d.bytes <= MAX_DIRECTORY) else {
-        return Ok(0);
-    };
+    let Some(found) = header.valid_bitmaps().filter(|d| d.bytes <= MAX_DIRECTORY) else { return Ok(0) };
     let buffer = Buffer::zeroed(found.bytes as usize);
     storage.read(found.at, &buffer.sg()).await?;
     let bytes = buffer.to_vec();
     let (mut at, mut directory, mut size) = (0, 0, 0);
     for _ in 0..found.count {
-        let Some(map) = bytes.get(at..).and_then(bitmap) else { break };
+        let Some(map) = bytes.get(at..).and_then(BitmapEntry::read) else { break };
         at += map.len;
         if map.in_use || map.granularity_bits > 31 {
             continue;
         }
         let clusters = header.virtual_size.div_ceil(1 << map.granularity_bits).div_ceil(8).div_ceil(cluster);
         size += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
-        directory += (ENTRY as u64 + map.name_len).next_multiple_of(8);
+        directory += (BitmapEntry::HEAD as u64 + map.name_len).next_multiple_of(8);
     }
     Ok(size + u64::next_multiple_of(directory, cluster))
 }
 
 impl Scan {
     pub(super) async fn bitmaps<S: Storage>(&mut self, storage: &S) -> io::Result<()> {
-        if self.header.autoclear & VALID == 0 {
-            return Ok(());
-        }
-        let first = Buffer::zeroed(self.g.cluster().min(self.file_len) as usize);
-        storage.read(0, &first.sg()).await?;
-        let Some(found) = directory(&first.to_vec(), self.header.header_length as usize) else {
-            return Ok(());
-        };
-        if found.count == 0 {
-            return Ok(());
-        }
+        let Some(found) = self.header.valid_bitmaps().filter(|found| found.count > 0) else { return Ok(()) };
         let sane = found.count <= MAX_BITMAPS && found.bytes <= MAX_DIRECTORY && self.g.aligned(found.at);
         if !sane || !self.table(Owner::Bitmaps, found.at, found.bytes)? {
             self.lost_bitmaps("their directory does not lie in the file");
@@ -124,7 +55,7 @@ impl Scan {
         let mut at = 0;
         let mut left = self.file_len;
         for _ in 0..found.count {
-            let Some(map) = bytes.get(at..).and_then(bitmap) else {
+            let Some(map) = bytes.get(at..).and_then(BitmapEntry::read) else {
                 self.lost_bitmaps("their directory is too short");
                 return Ok(());
             };
