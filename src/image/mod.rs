@@ -155,51 +155,55 @@ impl fmt::Debug for Image {
     }
 }
 
-/// Calls the driver, whichever it is.
+/// Calls the driver, whichever it is, and waits for it. What qcow2 may wait for is boxed: it would make the future of every command
+/// as large as the largest of its operations, of raw images too, and futures are copied.
 macro_rules! driver {
     ($self:ident, $v:ident => $call:expr) => {
         match &$self.driver {
-            Driver::Raw($v) => $call,
-            Driver::Qcow2($v) => $call,
+            Driver::Raw($v) => $call.await,
+            Driver::Qcow2($v) => Box::pin($call).await,
         }
     };
 }
 
 impl Volume for Image {
     fn limits(&self) -> Limits {
-        driver!(self, v => v.limits())
+        match &self.driver {
+            Driver::Raw(v) => v.limits(),
+            Driver::Qcow2(v) => v.limits(),
+        }
     }
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        driver!(self, v => v.read(at, to).await)
+        driver!(self, v => v.read(at, to))
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
-        driver!(self, v => v.write(at, from, flags).await)
+        driver!(self, v => v.write(at, from, flags))
     }
 
     async fn flush(&self) -> Result<()> {
-        driver!(self, v => v.flush().await)
+        driver!(self, v => v.flush())
     }
 
     async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
-        driver!(self, v => v.discard(at, len).await)
+        driver!(self, v => v.discard(at, len))
     }
 
     async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
-        driver!(self, v => v.write_zeroes(at, len, may_unmap).await)
+        driver!(self, v => v.write_zeroes(at, len, may_unmap))
     }
 
     async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
-        driver!(self, v => v.map_extents(at, len).await)
+        driver!(self, v => v.map_extents(at, len))
     }
 
     async fn resize(&self, capacity: u64) -> Result<()> {
-        driver!(self, v => v.resize(capacity).await)
+        driver!(self, v => v.resize(capacity))
     }
 
     async fn close(&self) -> Result<()> {
-        let closed = driver!(self, v => v.close().await);
+        let closed = driver!(self, v => v.close());
         self.locks.borrow_mut().clear();
         closed
     }

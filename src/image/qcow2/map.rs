@@ -192,7 +192,7 @@ impl<S: Storage> Qcow2<S> {
         };
         match run {
             Ok(run) => Ok(run),
-            Err(why) => Err(self.damaged(op, why).await),
+            Err(why) => Err(Box::pin(self.damaged(op, why)).await),
         }
     }
 

@@ -163,6 +163,18 @@ impl Drop for Changing<'_> {
     }
 }
 
+/// An operation that changes the image, inside the gate.
+struct Change<'a> {
+    _inside: gate::Inside<'a>,
+    changing: Changing<'a>,
+}
+
+impl Change<'_> {
+    fn finish(self) {
+        self.changing.finish();
+    }
+}
+
 impl<S: Storage> Qcow2<S> {
     /// What the header said at the opening.
     pub fn header(&self) -> &HeaderInfo {
@@ -244,10 +256,26 @@ impl<S: Storage> Qcow2<S> {
         }
     }
 
-    /// Runs a changing operation to its end: checks before, fails the image if the future is dropped half way.
-    async fn changing<T>(&self, op: IoOp, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let _inside = self.writers.enter().await;
-        self.changing_inside(op, work).await
+    /// A changing operation begins, which [`Change::finish`] has to end; dropped before, it fails the image.
+    ///
+    /// What is awaited on the data path is kept small: a command's future is copied, and whatever it may ever wait for is part of it. So
+    /// operations are not handed on as futures, and what is seldom waited for is boxed.
+    async fn change(&self, op: IoOp) -> Result<Change<'_>> {
+        let inside = self.writers.enter().await;
+        let changing = self.begin_inside(op).await?;
+        Ok(Change { _inside: inside, changing })
+    }
+
+    async fn begin_inside(&self, op: IoOp) -> Result<Changing<'_>> {
+        self.check_writable(op)?;
+        let changing = Changing(&self.barrier);
+        if !self.begun.get()
+            && let Err(e) = Box::pin(self.begin(op)).await
+        {
+            changing.finish();
+            return Err(e);
+        }
+        Ok(changing)
     }
 
     /// Runs a changing operation alone: those under way end first, and those that come meanwhile wait. Clusters that were
@@ -262,21 +290,17 @@ impl<S: Storage> Qcow2<S> {
             }
             work.await
         };
-        self.changing_inside(op, settled_first).await
+        let changing = self.begin_inside(op).await?;
+        let done = settled_first.await;
+        changing.finish();
+        done
     }
 
-    async fn changing_inside<T>(&self, op: IoOp, work: impl Future<Output = Result<T>>) -> Result<T> {
-        self.check_writable(op)?;
-        let changing = Changing(&self.barrier);
-        let result = match self.begun.get() {
-            true => work.await,
-            false => match self.begin(op).await {
-                Ok(()) => work.await,
-                Err(e) => Err(e),
-            },
-        };
-        changing.finish();
-        result
+    async fn write_inside(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        // It may have had to wait while the disk became shorter.
+        self.check_range(IoOp::Write, at, from.len() as u64)?;
+        self.write_range(IoOp::Write, at.0, from).await?;
+        if flags.fua { self.sync(IoOp::Write).await } else { Ok(()) }
     }
 
     /// Metadata that make no sense: the image is marked corrupt if it may be written, as QEMU does, and never written again.
@@ -310,13 +334,10 @@ impl<S: Storage> Volume for Qcow2<S> {
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         self.check_range(IoOp::Write, at, from.len() as u64)?;
-        let work = async {
-            // It may have had to wait while the disk became shorter.
-            self.check_range(IoOp::Write, at, from.len() as u64)?;
-            self.write_range(IoOp::Write, at.0, from).await?;
-            if flags.fua { self.sync(IoOp::Write).await } else { Ok(()) }
-        };
-        self.changing(IoOp::Write, work).await.map_err(|e| e.at(at))
+        let change = self.change(IoOp::Write).await?;
+        let done = self.write_inside(at, from, flags).await;
+        change.finish();
+        done.map_err(|e| e.at(at))
     }
 
     async fn flush(&self) -> Result<()> {
@@ -331,41 +352,43 @@ impl<S: Storage> Volume for Qcow2<S> {
         // The flush itself is done. What cannot be freed now is a leak at worst, and shows where it matters.
         let Some(_inside) = self.writers.try_enter() else { return Ok(()) };
         let changing = Changing(&self.barrier);
-        let _ = self.settle(IoOp::Flush).await;
+        let _ = Box::pin(self.settle(IoOp::Flush)).await;
         changing.finish();
         Ok(())
     }
 
     async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
-        self.check_range(IoOp::Discard, at, len)?;
-        let work = async {
-            self.check_range(IoOp::Discard, at, len)?;
-            self.zero_range(at.0, len, true).await
-        };
-        self.changing(IoOp::Discard, work).await.map_err(|e| e.at(at))
+        self.write_zeroes(at, len, true).await
     }
 
     async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
-        self.check_range(IoOp::Discard, at, len)?;
-        let work = async {
-            self.check_range(IoOp::Discard, at, len)?;
-            self.zero_range(at.0, len, may_unmap).await
+        let op = IoOp::Discard;
+        self.check_range(op, at, len)?;
+        let change = self.change(op).await?;
+        // It may have had to wait while the disk became shorter.
+        let done = match self.check_range(op, at, len) {
+            Ok(()) => Box::pin(self.zero_range(at.0, len, may_unmap)).await,
+            Err(e) => Err(e),
         };
-        self.changing(IoOp::Discard, work).await.map_err(|e| e.at(at))
+        change.finish();
+        done.map_err(|e| e.at(at))
     }
 
     async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
         self.check_alive(IoOp::Map)?;
         let _inside = self.readers.enter().await;
         self.check_range(IoOp::Map, at, len)?;
-        self.extents(at.0, len).await.map_err(|e| e.at(at))
+        Box::pin(self.extents(at.0, len)).await.map_err(|e| e.at(at))
     }
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         if self.holds_beyond_end() {
-            self.alone(IoOp::Resize, self.cut(self.size.get())).await?;
+            Box::pin(self.alone(IoOp::Resize, self.cut(self.size.get()))).await?;
         }
-        self.changing(IoOp::Resize, self.resize_to(capacity)).await
+        let change = self.change(IoOp::Resize).await?;
+        let done = Box::pin(self.resize_to(capacity)).await;
+        change.finish();
+        done
     }
 
     async fn close(&self) -> Result<()> {
@@ -377,7 +400,7 @@ impl<S: Storage> Volume for Qcow2<S> {
         }
         if !self.read_only && self.begun.get() {
             let changing = Changing(&self.barrier);
-            let result = self.finish().await;
+            let result = Box::pin(self.finish()).await;
             changing.finish();
             result?;
         }

@@ -54,8 +54,11 @@ impl<S: Storage> Qcow2<S> {
     /// Frees what waits when that has become much. The caller is not at work any more.
     pub(super) async fn relieve(&self, op: IoOp) -> Result<()> {
         if self.much_is_freed() {
-            self.sync(op).await?;
-            self.settle(op).await?;
+            Box::pin(async {
+                self.sync(op).await?;
+                self.settle(op).await
+            })
+            .await?;
         }
         Ok(())
     }
@@ -103,7 +106,7 @@ impl<S: Storage> Qcow2<S> {
         let from = from.slice(part.start as usize, part.len as usize);
         match part.way {
             Way::InPlace(host) => self.write_in_place(op, host, &from).await,
-            Way::Locked => self.write_locked(op, at + part.start, &from).await,
+            Way::Locked => Box::pin(self.write_locked(op, at + part.start, &from)).await,
         }
     }
 
@@ -112,7 +115,7 @@ impl<S: Storage> Qcow2<S> {
         let first = g.index(host);
         let last = g.index(host + from.len() as u64 - 1);
         if self.data.is_none() && (first..=last).any(|c| self.is_metadata(c)) {
-            self.check_not_metadata(op, first, last - first + 1).await?;
+            Box::pin(self.check_not_metadata(op, first, last - first + 1)).await?;
         }
         self.data().write(host, from).await.map_err(|e| self.io_error(op, e))
     }
