@@ -17,6 +17,8 @@ mod kill;
 mod model;
 #[path = "qcow2/sim.rs"]
 mod sim;
+#[path = "qcow2/sizes.rs"]
+mod sizes;
 #[path = "qcow2/snapshot_crash.rs"]
 mod snapshot_crash;
 #[path = "qcow2/snapshot_order.rs"]
