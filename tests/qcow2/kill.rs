@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     env, fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -46,26 +46,37 @@ fn victim() {
     });
 }
 
+/// The process that works; it does not outlive the test.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// One life: gives the number of operations that it began.
 fn life(image: &Path, rng: &mut Rng) -> usize {
     let base = disk(image);
     let _ = fs::remove_file(diary_of(image));
-    let mut victim = Command::new(env::current_exe().unwrap())
+    let victim = Command::new(env::current_exe().unwrap())
         .args(["--exact", "kill::victim", "--ignored", "--nocapture"])
         .env(VICTIM, image)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
+    let mut victim = Victim(victim);
     let begun = Instant::now();
     while !fs::metadata(diary_of(image)).is_ok_and(|meta| meta.len() > 0) {
         assert!(begun.elapsed() < Duration::from_secs(60), "the process does not begin to work");
-        assert!(victim.try_wait().unwrap().is_none(), "the process ended by itself");
+        assert!(victim.0.try_wait().unwrap().is_none(), "the process ended by itself");
         std::thread::sleep(Duration::from_millis(1));
     }
     std::thread::sleep(Duration::from_micros(rng.below(40_000)));
-    victim.kill().unwrap();
-    assert!(!victim.wait().unwrap().success());
+    victim.0.kill().unwrap();
+    assert!(!victim.0.wait().unwrap().success());
     let diary = fs::read_to_string(diary_of(image)).unwrap();
     let model = Model::new(base);
     model.relive(&diary);
