@@ -211,6 +211,28 @@ fn a_scrub_keeps_to_its_speed_waits_when_paused_and_goes_on_where_it_was_after_a
 }
 
 #[test]
+fn a_paused_scrub_stands_where_its_saved_account_says() {
+    let mut rig = Rig::new(true);
+    let lun = rig.start(true);
+    rig.fill();
+    // Without a limit a step is always under way.
+    rig.ask("pi-scrub", json!({ "device": "vm1", "speed": 0 })).unwrap();
+    for _ in 0..30 {
+        rig.ask("job-pause", json!({ "id": "scrub-vm1" })).unwrap();
+        let saved = std::fs::read_dir(rig.dir.path().join("state/scrub")).unwrap().next().unwrap().unwrap();
+        let saved: Value = serde_json::from_slice(&std::fs::read(saved.path()).unwrap()).unwrap();
+        // The step has ended by then.
+        std::thread::sleep(Duration::from_millis(10));
+        let now = rig.scrub();
+        assert_eq!((&now["status"], &now["next_lba"]), (&json!("paused"), &saved["next_lba"]), "{saved}");
+        rig.ask("job-resume", json!({ "id": "scrub-vm1" })).unwrap();
+    }
+    let scrub = rig.wait("ends", |s| s["status"] == "concluded");
+    assert_eq!(scrub["verified"], json!(SIZE / 512), "each block once, whatever the pauses were");
+    lun.stop().unwrap();
+}
+
+#[test]
 fn a_lun_without_protection_says_so_and_what_to_do() {
     let mut rig = Rig::new(false);
     let lun = rig.start(false);

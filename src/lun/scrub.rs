@@ -131,7 +131,8 @@ pub enum ScrubError {
 /// The scrub of one LUN, on its thread.
 pub(super) struct Scrubber {
     now: RefCell<Option<Scrub>>,
-    /// Counts the scrubs, so that a step which ends after its scrub is not added to the next.
+    /// Counts starts, pauses and ends: a step that was under way then does not count, so what an order saved stays true. A paused
+    /// scrub looks at those blocks again.
     generation: Cell<u64>,
     changed: Notify,
     file: Option<StateFile>,
@@ -175,8 +176,7 @@ impl Scrubber {
                 (ScrubOrder::Query, _) => return Ok(now.clone()),
                 (ScrubOrder::Start(_), Some(_)) => return Err(ScrubError::UnderWay),
                 (ScrubOrder::Start(speed), None) => {
-                    *now = Some(self.begun(blocks, speed.unwrap_or(DEFAULT_SPEED)));
-                    self.generation.set(self.generation.get() + 1);
+                    *now = Some(self.begun(blocks, speed.unwrap_or(DEFAULT_SPEED)))
                 }
                 (_, None) => return Err(ScrubError::NoneUnderWay),
                 (ScrubOrder::Pause, Some(s)) => s.status = ScrubStatus::Paused,
@@ -187,6 +187,9 @@ impl Scrubber {
                     s.ended_ms = Some(now_ms());
                 }
             }
+        }
+        if matches!(order, ScrubOrder::Start(_) | ScrubOrder::Pause | ScrubOrder::Cancel) {
+            self.generation.set(self.generation.get() + 1);
         }
         info!(?order, "scrub");
         self.save();
@@ -265,8 +268,6 @@ impl Scrubber {
                 scrub.read_bytes += step.read;
                 return Some((step.read, scrub.speed));
             }
-            // Cancelled while the last step ran: it stays cancelled.
-            _ if !scrub.is_under_way() => return None,
             Ok(None) => {
                 scrub.next_lba = scrub.found.blocks;
                 scrub.status = ScrubStatus::Concluded;
