@@ -220,18 +220,13 @@ fn a_guest_write_over_metadata_is_refused_and_the_image_marked_corrupt() {
 
 #[test]
 fn features_that_are_not_supported_are_refused_by_name() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk.qcow2");
-    let name = path.to_str().unwrap();
-    let secret = [
-        "--object",
-        "secret,id=s,data=abc",
-        "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-    ];
-    qemu_img(&[&["create", "-q", "-f", "qcow2"], &secret[..], &[name, "1M"]].concat());
-    let error = probe_header(&std::fs::read(&path).unwrap()).unwrap_err();
-    assert!(error.to_string().contains("LUKS"), "{error}");
+    // By hand: qemu-img's own LUKS images need a measurement of the processor that now and then fails.
+    for (crypt_method, name) in [(1, "AES"), (2, "LUKS")] {
+        let mut bytes = image("cluster_size=4k");
+        bytes[35] = crypt_method;
+        let error = probe_header(&bytes).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
     let mut bytes = image("cluster_size=4k");
     bytes[72] = 0x80;
     let error = probe_header(&bytes).unwrap_err();
