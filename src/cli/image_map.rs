@@ -2,26 +2,11 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
-
 use super::{CliError, Done, image::open_failed, image_args::ImageMap, output};
 use crate::{
     image::tools::{self, MapOptions, Mapped},
     sys,
 };
-
-/// One run, as `qemu-img map --output=json` prints it.
-#[derive(Serialize)]
-struct Json {
-    start: u64,
-    length: u64,
-    depth: u32,
-    present: bool,
-    zero: bool,
-    data: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    offset: Option<u64>,
-}
 
 /// Runs `image map`.
 pub fn run(args: &ImageMap) -> Done {
@@ -35,7 +20,6 @@ pub fn run(args: &ImageMap) -> Done {
     let (runs, files) = sys::run(async move |io| tools::map(&io, &at, options).await)
         .map_err(|e| open_failed(&args.path, &e))?;
     if args.printed.as_json() {
-        let runs: Vec<Json> = runs.into_iter().map(json).collect();
         return output::json(&runs);
     }
     output::print(&text(&runs, &files))?;
@@ -45,18 +29,6 @@ pub fn run(args: &ImageMap) -> Done {
         return Err(CliError::new("image map", args.path.display(), reason).then(next));
     }
     Ok(std::process::ExitCode::SUCCESS)
-}
-
-fn json(run: Mapped) -> Json {
-    Json {
-        start: run.start,
-        length: run.len,
-        depth: run.depth,
-        present: run.present,
-        zero: run.zero,
-        data: run.data,
-        offset: run.offset,
-    }
 }
 
 fn text(runs: &[Mapped], files: &[PathBuf]) -> String {

@@ -133,7 +133,14 @@ impl Image {
 async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<Layer>, OpenError> {
     let mut layers: Vec<Layer> = Vec::new();
     let mut seen = Vec::new();
-    let first = |layers: &[Layer], path: &Path| layers.first().map_or(path, |l| &l.path).to_owned();
+    // A file that is met again: the chain, or an image's own data, comes back to it.
+    let mut notice = |id| {
+        if seen.contains(&id) {
+            return Err(OpenError::new(path, OpenErrorKind::BackingLoop));
+        }
+        seen.push(id);
+        Ok(())
+    };
     let mut next = Some((path.to_owned(), options.format));
     while let Some((path, format)) = next.take() {
         let backing_of = layers.last().map(|l| l.path.clone());
@@ -143,10 +150,7 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
             return Err(OpenError::new(&layers[0].path, OpenErrorKind::ChainTooLong));
         }
         let (file, id) = open_file(io, &path, read_only).await.map_err(of)?;
-        if seen.contains(&id) {
-            return Err(OpenError::new(first(&layers, &path), OpenErrorKind::BackingLoop));
-        }
-        seen.push(id);
+        notice(id)?;
         let (mut layer, head) = look(io, &path, file, format, read_only, options.lock).await.map_err(of)?;
         if layer.format == Format::Qcow2 {
             let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
@@ -155,10 +159,7 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
             if let Some(name) = &header.data_file {
                 let at = data_file(&path, name).map_err(|what| of(OpenError::new(&path, what)))?;
                 let (file, id) = open_file(io, &at, read_only).await.map_err(of)?;
-                if seen.contains(&id) {
-                    return Err(OpenError::new(first(&layers, &path), OpenErrorKind::BackingLoop));
-                }
-                seen.push(id);
+                notice(id)?;
                 let lock = lock_file(&file, &at, read_only, options.lock).map_err(of)?;
                 layer.data = Some(DataFile { path: at, file, lock });
             }

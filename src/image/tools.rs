@@ -10,6 +10,8 @@ use std::{
     sync::Arc,
 };
 
+use serde::Serialize;
+
 use super::{
     Driver, Format, Image,
     open::{OpenError, OpenOptions, open_any_size, open_layer},
@@ -76,12 +78,13 @@ pub struct MapOptions {
     pub len: u64,
 }
 
-/// A run of a map, as `qemu-img map` tells it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A run of a map, as `qemu-img map` tells it, in its JSON too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Mapped {
     /// First byte of the disk.
     pub start: u64,
     /// Bytes.
+    #[serde(rename = "length")]
     pub len: u64,
     /// 0 for the image itself, 1 for its backing file, and so on.
     pub depth: u32,
@@ -92,6 +95,7 @@ pub struct Mapped {
     /// A cluster holds it.
     pub data: bool,
     /// Where in the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
 }
 

@@ -5,7 +5,7 @@ use std::{fs::File, path::Path, rc::Rc};
 use super::{
     FileStorage, HeaderError, Qcow2, Storage,
     header::{MIN_EXTENDED_BITS, NewHeader},
-    layout::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES},
+    layout::{Geometry, MAX_REFCOUNT_TABLE_BYTES},
     tables::encode,
 };
 use crate::{
@@ -244,7 +244,7 @@ fn check(options: &CreateOptions) -> Result<Geometry, CreateError> {
             "needs clusters of at least 16 KiB; qemu-img's advice is 128k",
         ));
     }
-    if options.size > i64::MAX as u64 || g.l1_entries_for(options.size) * 8 > MAX_L1_BYTES {
+    if !g.can_hold(options.size) {
         return Err(refused("size", options.size, "too large for this cluster size"));
     }
     Ok(g)

@@ -4,10 +4,7 @@
 //! What the data file holds where nothing is mapped is not known, so a new cluster is written whole and synced before it is linked. A
 //! discarded cluster stays mapped and is punched, which keeps a raw data file (autoclear bit 1) the same disk by itself.
 
-use super::{
-    Qcow2, Storage,
-    layout::{ALL_ZEROS, Entry, Place, ZERO},
-};
+use super::{Qcow2, Storage, layout::Place};
 use crate::{
     sys::mem::Sg,
     volume::{IoOp, Result},
@@ -50,10 +47,7 @@ impl<S: Storage> Qcow2<S> {
         for cluster in first..next {
             let at = cluster << g.cluster_bits;
             let entry = self.entry(&entries, cluster);
-            let zeros = match g.extended_l2 {
-                true => Entry { word: entry.word, bitmap: ALL_ZEROS },
-                false => Entry::standard(entry.word | ZERO),
-            };
+            let zeros = g.zero_entry(entry.word);
             match self.place_of(OP, entry).await? {
                 Place::Cluster { host, .. } => {
                     self.data().punch(host, g.cluster()).await.map_err(|e| self.io_error(OP, e))?;

@@ -5,7 +5,7 @@
 
 use super::{
     Qcow2, Storage,
-    layout::{ALL_ALLOCATED, ALL_ZEROS, COPIED, Entry, Mapping, Place, ZERO},
+    layout::{ALL_ALLOCATED, COPIED, Entry, Mapping, Place},
     map::Kind,
     tables::Entries,
 };
@@ -106,10 +106,9 @@ impl<S: Storage> Qcow2<S> {
 
     /// Frees clusters; they read as zeros.
     async fn unlink(&self, first: u64, next: u64) -> Result<()> {
-        let empty = match (self.backing.is_some() && self.geometry.version >= 3, self.geometry.extended_l2) {
-            (false, _) => Entry::default(),
-            (true, false) => Entry::standard(ZERO),
-            (true, true) => Entry { word: 0, bitmap: ALL_ZEROS },
+        let empty = match self.backing.is_some() && self.geometry.version >= 3 {
+            true => self.geometry.zero_entry(0),
+            false => Entry::default(),
         };
         if let Ok(Some((table, _))) = self.l2_table(first) {
             let slice = self.load_slice(OP, table, first).await?;
@@ -155,10 +154,7 @@ impl<S: Storage> Qcow2<S> {
                     if self.data.is_some() {
                         self.sync(OP).await?;
                     }
-                    let mut new = self.side_by_side(host, count);
-                    if g.extended_l2 {
-                        new.iter_mut().for_each(|e| e.bitmap = ALL_ALLOCATED);
-                    }
+                    let new = self.side_by_side(host, count);
                     self.link(OP, entries, cluster, &new, true).await?;
                     count
                 }
@@ -182,7 +178,7 @@ impl<S: Storage> Qcow2<S> {
             self.data().zero(host, g.cluster()).await.map_err(|e| self.io_error(OP, e))?;
             if entry.bitmap != ALL_ALLOCATED {
                 // What was not allocated may hold anything until that is durable, so it reads as zeros by its bits.
-                let zeros = Entry { word: host | COPIED, bitmap: ALL_ZEROS };
+                let zeros = g.zero_entry(host | COPIED);
                 self.set_entries(OP, entries, cluster, &[zeros]).await?;
             }
             return Ok(1);

@@ -39,6 +39,11 @@ pub struct Geometry {
     pub data_file: bool,
 }
 
+/// The offset that a table's entry names (bits 9–55), whatever else is set, and whether or not it makes sense.
+pub fn offset(word: u64) -> u64 {
+    word & OFFSET
+}
+
 /// An L2 entry as it stands in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Entry {
@@ -192,6 +197,24 @@ impl Geometry {
         match self.refcount_order {
             6 => u64::MAX,
             order => (1 << (1 << order)) - 1,
+        }
+    }
+
+    /// Whether a guest's disk may have that many bytes: QEMU's bounds on it and on its L1 table.
+    pub fn can_hold(&self, size: u64) -> bool {
+        size <= i64::MAX as u64 && self.l1_entries_for(size) * 8 <= MAX_L1_BYTES
+    }
+
+    /// The entry of a cluster of data at `host` that belongs to this image alone.
+    pub fn data_entry(&self, host: u64) -> Entry {
+        Entry { word: host | COPIED, bitmap: if self.extended_l2 { ALL_ALLOCATED } else { 0 } }
+    }
+
+    /// The entry of a cluster that reads as zeros; `word` has its place, or is 0. Version 3.
+    pub fn zero_entry(&self, word: u64) -> Entry {
+        match self.extended_l2 {
+            true => Entry { word, bitmap: ALL_ZEROS },
+            false => Entry::standard(word | ZERO),
         }
     }
 

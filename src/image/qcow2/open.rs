@@ -13,9 +13,10 @@ use super::{
     cache::{Cache, OffsetSet},
     gate::Gate,
     header::{BITMAPS, CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
-    layout::{Geometry, be32, be64},
+    layout::{Geometry, be32},
     repair::mend_dirty,
     snapshot::{self, Snapshot},
+    tables::decode,
 };
 use crate::{
     sync::{AsyncMutex, RangeLock},
@@ -202,16 +203,7 @@ pub(super) async fn read_table<S: Storage>(
     }
     let buffer = Buffer::zeroed(bytes as usize);
     storage.read(at, &buffer.sg()).await?;
-    let mut words = Vec::with_capacity(bytes as usize / 8);
-    let mut chunk = [0u8; 4096];
-    let mut pos = 0;
-    while pos < buffer.len() {
-        let n = chunk.len().min(buffer.len() - pos);
-        buffer.sg().copy_out(pos, &mut chunk[..n]);
-        words.extend((0..n / 8).map(|i| be64(&chunk, i * 8)));
-        pos += n;
-    }
-    Ok(Some(words))
+    Ok(Some(decode(&buffer)))
 }
 
 /// The clusters that no guest's data may lie in, but for L2 tables and refcount blocks, in order. Each table is given as its

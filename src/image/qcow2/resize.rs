@@ -7,7 +7,7 @@
 use super::{
     Qcow2, Storage,
     header::field,
-    layout::{COPIED, MAX_L1_BYTES, Mapping, Place},
+    layout::{COPIED, Mapping, Place},
     rebuild::Plan,
     tables::encode,
     tree::Table,
@@ -34,7 +34,7 @@ impl<S: Storage> Qcow2<S> {
         }
         self.check_resizable()?;
         let entries = self.geometry.l1_entries_for(size);
-        if entries * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
+        if !self.geometry.can_hold(size) {
             let detail = "the L1 table would be larger than 32 MiB; use larger clusters";
             return Err(self.error(IoErrorKind::Unsupported, OP, detail));
         }

@@ -129,7 +129,6 @@ impl<S: Storage> Qcow2<S> {
             });
         } else if zeros.iter().all(|z| *z == ALL_ALLOCATED) {
             self.storage.write(host + (at - base), from).await.map_err(|e| self.io_error(op, e))?;
-            new.iter_mut().for_each(|e| e.bitmap = ALL_ALLOCATED);
             return Ok(new);
         }
         let ends = (data.first().copied().unwrap_or(0), data.last().copied().unwrap_or(0));

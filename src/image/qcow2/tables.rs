@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::{
     Qcow2, Storage,
     cache::Slice,
-    layout::{COPIED, Entry, Mapping, Place},
+    layout::{COPIED, Entry, Mapping, Place, be64},
 };
 use crate::{
     sys::mem::Buffer,
@@ -29,6 +29,20 @@ impl Entries {
 pub(super) fn encode(entries: &[u64]) -> Buffer {
     let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
     Buffer::from_slice(&bytes)
+}
+
+/// The words of a table's bytes.
+pub(super) fn decode(table: &Buffer) -> Vec<u64> {
+    let mut words = Vec::with_capacity(table.len() / 8);
+    let mut chunk = [0u8; 4096];
+    let mut pos = 0;
+    while pos < table.len() {
+        let n = chunk.len().min(table.len() - pos);
+        table.sg().copy_out(pos, &mut chunk[..n]);
+        words.extend((0..n / 8).map(|i| be64(&chunk, i * 8)));
+        pos += n;
+    }
+    words
 }
 
 impl<S: Storage> Qcow2<S> {

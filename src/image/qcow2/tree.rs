@@ -4,7 +4,7 @@
 use super::{
     Qcow2, Storage,
     deltas::Deltas,
-    layout::{ALL_ALLOCATED, COPIED, Entry, Place},
+    layout::{COPIED, Entry, Place},
 };
 use crate::{
     sys::{exec::join_all, mem::Buffer},
@@ -146,7 +146,6 @@ impl<S: Storage> Qcow2<S> {
 
     /// Links a cluster of data that belongs to this image alone.
     pub(super) fn put_entry(&self, table: &mut Table, index: usize, host: u64) {
-        let bitmap = if self.geometry.extended_l2 { ALL_ALLOCATED } else { 0 };
-        table.set(index, Entry { word: host | COPIED, bitmap });
+        table.set(index, self.geometry.data_entry(host));
     }
 }

@@ -8,7 +8,7 @@
 
 use super::{
     Qcow2, Storage,
-    layout::{COPIED, Entry, Mapping, Place},
+    layout::{Entry, Mapping, Place},
     map::Kind,
     read::ABREAST,
     tables::Entries,
@@ -233,10 +233,10 @@ impl<S: Storage> Qcow2<S> {
         self.link(op, entries, first, &new, to.fresh).await
     }
 
-    /// The entries of clusters that lie side by side in the file, of this image alone.
+    /// The entries of clusters of data that lie side by side in the file, of this image alone.
     pub(super) fn side_by_side(&self, host: u64, count: u64) -> Vec<Entry> {
         let bits = self.geometry.cluster_bits;
-        (0..count).map(|i| Entry::standard((host + (i << bits)) | COPIED)).collect()
+        (0..count).map(|i| self.geometry.data_entry(host + (i << bits))).collect()
     }
 
     /// Gives guest clusters from `first` on new entries; with `replaces`, lets go of what they had before.

@@ -8,7 +8,7 @@ use crate::{
     image::qcow2::{
         HeaderInfo, Storage,
         bitmaps::{BitmapEntry, MAX_DIRECTORY},
-        layout::MAX_HOST,
+        layout::offset,
     },
     sys::mem::Buffer,
 };
@@ -76,7 +76,7 @@ impl Scan {
     }
 
     fn bitmap_entry(&mut self, entry: u64) -> io::Result<()> {
-        let host = entry & (MAX_HOST - 1) & !511;
+        let host = offset(entry);
         let reserved = entry & !(host | 1) != 0;
         if reserved || !self.g.aligned(host) || host != 0 && entry & 1 != 0 {
             self.report.corrupt(1, || format!("the bitmap table entry {entry:#x} makes no sense"));

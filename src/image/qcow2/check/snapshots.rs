@@ -4,12 +4,14 @@ use std::io;
 
 use super::{Scan, walk::Owner};
 use crate::{
-    image::qcow2::{Storage, layout::MAX_L1_BYTES, snapshot::table::Head},
+    image::qcow2::{
+        Storage,
+        layout::MAX_L1_BYTES,
+        snapshot::table::{Head, MAX_BYTES},
+    },
     sys::mem::Buffer,
 };
 
-/// QEMU's bound on the whole table.
-const MAX_TABLE: u64 = 64 << 20;
 /// Extra data that every entry of a version 3 image has: the 64-bit size of the VM state, and the disk's size.
 const EXTRA_LEN: u32 = 16;
 
@@ -27,7 +29,7 @@ impl Scan {
         let mut left = self.file_len.saturating_add(u64::from(self.header.l1_entries) * 8);
         for number in 0..self.header.snapshot_count {
             let at = start + bytes;
-            if at + Head::BYTES as u64 > self.file_len || bytes > MAX_TABLE {
+            if at + Head::BYTES as u64 > self.file_len || bytes > MAX_BYTES {
                 self.report
                     .error(|| format!("snapshot {number}: its entry lies beyond the end of the table"));
                 self.blind = true;

@@ -15,7 +15,8 @@ use crate::{
         Storage,
         cache::OffsetHasher,
         header::HeaderInfo,
-        layout::{COMPRESSED, COPIED, Entry, Geometry, MAX_HOST, Place, be64},
+        layout::{COMPRESSED, COPIED, Entry, Geometry, Place, offset},
+        tables::decode,
     },
     sys::{exec::join_all, mem::Buffer},
 };
@@ -108,7 +109,7 @@ pub fn read_entry(g: &Geometry, entry: Entry) -> (Place, Option<&'static str>) {
         Ok(place) => (place, g.mapping(entry, 0).err()),
         Err(why) if word & COMPRESSED != 0 => (Place::None, Some(why)),
         Err(why) => {
-            let (host, owned) = (word & (MAX_HOST - 1) & !511, word & COPIED != 0);
+            let (host, owned) = (offset(word), word & COPIED != 0);
             let place = if host == 0 { Place::None } else { Place::Cluster { host, owned } };
             (place, Some(why))
         }
@@ -152,8 +153,7 @@ impl Scan {
         }
         let buffer = Buffer::zeroed(bytes as usize);
         storage.read(at, &buffer.sg()).await?;
-        let bytes = buffer.to_vec();
-        Ok((0..bytes.len() / 8).map(|i| be64(&bytes, i * 8)).collect())
+        Ok(decode(&buffer))
     }
 
     /// Counts `n` references to a range of the file. The last cluster may be cut short; what goes beyond that is an error, and
@@ -236,7 +236,7 @@ impl Scan {
                 Err(why) => {
                     self.report.corrupt(1, || format!("L1 entry {index} is {entry:#x}: {why}"));
                     self.blind = true;
-                    let at = entry & (MAX_HOST - 1) & !511;
+                    let at = offset(entry);
                     if !self.g.aligned(at) {
                         self.refer(at, cluster, 1, || format!("L1 entry {index}"))?;
                         continue;
@@ -294,7 +294,7 @@ impl Scan {
 
     fn l1_copied(&mut self) {
         for (index, entry) in self.l1.iter().copied().enumerate() {
-            let at = entry & (MAX_HOST - 1) & !511;
+            let at = offset(entry);
             if at != 0 && self.ones.get(self.g.index(at)) != (entry & COPIED != 0) {
                 self.report.corrupt(1, || copied_words(&format!("L1 entry {index}"), entry));
             }

@@ -29,7 +29,7 @@ use super::{
     Storage,
     check::{CheckReport, Progress, Scan, scan, walk::read_entry},
     header::{CORRUPT, DIRTY, field},
-    layout::{COPIED, MAX_HOST, Place},
+    layout::{COPIED, Place, offset},
     tables::encode,
 };
 use crate::{
@@ -227,13 +227,12 @@ impl<S: Storage> Mending<'_, S> {
     /// not written.
     async fn flags(&mut self, set: bool) -> std::io::Result<()> {
         let g = self.scan.g;
-        let host = |entry: u64| entry & (MAX_HOST - 1) & !511;
         let l1_at = self.scan.header.l1_offset;
         if self.l1_alone() {
             let old = self.scan.l1.clone();
             let new: Vec<u64> = old
                 .iter()
-                .map(|entry| match host(*entry) {
+                .map(|entry| match offset(*entry) {
                     0 if !set => entry & !COPIED,
                     0 => *entry,
                     at => self.flagged(*entry, at, set),

@@ -8,7 +8,7 @@ use super::Mending;
 use crate::{
     image::qcow2::{
         Storage,
-        layout::{COPIED, MAX_HOST, Mapping, Place, ZERO},
+        layout::{COPIED, Mapping, Place, ZERO, offset},
         tables::encode,
     },
     sys::mem::Buffer,
@@ -77,7 +77,7 @@ impl<S: Storage> Mending<'_, S> {
             for index in 0..bytes.len() / step as usize {
                 let entry = g.entry(&bytes, index);
                 let at = table + index as u64 * step;
-                let host = entry.word & (MAX_HOST - 1) & !511;
+                let host = offset(entry.word);
                 let lost = !g.aligned(host) || host >= s.file_len || on_table(host);
                 match g.mapping(entry, 0) {
                     // A cluster with subclusters is copied whole; its bitmap stays.

@@ -1,8 +1,8 @@
 //! Going back to a snapshot.
 
-use super::{SnapshotError, find::find, take::OP};
+use super::{SnapshotError, take::OP};
 use crate::{
-    image::qcow2::{Qcow2, Storage, layout::MAX_L1_BYTES, open::read_table, tree::Table},
+    image::qcow2::{Qcow2, Storage, open::read_table},
     volume::{IoErrorKind, Result},
 };
 
@@ -16,14 +16,7 @@ impl<S: Storage> Qcow2<S> {
     /// # Errors
     /// A snapshot that does not exist, or several that fit; those of any change. The disk is as it was then.
     pub async fn snapshot_apply(&self, which: &str) -> std::result::Result<(), SnapshotError> {
-        let work = async {
-            let found = find(&self.snapshots.borrow(), which);
-            match found {
-                Ok(index) => self.go_back(index).await.map(Ok),
-                Err(e) => Ok(Err(e)),
-            }
-        };
-        self.alone(OP, work).await?
+        self.alone_with(which, async |index| self.go_back(index).await).await
     }
 
     /// A snapshot's L1 table.
@@ -43,7 +36,7 @@ impl<S: Storage> Qcow2<S> {
         self.check_snapshots_work()?;
         let size = self.snapshots.borrow()[index].disk_size.unwrap_or_else(|| self.size.get());
         let needed = self.geometry.l1_entries_for(size);
-        if needed * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
+        if !self.geometry.can_hold(size) {
             let detail = format!("the snapshot's disk has {size} bytes, which is too large");
             return Err(self.error(IoErrorKind::Unsupported, OP, detail));
         }
@@ -54,18 +47,8 @@ impl<S: Storage> Qcow2<S> {
         self.rebuild(OP, async |plan| {
             let ours = std::mem::replace(&mut plan.l1, theirs.clone());
             plan.size = size;
-            let let_go = async |table: Table| {
-                self.count_entries(OP, &mut plan.counts, &table, 0, -1).await?;
-                plan.counts.add(self.geometry.index(table.at), 1, -1);
-                Ok(())
-            };
-            self.each_table(OP, 0, &ours, let_go).await?;
-            let share = async |mut table: Table| {
-                self.count_entries(OP, &mut plan.counts, &table, 0, 1).await?;
-                plan.l1[table.index] = self.share_table(plan, &mut table).await?;
-                Ok(())
-            };
-            self.each_table(OP, 0, &theirs, share).await
+            self.let_go_of(plan, &ours).await?;
+            self.share(plan, &theirs).await
         })
         .await
     }

@@ -1,6 +1,6 @@
 //! Deleting a snapshot.
 
-use super::{SnapshotError, find::find, take::OP};
+use super::{SnapshotError, take::OP};
 use crate::{
     image::qcow2::{Qcow2, Storage, layout::COPIED, tree::Table},
     volume::Result,
@@ -15,14 +15,7 @@ impl<S: Storage> Qcow2<S> {
     /// # Errors
     /// A snapshot that does not exist, or several that fit; those of any change. The snapshot is still there then.
     pub async fn snapshot_delete(&self, which: &str) -> std::result::Result<(), SnapshotError> {
-        let work = async {
-            let found = find(&self.snapshots.borrow(), which);
-            match found {
-                Ok(index) => self.remove(index).await.map(Ok),
-                Err(e) => Ok(Err(e)),
-            }
-        };
-        self.alone(OP, work).await?
+        self.alone_with(which, async |index| self.remove(index).await).await
     }
 
     async fn remove(&self, index: usize) -> Result<()> {
@@ -33,12 +26,7 @@ impl<S: Storage> Qcow2<S> {
             let gone = plan.snapshots.remove(index);
             let l1_clusters = g.clusters_for(u64::from(gone.l1_entries) * 8);
             plan.counts.add(g.index(gone.l1_offset), l1_clusters, -1);
-            let let_go = async |table: Table| {
-                self.count_entries(OP, &mut plan.counts, &table, 0, -1).await?;
-                plan.counts.add(g.index(table.at), 1, -1);
-                Ok(())
-            };
-            self.each_table(OP, 0, &theirs, let_go).await?;
+            self.let_go_of(plan, &theirs).await?;
             // What the live disk alone refers to now is its own again. Beneath a table that is still shared nothing is.
             let ours = plan.l1.clone();
             let claim = async |mut table: Table| {

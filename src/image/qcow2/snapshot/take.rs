@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{
     Snapshot, SnapshotError,
-    find::{check_name, next_id},
+    find::{check_name, find, next_id},
     table::{self, MAX_BYTES, NewEntry},
 };
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
         Qcow2, Storage,
         header::{EXTERNAL_DATA, MAX_SNAPSHOTS},
         layout::COPIED,
+        rebuild::Plan,
         tree::Table,
     },
     volume::{IoErrorKind, IoOp, Result},
@@ -87,24 +88,51 @@ impl<S: Storage> Qcow2<S> {
             let used = self.geometry.l1_entries_for(self.size.get()) as usize;
             let l1 = plan.l1.clone();
             plan.l1[used..].fill(0);
-            let share = async |mut table: Table| {
-                self.count_entries(OP, &mut plan.counts, &table, 0, 1).await?;
-                plan.l1[table.index] = self.share_table(plan, &mut table).await?;
-                Ok(())
-            };
-            self.each_table(OP, 0, &l1[..used], share).await
+            self.share(plan, &l1[..used]).await
         })
         .await?;
         Ok(Ok(snapshot))
     }
 
+    /// Finds the snapshot that a word means, and does something with it alone; it is given by its index.
+    pub(super) async fn alone_with(
+        &self,
+        which: &str,
+        work: impl AsyncFnOnce(usize) -> Result<()>,
+    ) -> std::result::Result<(), SnapshotError> {
+        let work = async {
+            let found = find(&self.snapshots.borrow(), which);
+            match found {
+                Ok(index) => work(index).await.map(Ok),
+                Err(e) => Ok(Err(e)),
+            }
+        };
+        self.alone(OP, work).await?
+    }
+
+    /// One reference more to all that the tables of an L1 table refer to, which the live disk has from now on too.
+    pub(super) async fn share(&self, plan: &mut Plan, l1: &[u64]) -> Result<()> {
+        let share = async |mut table: Table| {
+            self.count_entries(OP, &mut plan.counts, &table, 0, 1).await?;
+            plan.l1[table.index] = self.share_table(plan, &mut table).await?;
+            Ok(())
+        };
+        self.each_table(OP, 0, l1, share).await
+    }
+
+    /// One reference less to the tables of an L1 table, and to all that they refer to.
+    pub(super) async fn let_go_of(&self, plan: &mut Plan, l1: &[u64]) -> Result<()> {
+        let let_go = async |table: Table| {
+            self.count_entries(OP, &mut plan.counts, &table, 0, -1).await?;
+            plan.counts.add(self.geometry.index(table.at), 1, -1);
+            Ok(())
+        };
+        self.each_table(OP, 0, l1, let_go).await
+    }
+
     /// The L1 entry by which the live disk has a table that a snapshot has too: a copy of its own without marks of ownership, if
     /// there are any; else the table itself.
-    pub(super) async fn share_table(
-        &self,
-        plan: &mut crate::image::qcow2::rebuild::Plan,
-        table: &mut Table,
-    ) -> Result<u64> {
+    async fn share_table(&self, plan: &mut Plan, table: &mut Table) -> Result<u64> {
         self.disown(table);
         if table.changed {
             return Ok(self.put_table(OP, plan, table).await? | COPIED);
