@@ -1,4 +1,5 @@
-//! Real images with words of their metadata overwritten, then used: errors or data, never a panic, a hang, or memory without bound.
+//! Real images with words of their metadata overwritten, then used, checked and repaired: errors or data, never a panic, a hang, or
+//! memory without bound. What nobody damaged has to be clean afterwards.
 #![no_main]
 
 use std::{
@@ -8,11 +9,12 @@ use std::{
     path::Path,
     rc::Rc,
     sync::OnceLock,
+    time::UNIX_EPOCH,
 };
 
 use libfuzzer_sys::fuzz_target;
 use tcmu_dif::{
-    image::qcow2::{CreateOptions, Qcow2, Storage, create_on},
+    image::qcow2::{CreateOptions, Qcow2, Repair, Storage, check_on, create_on, repair_on},
     sys::{
         exec::Executor,
         mem::{Buffer, Sg},
@@ -135,25 +137,33 @@ type Bytes = Vec<u8>;
 fn images() -> &'static [Bytes] {
     static IMAGES: OnceLock<Vec<Bytes>> = OnceLock::new();
     IMAGES.get_or_init(|| {
-        let kinds = [(4096, 3, false, 16), (512, 2, false, 16), (65536, 3, false, 1), (16384, 3, true, 16)];
-        kinds
-            .map(|(cluster_size, version, extended_l2, refcount_bits)| {
-                block_on(make(cluster_size, version, extended_l2, refcount_bits))
-            })
-            .into()
+        let of = |cluster_size, version, extended_l2, refcount_bits, snapshot| {
+            let more = CreateOptions { version, extended_l2, refcount_bits, ..CreateOptions::new(400 << 10) };
+            block_on(make(CreateOptions { cluster_size, ..more }, snapshot))
+        };
+        vec![
+            of(4096, 3, false, 16, false),
+            of(512, 2, false, 16, true),
+            of(65536, 3, false, 1, false),
+            of(16384, 3, true, 16, false),
+            of(4096, 3, false, 8, true),
+            of(16384, 3, true, 64, true),
+        ]
     })
 }
 
-async fn make(cluster_size: u64, version: u32, extended_l2: bool, refcount_bits: u32) -> Bytes {
+async fn make(options: CreateOptions, snapshot: bool) -> Bytes {
     let disk = Memory::default();
-    let options =
-        CreateOptions { cluster_size, version, extended_l2, refcount_bits, ..CreateOptions::new(400 << 10) };
     create_on(disk.clone(), None, Path::new("/image"), &options).await.expect("it can be made");
     let image =
         Qcow2::open_on(disk.clone(), Path::new("/image"), false, None).await.expect("it can be opened");
     let data = Buffer::from_slice(&vec![7; 60 << 10]).sg();
     image.write(ByteOffset(0), &data, Default::default()).await.expect("it can be written");
     image.write(ByteOffset(150 << 10), &data, Default::default()).await.expect("it can be written");
+    if snapshot {
+        image.snapshot_create("one", UNIX_EPOCH).await.expect("it can have a snapshot");
+        image.write(ByteOffset(200 << 10), &data, Default::default()).await.expect("it can be written");
+    }
     image.discard(ByteOffset(8 << 10), 16 << 10).await.expect("it can be discarded");
     image.write_zeroes(ByteOffset(160 << 10), 20 << 10, false).await.expect("it can be zeroed");
     image.close().await.expect("it can be closed");
@@ -180,6 +190,7 @@ async fn use_it(image: Bytes, mut input: Input) {
     let disk = Memory::default();
     disk.put(0, &image);
     // Words of metadata, which lie in whole words, and mostly at the front.
+    let mut damaged = false;
     for _ in 0..input.take(1).unwrap_or(0) % 8 {
         let (Some(place), Some(how)) = (input.take(2), input.take(1)) else { break };
         let at = place * 8 % (image.len() as u64 / 8 * 8);
@@ -194,24 +205,49 @@ async fn use_it(image: Bytes, mut input: Input) {
             6 => 1 << 62 | input.take(3).unwrap_or(0),
             _ => image.len() as u64 | 1 << 63,
         };
+        damaged |= new != old;
         disk.put(at, &new.to_be_bytes());
     }
+    let ending = input.take(1).unwrap_or(0) % 4;
     let read_only = input.take(1).unwrap_or(0) & 1 == 1;
-    let Ok(image) = Qcow2::open_on(disk, Path::new("/image"), read_only, None).await else { return };
-    let size = image.limits().capacity;
+    if let Ok(image) = Qcow2::open_on(disk.clone(), Path::new("/image"), read_only, None).await {
+        work(image, &mut input).await;
+    }
+    let path = Path::new("/image");
+    let report = match ending {
+        0 => repair_on(&disk, path, Repair::All, &mut |_, _| ()).await,
+        1 => repair_on(&disk, path, Repair::Leaks, &mut |_, _| ()).await,
+        _ => check_on(&disk, path, &mut |_, _| ()).await,
+    };
+    if !damaged {
+        let report = report.expect("it can be checked");
+        assert!(report.is_clean(), "{:?}", report.findings);
+    }
+}
+
+async fn work(image: Qcow2<Memory>, input: &mut Input) {
     while let (Some(what), Some(place), Some(len)) = (input.take(1), input.take(2), input.take(1)) {
+        let size = image.limits().capacity;
         let at = (place * 512) % size.max(1);
         let len = (1 + len * 256).min(size - at);
         let sg = Buffer::zeroed(len as usize).sg();
         let at = ByteOffset(at);
         // Errors are legal; what else may come of it is for the sanitizer and the assertions to say.
         let _ = match what % 8 {
+            0 if what & 8 != 0 => match what >> 4 & 3 {
+                0 | 1 => image.snapshot_create(&format!("at {}", at.0), UNIX_EPOCH).await.map(drop),
+                2 => image.snapshot_apply("1").await,
+                _ => image.snapshot_delete("1").await,
+            }
+            .map_err(drop)
+            .or(Ok(())),
             0 | 1 => image.read(at, &sg).await,
             2 | 3 => image.write(at, &sg, Default::default()).await,
             4 => image.discard(at, len).await,
             5 => image.write_zeroes(at, len, what & 8 != 0).await,
             6 => image.map_extents(at, len).await.map(drop),
-            _ if what & 8 != 0 => image.resize(size + len * 4096).await,
+            _ if what & 16 != 0 => image.resize(size + len * 4096).await,
+            _ if what & 8 != 0 => image.resize(len * 1024).await,
             _ => image.flush().await,
         };
     }

@@ -1,0 +1,258 @@
+//! `cargo bench --bench image [-- --seconds N] [--dir DIR] [--json FILE]`: images as a LUN uses them, without a ring: raw and qcow2,
+//! allocated, fresh, over a backing file; beside `qemu-img bench` (io_uring, buffered) on the same kind of file, all in one run.
+//!
+//! The rows take turns, and the best round of each counts, in operations a second of real time. Every row goes through
+//! its image with the same stride, which meets each 4 KiB block once, far from the one before. Ratios count; an absolute figure
+//! is a note. Files are in the page cache, so what is measured is the way there.
+#![allow(clippy::unwrap_used)] // A bench may panic.
+
+use std::{
+    cell::Cell,
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+use tcmu_dif::{
+    image::{
+        Image,
+        create::create_raw,
+        open::{OpenOptions, open},
+    },
+    sys::{self, exec::join_all, io::Io, mem::Buffer},
+    units::ByteOffset,
+    volume::{Volume, WriteFlags},
+};
+
+const BLOCK: u64 = 4096;
+const SIZE: u64 = 256 << 20;
+/// Blocks from one to the next: odd, so that all of a power of two are met.
+const STRIDE: u64 = 24_683;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Op {
+    Read,
+    Write,
+}
+
+/// What is beneath a row.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Raw,
+    /// Every cluster has its data.
+    Allocated,
+    /// Nothing is there at the beginning of a round; one write a cluster.
+    Fresh,
+    /// Nothing here, everything in the backing file.
+    Backing,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Raw => "raw",
+            Kind::Allocated => "qcow2",
+            Kind::Fresh => "qcow2, new clusters",
+            Kind::Backing => "qcow2, from its backing file",
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Row {
+    kind: Kind,
+    op: Op,
+    depth: usize,
+    qemu: bool,
+}
+
+impl Row {
+    fn name(self) -> String {
+        let who = if self.qemu { "qemu-img bench" } else { "tcmu-dif" };
+        let op = if self.op == Op::Read { "read" } else { "write" };
+        format!("{op} QD{} {}: {who}", self.depth, self.kind.name())
+    }
+
+    fn stride(self) -> u64 {
+        if self.kind == Kind::Fresh { 65536 } else { STRIDE * BLOCK }
+    }
+
+    fn count(self, most: u64) -> u64 {
+        if self.kind == Kind::Fresh { SIZE / 65536 } else { most }
+    }
+}
+
+struct Files(PathBuf);
+
+impl Files {
+    fn of(&self, kind: Kind) -> PathBuf {
+        self.0.join(match kind {
+            Kind::Raw => "disk.raw",
+            Kind::Allocated => "disk.qcow2",
+            Kind::Fresh => "fresh.qcow2",
+            Kind::Backing => "overlay.qcow2",
+        })
+    }
+
+    fn make(&self) {
+        let raw = self.of(Kind::Raw);
+        let path = raw.clone();
+        sys::run(async move |io| {
+            create_raw(&io, &path, SIZE).await.unwrap();
+            let image = open(&io, &path, &OpenOptions::default()).await.unwrap();
+            let data = Buffer::from_slice(&vec![0x5a; 1 << 20]).sg();
+            for at in (0..SIZE).step_by(1 << 20) {
+                image.write(ByteOffset(at), &data, WriteFlags::default()).await.unwrap();
+            }
+            image.close().await.unwrap();
+        });
+        let (raw, base) = (raw.to_str().unwrap(), self.of(Kind::Allocated));
+        qemu_img(&["convert", "-f", "raw", "-O", "qcow2", raw, base.to_str().unwrap()]);
+        let backing = self.0.join("base.qcow2");
+        std::fs::copy(&base, &backing).unwrap();
+        let overlay = self.of(Kind::Backing);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            "base.qcow2",
+            overlay.to_str().unwrap(),
+        ]);
+    }
+
+    /// What a row begins with.
+    fn ready(&self, row: Row) -> PathBuf {
+        let path = self.of(row.kind);
+        if row.kind == Kind::Fresh {
+            let _ = std::fs::remove_file(&path);
+            qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), &SIZE.to_string()]);
+        }
+        path
+    }
+}
+
+fn qemu_img(args: &[&str]) -> String {
+    let out = Command::new("qemu-img").args(args).output();
+    let out = out.expect("qemu-img cannot be run: apt-get install qemu-utils");
+    assert!(out.status.success(), "qemu-img {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+/// Does the work once; gives operations a second.
+fn round(row: Row, path: &Path, count: u64) -> f64 {
+    if row.qemu {
+        let format = if row.kind == Kind::Raw { "raw" } else { "qcow2" };
+        let (count, depth, stride) = (count.to_string(), row.depth.to_string(), row.stride().to_string());
+        let mut args =
+            vec!["bench", "-f", format, "-i", "io_uring", "-t", "writeback", "-c", &count, "-d", &depth];
+        args.extend(["-s", "4096", "-S", &stride]);
+        if row.op == Op::Write {
+            args.push("-w");
+        }
+        args.push(path.to_str().unwrap());
+        let said = qemu_img(&args);
+        let seconds = said.split("completed in ").nth(1).and_then(|rest| rest.split(' ').next());
+        let seconds: f64 = seconds.unwrap_or_else(|| panic!("no time in {said}")).parse().unwrap();
+        return count.parse::<f64>().unwrap() / seconds;
+    }
+    let path = path.to_owned();
+    let spent = sys::run(async move |io: Io| {
+        let image = open(&io, &path, &OpenOptions::default()).await.unwrap();
+        let began = Instant::now();
+        drive(&image, row, count).await;
+        let spent = began.elapsed();
+        image.close().await.unwrap();
+        spent
+    });
+    count as f64 / spent.as_secs_f64()
+}
+
+/// Keeps `depth` operations in flight.
+async fn drive(image: &Image, row: Row, count: u64) {
+    let next = Rc::new(Cell::new(0));
+    let workers = (0..row.depth).map(|_| {
+        let (next, buffer) = (next.clone(), Buffer::zeroed(BLOCK as usize).sg());
+        async move {
+            loop {
+                let i: u64 = next.get();
+                if i == count {
+                    return;
+                }
+                next.set(i + 1);
+                let at = ByteOffset(i * row.stride() % SIZE);
+                match row.op {
+                    Op::Read => image.read(at, &buffer).await.unwrap(),
+                    Op::Write => image.write(at, &buffer, WriteFlags::default()).await.unwrap(),
+                }
+            }
+        }
+    });
+    join_all(workers).await;
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    let option = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1)).cloned();
+    let seconds: f64 = option("--seconds").map_or(60.0, |s| s.parse().expect("--seconds takes a number"));
+    let dir = match option("--dir") {
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
+    }
+    .expect("no folder for the images; give one with --dir");
+    let files = Files(dir.path().to_owned());
+    files.make();
+
+    let mut rows = Vec::new();
+    for (op, depth) in [(Op::Read, 32), (Op::Write, 32), (Op::Read, 1), (Op::Write, 1)] {
+        for kind in [Kind::Raw, Kind::Allocated, Kind::Fresh, Kind::Backing] {
+            let wanted = match kind {
+                Kind::Raw | Kind::Allocated => true,
+                Kind::Fresh => op == Op::Write,
+                Kind::Backing => op == Op::Read,
+            };
+            rows.extend([false, true].iter().filter(|_| wanted).map(|qemu| Row {
+                kind,
+                op,
+                depth,
+                qemu: *qemu,
+            }));
+        }
+    }
+    let mut best = vec![0f64; rows.len()];
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    let mut rounds = 0;
+    while rounds < 2 || Instant::now() < end {
+        for (row, best) in rows.iter().zip(&mut best) {
+            let path = files.ready(*row);
+            *best = round(*row, &path, row.count(SIZE / BLOCK)).max(*best);
+        }
+        rounds += 1;
+    }
+
+    let mut table = format!("{:<56}{:>10}{:>12}{:>12}\n", "4 KiB", "1000/s", "of raw", "of qemu-img");
+    let mut kept = Vec::new();
+    for (i, row) in rows.iter().enumerate() {
+        let of = |wanted: &dyn Fn(&Row) -> bool| {
+            rows.iter()
+                .position(|r| (r.op == row.op && r.depth == row.depth) && wanted(r))
+                .map(|j| best[i] / best[j])
+        };
+        let raw = of(&|r| r.kind == Kind::Raw && r.qemu == row.qemu);
+        let qemu = of(&|r| r.kind == row.kind && r.qemu);
+        let show = |ratio: Option<f64>| ratio.map_or(String::new(), |r| format!("{r:.2}"));
+        let _ =
+            writeln!(table, "{:<56}{:>10.1}{:>12}{:>12}", row.name(), best[i] / 1e3, show(raw), show(qemu));
+        kept.push(json!({ "row": row.name(), "per_second": best[i], "of_raw": raw, "of_qemu_img": qemu }));
+    }
+    println!("{table}\nThe best of {rounds} rounds of each row.");
+    if let Some(file) = option("--json") {
+        std::fs::write(&file, serde_json::to_vec_pretty(&kept).unwrap()).expect("the JSON cannot be written");
+    }
+}
