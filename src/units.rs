@@ -17,6 +17,30 @@ pub struct Blocks(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ByteOffset(pub u64);
 
+/// Parses a number of bytes as people write it: plain, or with K, M, G, T, P, E (powers of 1024), as qemu-img has it.
+///
+/// # Errors
+/// In words, what a size is.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(split);
+    let shift = match unit.to_ascii_uppercase().trim_end_matches("IB") {
+        "" | "B" => Some(0),
+        "K" => Some(10),
+        "M" => Some(20),
+        "G" => Some(30),
+        "T" => Some(40),
+        "P" => Some(50),
+        "E" => Some(60),
+        _ => None,
+    };
+    let number: Option<u64> = digits.parse().ok();
+    let bytes = number.zip(shift).and_then(|(n, s)| n.checked_mul(1 << s));
+    bytes.filter(|b| *b > 0 && i64::try_from(*b).is_ok()).ok_or_else(|| {
+        "a size is a number of bytes above 0, or one with K, M, G, T or P, as in 10G".to_owned()
+    })
+}
+
 /// The size of a logical block in bytes: 512 or 4096.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockSize(u16);

@@ -14,7 +14,7 @@ use tcmu_dif::{
         open::{OpenError, OpenErrorKind, OpenOptions, open},
         qcow2::CreateOptions,
     },
-    sys::{mem::Buffer, run},
+    sys::{io::Io, mem::Buffer, run},
     units::ByteOffset,
     volume::{Volume, WriteFlags},
 };
@@ -88,6 +88,41 @@ fn a_chain_with_relative_names_reads_through_and_only_its_top_is_written() {
     let after =
         (fs::read(dir.join("below/base.raw")).unwrap(), fs::read(dir.join("below/mid.qcow2")).unwrap());
     assert!(before == after, "a backing file was written to");
+}
+
+#[test]
+fn the_metadata_of_a_chain_stay_within_its_cache_size() {
+    const LIMIT: u64 = 1 << 20;
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().to_owned();
+    let small = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"];
+    img(&dir, &[&small[..], &["base.qcow2", "512M"]].concat());
+    img(&dir, &[&small[..], &["-b", "base.qcow2", "-F", "qcow2", "top.qcow2"]].concat());
+    let spread = async move |io: &Io, name: &str, cache_size: Option<u64>| {
+        let options = OpenOptions { cache_size, ..writable() };
+        let image = open(io, &dir.join(name), &options).await.unwrap();
+        let block = Buffer::from_slice(&[7; 512]).sg();
+        // Each in a slice of its own, of 2 MiB.
+        for at in (0..512 << 20).step_by(2 << 20) {
+            image.write(ByteOffset(at), &block, WriteFlags::default()).await.unwrap();
+        }
+        for at in (0..512 << 20).step_by(1 << 20) {
+            image.read(ByteOffset(at), &block).await.unwrap();
+        }
+        let counts = image.caches().unwrap();
+        image.close().await.unwrap();
+        counts
+    };
+    run(async move |io| {
+        spread(&io, "base.qcow2", None).await;
+        let counts = spread(&io, "top.qcow2", Some(LIMIT)).await;
+        let bytes = counts.l2_cache.bytes + counts.refcount_cache.bytes;
+        assert!(bytes > LIMIT / 2 && bytes <= LIMIT, "{counts:?}");
+        assert!(counts.l2_cache.hits > 0 && counts.l2_cache.misses > 512, "{counts:?}");
+        // With room for all of them each is read once: 256 in both images.
+        let counts = spread(&io, "top.qcow2", None).await;
+        assert_eq!(counts.l2_cache.misses, 512, "{counts:?}");
+    });
 }
 
 #[test]

@@ -15,8 +15,8 @@ use tcmu_dif::{
     volume::Volume,
 };
 
-const READ_ONLY: OpenOptions = OpenOptions { read_only: true, format: None, lock: true };
-const WRITABLE: OpenOptions = OpenOptions { read_only: false, format: None, lock: true };
+const READ_ONLY: OpenOptions = OpenOptions { read_only: true, ..WRITABLE };
+const WRITABLE: OpenOptions = OpenOptions { read_only: false, format: None, lock: true, cache_size: None };
 
 fn qemu(tool: &str, args: &[&str], path: &Path) -> Output {
     Command::new(tool).args(args).arg(path).output().unwrap()

@@ -17,10 +17,13 @@ use tcmu_dif::{
         Format,
         open::{OpenErrorKind, OpenOptions, open},
     },
-    sys::{backend_from_env, run, run_on},
+    sys::{backend_from_env, mem::Buffer, run, run_on},
     units::{BlockSize, ByteOffset},
     volume::{Volume, WriteFlags},
 };
+
+#[path = "common/huge.rs"]
+mod huge;
 
 fn refused(path: &Path, options: OpenOptions) -> (OpenErrorKind, String, Option<String>) {
     let at = path.to_owned();
@@ -170,5 +173,38 @@ fn a_read_only_image_is_not_written_and_its_stamp_stays() {
         image.close().await.unwrap();
         assert_eq!(image.stamp().unwrap(), before);
         assert_eq!(before.size, 4096);
+    });
+}
+
+#[test]
+fn an_image_of_64_tib_takes_a_few_mebibytes_however_full_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("huge.qcow2");
+    huge::make(&path);
+    let resident = || {
+        let pages = fs::read_to_string("/proc/self/statm").unwrap();
+        pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    };
+    let before = resident();
+    run(async move |io| {
+        let options = OpenOptions { read_only: true, cache_size: Some(4 << 20), ..OpenOptions::default() };
+        let image = open(&io, &path, &options).await.unwrap();
+        assert_eq!(image.limits().capacity, huge::SIZE);
+        assert_eq!(
+            image.caches().unwrap().l2_cache.bytes,
+            0,
+            "tables were read before anybody asked for one"
+        );
+        // One block out of every 4 GiB: no two in the same slice of a table.
+        let block = Buffer::zeroed(512).sg();
+        for at in (0..huge::SIZE).step_by(4 << 30) {
+            image.read(ByteOffset(at), &block).await.unwrap();
+        }
+        let counts = image.caches().unwrap();
+        assert_eq!((counts.l2_cache.hits, counts.l2_cache.misses), (0, huge::SIZE >> 32));
+        assert!(counts.l2_cache.bytes <= 4 << 20, "{counts:?}");
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 24 << 20, "{grown} bytes for L1, the set of tables, and 4 MiB of cache");
+        image.close().await.unwrap();
     });
 }

@@ -24,7 +24,7 @@ use tcmu_dif::{
 const LEN: u64 = 256 << 20;
 
 async fn attach(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenError> {
-    let options = OpenOptions { read_only: false, format: None, lock: true };
+    let options = OpenOptions::default();
     let image = open(io, path, &options).await.unwrap();
     let stamp = image.stamp().unwrap();
     let how = Protection {
@@ -84,7 +84,7 @@ fn sessions_follow_each_other_on_raw_and_qcow2_whether_they_end_in_a_close_or_in
                     p.close().await.unwrap();
                 }
             }
-            let volume = open(&io, &path, &OpenOptions { read_only: true, format: None, lock: true }).await;
+            let volume = open(&io, &path, &OpenOptions { read_only: true, ..OpenOptions::default() }).await;
             let sidecar = tools::inspect(&io, &path, &default_path(&path)).await.unwrap();
             let report =
                 tools::verify(&volume.unwrap(), &sidecar, &Beneath::nothing(), |_, _| ()).await.unwrap();
@@ -104,7 +104,7 @@ fn a_change_behind_our_back_is_refused_and_after_a_rebuild_accepted() {
             p.close().await.unwrap();
             drop(p);
             std::thread::sleep(std::time::Duration::from_millis(20));
-            let options = OpenOptions { read_only: false, format: None, lock: true };
+            let options = OpenOptions::default();
             let image = open(&io, &path, &options).await.unwrap();
             write(&image, 65536, 2).await;
             image.close().await.unwrap();
@@ -112,7 +112,7 @@ fn a_change_behind_our_back_is_refused_and_after_a_rebuild_accepted() {
             let e = attach(&io, &path).await.err().unwrap();
             assert!(matches!(e.what, PiOpenErrorKind::ImageChanged { .. }), "{format:?}: {e}");
 
-            let options = OpenOptions { read_only: true, format: None, lock: true };
+            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
             let image = open(&io, &path, &options).await.unwrap();
             let sidecar = default_path(&path);
             let how = tools::RebuildOptions { format, ..Default::default() };

@@ -6,6 +6,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     io,
+    ops::Range,
     path::Path,
     rc::Rc,
     sync::OnceLock,
@@ -23,7 +24,7 @@ use tcmu_dif::{
     volume::Volume,
 };
 
-const PAGE: u64 = 512;
+const PAGE: usize = 4096;
 /// A file system would refuse a larger file.
 const LARGEST: u64 = 1 << 44;
 /// Operations of the disk that one input may cause: a loop would need more.
@@ -35,7 +36,7 @@ struct Memory(Rc<MemoryState>);
 
 #[derive(Default)]
 struct MemoryState {
-    pages: RefCell<HashMap<u64, [u8; PAGE as usize]>>,
+    pages: RefCell<HashMap<u64, [u8; PAGE]>>,
     len: Cell<u64>,
     steps: Cell<u64>,
 }
@@ -48,30 +49,49 @@ impl Memory {
 
     fn put(&self, at: u64, bytes: &[u8]) {
         let mut pages = self.0.pages.borrow_mut();
-        for (pos, byte) in (at..).zip(bytes) {
-            pages.entry(pos / PAGE).or_insert([0; PAGE as usize])[(pos % PAGE) as usize] = *byte;
-        }
+        each_page(at, bytes.len(), |page, within, part| {
+            let len = part.len();
+            pages.entry(page).or_insert([0; PAGE])[within..within + len].copy_from_slice(&bytes[part]);
+        });
         self.0.len.set(self.0.len.get().max(at + bytes.len() as u64));
     }
 
     fn clear(&self, at: u64, len: u64) {
         let end = at.saturating_add(len).min(self.0.len.get());
         self.0.pages.borrow_mut().retain(|page, bytes| {
-            let start = page * PAGE;
-            for i in (0..PAGE).filter(|i| (at..end).contains(&(start + i))) {
-                bytes[i as usize] = 0;
-            }
-            start < at || start + PAGE > end
+            let start = page * PAGE as u64;
+            let within = |pos: u64| pos.saturating_sub(start).min(PAGE as u64) as usize;
+            bytes[within(at)..within(end).max(within(at))].fill(0);
+            start < at || start + PAGE as u64 > end
         });
+    }
+}
+
+/// Calls back for each page that bytes from an offset on lie in: its number, the first byte in it, which of the bytes.
+fn each_page(at: u64, len: usize, mut each: impl FnMut(u64, usize, Range<usize>)) {
+    let mut done = 0;
+    while done < len {
+        let pos = at + done as u64;
+        let within = (pos % PAGE as u64) as usize;
+        let n = (PAGE - within).min(len - done);
+        each(pos / PAGE as u64, within, done..done + n);
+        done += n;
     }
 }
 
 impl Storage for Memory {
     async fn read(&self, at: u64, to: &Sg) -> io::Result<()> {
         self.step();
-        let pages = self.0.pages.borrow();
-        let byte = |pos: u64| pages.get(&(pos / PAGE)).map_or(0, |page| page[(pos % PAGE) as usize]);
-        let bytes: Vec<u8> = (0..to.len() as u64).map(|i| at.checked_add(i).map_or(0, byte)).collect();
+        let mut bytes = vec![0; to.len()];
+        if at.checked_add(bytes.len() as u64).is_some() {
+            let pages = self.0.pages.borrow();
+            each_page(at, bytes.len(), |page, within, part| {
+                if let Some(page) = pages.get(&page) {
+                    let len = part.len();
+                    bytes[part].copy_from_slice(&page[within..within + len]);
+                }
+            });
+        }
         to.copy_from(0, &Buffer::from_slice(&bytes).sg());
         Ok(())
     }

@@ -65,7 +65,7 @@ fn write_with_our_driver(dir: &Path, case: &Case) -> (PathBuf, Vec<u8>) {
 }
 
 async fn fill(io: &sys::io::Io, path: &Path, mut model: Vec<u8>, seed: u64) -> Vec<u8> {
-    let options = OpenOptions { read_only: false, format: None, lock: true };
+    let options = OpenOptions::default();
     let image = open(io, path, &options).await.unwrap();
     let mut random = seed;
     let mut next = move || {

@@ -151,6 +151,7 @@ fn check_words(args: &Create) -> Result<DeviceConfig, CliError> {
         exposure: args.exposure,
         transfer: args.pi_transfer,
         read_only: args.read_only,
+        cache_size: args.cache_size,
         sidecar: args.sidecar.as_deref().map(absolute).transpose()?,
         serial: None,
     };
@@ -251,6 +252,10 @@ fn differences(args: &Create, config: &DeviceConfig, there: &Backstore, exports:
             if is.pi.is_some() && config.pi.is_some() {
                 differ("--sidecar", sidecar(&is), sidecar(config));
             }
+            let cache = |c: &DeviceConfig| {
+                c.cache_size.map_or("of the usual size".to_owned(), |bytes| format!("of {bytes} bytes"))
+            };
+            differ("--cache-size", cache(&is), cache(config));
             let mode = |ro| if ro { "read-only" } else { "writable" }.to_owned();
             differ("access", mode(is.read_only), mode(config.read_only));
         }

@@ -184,7 +184,7 @@ fn on_or_off(value: &str) -> Option<bool> {
 fn look_without_lock(path: &Path) -> Result<Looked, CliError> {
     let at = path.to_owned();
     let looked = sys::run(async move |io| {
-        let options = OpenOptions { read_only: true, format: None, lock: false };
+        let options = OpenOptions { read_only: true, lock: false, ..OpenOptions::default() };
         let image = open(&io, &at, &options).await?;
         Ok(Looked { format: image.format(), capacity: image.limits().capacity })
     });

@@ -106,7 +106,7 @@ pub fn look(path: &Path) -> Result<Vec<SnapshotInfo>, CliError> {
 fn list(path: &Path, lock: bool) -> Result<Vec<SnapshotInfo>, CliError> {
     let at = path.to_owned();
     let listed = sys::run(async move |io| {
-        let options = OpenOptions { read_only: true, format: None, lock };
+        let options = OpenOptions { read_only: true, lock, ..OpenOptions::default() };
         let image = open_any_size(&io, &at, &options).await?;
         Ok(match image.driver() {
             Driver::Raw(_) => Vec::new(),

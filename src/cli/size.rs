@@ -1,28 +1,6 @@
 //! Sizes as people write them: bytes, or with K, M, G, T, P, E (powers of 1024), as qemu-img has it.
 
-/// Parses a size.
-///
-/// # Errors
-/// In words, what a size is.
-pub fn parse(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, unit) = text.split_at(split);
-    let shift = match unit.to_ascii_uppercase().trim_end_matches("IB") {
-        "" | "B" => Some(0),
-        "K" => Some(10),
-        "M" => Some(20),
-        "G" => Some(30),
-        "T" => Some(40),
-        "P" => Some(50),
-        "E" => Some(60),
-        _ => None,
-    };
-    let number: Option<u64> = digits.parse().ok();
-    let bytes = number.zip(shift).and_then(|(n, s)| n.checked_mul(1 << s));
-    bytes.filter(|b| *b > 0 && i64::try_from(*b).is_ok()).ok_or_else(|| {
-        "a size is a number of bytes above 0, or one with K, M, G, T or P, as in 10G".to_owned()
-    })
-}
+pub use crate::units::parse_size as parse;
 
 /// A size for people: `10 GiB`, `1.5 GiB`, `700 B`.
 pub fn human(bytes: u64) -> String {

@@ -179,7 +179,7 @@ pub async fn create_qcow2(io: &Io, path: &Path, options: &qcow2::CreateOptions) 
         let found = backing(path, Some(&name), options.backing_format.as_deref());
         let found = found.map_err(|what| refused(Box::new(OpenError::new(&name, what))))?;
         let Some((file, format)) = found else { return Err(refused("the name is empty".into())) };
-        let how = OpenOptions { read_only: true, format, lock: true };
+        let how = OpenOptions { read_only: true, format, ..OpenOptions::default() };
         let below = open_any_size(io, &file, &how).await.map_err(|e| refused(Box::new(e)))?;
         if options.size == 0 {
             options.size = below.limits().capacity;

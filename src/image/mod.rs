@@ -22,6 +22,8 @@ use std::{
     str::FromStr,
 };
 
+use serde::Serialize;
+
 use crate::{
     sys::mem::Sg,
     units::ByteOffset,
@@ -82,6 +84,19 @@ pub enum Driver {
     Qcow2(Box<qcow2::Qcow2>),
 }
 
+/// Counters of a chain's metadata caches: L2 tables, refcount blocks.
+#[derive(Default)]
+struct Caches([qcow2::CacheCounter; 2]);
+
+/// How the metadata caches of a chain's qcow2 images have done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct CacheCounts {
+    /// L2 tables.
+    pub l2_cache: qcow2::CacheCount,
+    /// Refcount blocks.
+    pub refcount_cache: qcow2::CacheCount,
+}
+
 /// An open image: the driver, the files under it and the locks on them.
 pub struct Image {
     driver: Driver,
@@ -93,6 +108,8 @@ pub struct Image {
     places: Vec<PathBuf>,
     /// This image's external data file.
     data: Option<Rc<File>>,
+    /// Of all qcow2 images of the chain.
+    caches: Caches,
     /// On every file of the chain. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<ImageLock>>,
 }
@@ -101,7 +118,16 @@ impl Image {
     fn new(driver: Driver, path: PathBuf, file: Rc<File>) -> Image {
         let files = vec![path.clone()];
         let places = files.clone();
-        Image { driver, path, file, files, places, data: None, locks: RefCell::default() }
+        Image {
+            driver,
+            path,
+            file,
+            files,
+            places,
+            data: None,
+            caches: Caches::default(),
+            locks: RefCell::default(),
+        }
     }
 
     /// The format it was opened as.
@@ -125,6 +151,13 @@ impl Image {
     /// The files that hold the guest's bytes, by the depth that [`Extent::depth`] counts: what [`Extent::host_offset`] is an offset in.
     pub fn places(&self) -> &[PathBuf] {
         &self.places
+    }
+
+    /// How its metadata caches have done, if it is a qcow2 image.
+    pub fn caches(&self) -> Option<CacheCounts> {
+        let [l2, refcounts] = &self.caches.0;
+        (self.format() == Format::Qcow2)
+            .then(|| CacheCounts { l2_cache: l2.get(), refcount_cache: refcounts.get() })
     }
 
     /// The driver, for what only one format has.

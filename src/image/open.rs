@@ -15,9 +15,9 @@ use rustix::fs::OFlags;
 
 pub use super::error::{MAX_CHAIN, OpenError, OpenErrorKind};
 use super::{
-    Driver, Format, Image,
+    Caches, Driver, Format, Image,
     lock::{ImageLock, LockMode},
-    qcow2::{Backing, MAX_CLUSTER, Qcow2, probe_header},
+    qcow2::{self, Backing, MAX_CLUSTER, Qcow2, probe_header},
     raw::{QCOW2_MAGIC, Raw},
 };
 use crate::{
@@ -35,11 +35,13 @@ pub struct OpenOptions {
     pub format: Option<Format>,
     /// Take QEMU's locks. Only a look at an image that somebody else has goes without.
     pub lock: bool,
+    /// Bytes of metadata that the chain's images may hold in memory, each its share; [`qcow2::CACHE_SIZE`] if it is not given.
+    pub cache_size: Option<u64>,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: false, format: None, lock: true }
+        OpenOptions { read_only: false, format: None, lock: true, cache_size: None }
     }
 }
 
@@ -79,6 +81,8 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     let mut locks = Vec::new();
     let mut image: Option<Image> = None;
     let depth = layers.len();
+    let cache_share = options.cache_size.unwrap_or(qcow2::CACHE_SIZE) / depth.max(1) as u64;
+    let caches = Caches::default();
     let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
     let places = layers.iter().map(|l| l.data.as_ref().map_or(&l.path, |d| &d.path).clone()).collect();
     let data = layers.first().and_then(|l| l.data.as_ref()).map(|d| d.file.clone());
@@ -95,7 +99,10 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
             Format::Qcow2 => {
                 let backing = image.take().map(|image| Rc::new(image) as Backing);
                 let opened = Qcow2::open(io, file, below, &layer.path, read_only, backing).await;
-                opened.map(|driver| Driver::Qcow2(Box::new(driver)))
+                opened.map(|mut driver| {
+                    driver.set_caches(cache_share, &caches.0);
+                    Driver::Qcow2(Box::new(driver))
+                })
             }
         };
         let above = i.checked_sub(1).map(|i| names[i].clone());
@@ -107,6 +114,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     image.files = names;
     image.places = places;
     image.data = data;
+    image.caches = caches;
     tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)
 }

@@ -132,7 +132,8 @@ pub async fn map(
     path: &Path,
     options: MapOptions,
 ) -> Result<(Vec<Mapped>, Vec<PathBuf>), OpenError> {
-    let how = OpenOptions { read_only: true, format: options.format, lock: options.lock };
+    let how =
+        OpenOptions { read_only: true, format: options.format, lock: options.lock, ..OpenOptions::default() };
     let image = open_any_size(io, path, &how).await?;
     let runs = map_image(io, &image, options.start, options.len).await?;
     let files = image.places().to_vec();
@@ -254,7 +255,8 @@ fn measured(options: &MeasureOptions, data: u64) -> Measured {
 /// # Errors
 /// As [`map`]; and if the new image cannot have that size.
 pub async fn measure(io: &Io, path: &Path, options: &MeasureOptions) -> Result<Measured, OpenError> {
-    let how = OpenOptions { read_only: true, format: options.format, lock: options.lock };
+    let how =
+        OpenOptions { read_only: true, format: options.format, lock: options.lock, ..OpenOptions::default() };
     let image = open_any_size(io, path, &how).await?;
     let mut options = options.clone();
     options.create.size = image.limits().capacity;

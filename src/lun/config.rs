@@ -1,7 +1,7 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
 //! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
-//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
+//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;cachesize=64M`, `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
 
@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::{
     image::Format,
     pi::{Exposure, PiMode, PiType, Transfer},
+    units::parse_size,
 };
 
 /// Our subtype: the first part of `dev_config`.
@@ -44,6 +45,8 @@ pub struct DeviceConfig {
     pub transfer: Transfer,
     /// The LUN refuses writes.
     pub read_only: bool,
+    /// Bytes of qcow2 metadata held in memory, for the whole chain; the driver's own measure if it is not given.
+    pub cache_size: Option<u64>,
     /// The sidecar's path, where it isn't beside the image.
     pub sidecar: Option<PathBuf>,
     /// The serial number, unless the kernel's `wwn/vpd_unit_serial` has one.
@@ -92,6 +95,7 @@ impl DeviceConfig {
             exposure: Exposure::Target,
             transfer: Transfer::Separate,
             read_only: false,
+            cache_size: None,
             sidecar: None,
             serial: None,
         }
@@ -131,6 +135,10 @@ impl DeviceConfig {
                 }
                 ("ro", None) if out.read_only => return Err(ConfigError::Twice("ro")),
                 ("ro", None) => out.read_only = true,
+                ("cachesize", Some(v)) => {
+                    let unknown = |_| ConfigError::Value { key: "cachesize", value: v.to_owned() };
+                    once("cachesize", &mut out.cache_size, parse_size(v).map_err(unknown)?)?;
+                }
                 ("sidecar", Some(v)) => once("sidecar", &mut out.sidecar, path(v)?)?,
                 ("serial", Some(v)) => {
                     let serial = String::from_utf8(decode(v)?)
@@ -195,6 +203,9 @@ impl fmt::Display for DeviceConfig {
         }
         if self.read_only {
             f.write_str(";ro")?;
+        }
+        if let Some(bytes) = self.cache_size {
+            write!(f, ";cachesize={bytes}")?;
         }
         if let Some(sidecar) = &self.sidecar {
             write!(f, ";sidecar={}", encode(sidecar.as_os_str().as_bytes()))?;
@@ -293,11 +304,12 @@ mod tests {
             (pi, exposure, transfer) in protection(),
             mode in prop::option::of(prop::sample::select(vec![PiMode::Bitmap, PiMode::Journal])),
             read_only: bool,
+            cache_size in prop::option::of(1..1u64 << 50),
             sidecar in prop::option::of(any_path()),
             serial in prop::option::of("\\PC{1,20}|[;%,=\n]{1,5}"),
         ) -> DeviceConfig {
             let pi_mode = mode.filter(|_| pi.is_some());
-            DeviceConfig { image, format, pi, pi_mode, exposure, transfer, read_only, sidecar, serial }
+            DeviceConfig { image, format, pi, pi_mode, exposure, transfer, read_only, cache_size, sidecar, serial }
         }
     }
 
@@ -334,6 +346,8 @@ mod tests {
             ("/a;ro;ro", Twice("ro")),
             ("/a;pi=type1;pi=type1", Twice("pi")),
             ("/a;sidecar=b", NotAbsolute("b".into())),
+            ("/a;cachesize=0", Value { key: "cachesize", value: "0".into() }),
+            ("/a;cachesize=1M;cachesize=1M", Twice("cachesize")),
             ("/a;serial=", Value { key: "serial", value: String::new() }),
             ("/a;colour=red", Unknown("colour=red".into())),
             ("/a;", Unknown(String::new())),

@@ -33,7 +33,7 @@ use serde::Serialize;
 use tracing::{error, info, warn};
 
 use crate::{
-    image::open::OpenError,
+    image::{CacheCounts, open::OpenError},
     pi::{self, Exposure, PiOpenError, PiType, Transfer},
     ring::{Device, Ring, RingError},
     sys::{
@@ -214,6 +214,9 @@ pub struct Stats {
     pub formatted_with: Option<PiType>,
     /// Protection, where there is any.
     pub pi: Option<pi::Counters>,
+    /// The metadata caches of a qcow2 image and its backing files.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub caches: Option<CacheCounts>,
     /// The scrub under way, or the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub: Option<ScrubSummary>,

@@ -73,6 +73,7 @@ impl Lun {
             counted: self.counted.borrow().clone(),
             formatted_with: self.stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
+            caches: self.stack.image().caches(),
             pi: self.stack.pi_counters().map(|below| below.plus(self.target.pi_counters())),
         }
     }

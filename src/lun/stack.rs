@@ -18,7 +18,7 @@ use crate::{
 /// The layers of a LUN below SCSI.
 pub(super) enum Stack {
     /// The image alone.
-    Plain(Image),
+    Plain(Box<Image>),
     /// The image, with a tuple for every block in its sidecar.
     Protected(Box<Protected<Image>>),
 }
@@ -27,7 +27,12 @@ impl Stack {
     /// Opens the image and, if asked for, its sidecar. What fails leaves nothing open.
     pub(super) async fn open(io: &Io, params: &LunParams) -> std::result::Result<Stack, LunError> {
         let config = &params.config;
-        let options = OpenOptions { read_only: config.read_only, format: config.format, lock: true };
+        let options = OpenOptions {
+            read_only: config.read_only,
+            format: config.format,
+            lock: true,
+            cache_size: config.cache_size,
+        };
         let image = open(io, &config.image, &options).await?;
         image.check_block_size(params.block_size)?;
         let capacity = image.limits().capacity;
@@ -42,7 +47,7 @@ impl Stack {
             // A resize that was cut short after the image had grown. Initiators are told what there is.
             info!(capacity, kernel = params.capacity, "the image is larger than the kernel knows");
         }
-        let Some(kind) = config.pi else { return Ok(Stack::Plain(image)) };
+        let Some(kind) = config.pi else { return Ok(Stack::Plain(Box::new(image))) };
         let stamp = image.stamp().map_err(|e| IoError::from_io(IoOp::Open, e).path(&config.image))?;
         let protection = Protection {
             image: config.image.clone(),

@@ -17,7 +17,7 @@ use tcmu_dif::{
 use crate::{
     model::{BLOCK, Model, Settled},
     sim::{self, Cut, SimDisk},
-    support::{Rng, check_leaks_at_most, qemu_img, qemu_io, scale},
+    support::{FULL, Rng, check_leaks_at_most, qemu_img, qemu_io, scale},
     walk::walk,
     work::{Work, read_disk},
 };
@@ -255,7 +255,7 @@ async fn session(kind: Rc<Kind>, seed: u64, count: Rc<Count>) {
 fn no_cut_leaves_errors_lost_flushes_or_stale_bytes() {
     let count = Rc::new(Count { cuts: Cell::new(0), by_qemu: Cell::new(0) });
     for kind in kinds() {
-        for seed in 0..(2 * scale()).div_ceil(kind.size / SIZE) {
+        for seed in 0..(2 * scale() + scale() / FULL).div_ceil(kind.size / SIZE) {
             sim::run(session(kind.clone(), seed, count.clone()));
         }
     }

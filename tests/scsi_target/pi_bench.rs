@@ -88,7 +88,7 @@ impl Pi {
     }
 
     async fn open(io: &Io, dir: tempfile::TempDir, kind: PiType, size: BlockSize, transfer: Transfer) -> Pi {
-        let options = OpenOptions { read_only: false, format: None, lock: true };
+        let options = OpenOptions::default();
         let image = open(io, &path(&dir), &options).await.unwrap();
         let stamp = image.stamp().unwrap();
         let how = Protection {

@@ -2,6 +2,7 @@
 //!
 //! Every change is written through before it is made here, so a slice is never dirty and may go at any time, except while
 //! somebody holds it: a holder may write to the file and then here, and nobody loads an older version in between.
+//! How often a slice was there is counted, for all images of a chain together.
 
 use std::{
     cell::{Cell, RefCell},
@@ -11,8 +12,13 @@ use std::{
     rc::Rc,
 };
 
+use serde::Serialize;
+
 use super::{layout::be64, storage::Storage};
 use crate::{sync::Notify, sys::mem::Buffer};
+
+/// Slices that a cache may hold however small it is: what a few operations in flight need at once.
+pub const LEAST: u64 = 16;
 
 /// Hashes offsets and cluster numbers: one multiplication, since an attacker gains nothing from collisions but time of a lookup.
 #[derive(Default)]
@@ -68,12 +74,27 @@ impl Slice {
     }
 }
 
+/// How a kind of cache has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct CacheCount {
+    /// Looks at a slice that was in memory.
+    pub hits: u64,
+    /// Slices that were read from the file.
+    pub misses: u64,
+    /// Bytes of slices in memory now.
+    pub bytes: u64,
+}
+
+/// The counts of one kind of cache, of all images of a chain.
+pub type CacheCounter = Rc<Cell<CacheCount>>;
+
 /// A bounded number of slices.
 pub struct Cache {
     inner: RefCell<Inner>,
     loaded: Notify,
     slice: u64,
     most: usize,
+    count: CacheCounter,
 }
 
 #[derive(Default)]
@@ -96,10 +117,34 @@ impl Drop for Loading<'_> {
 }
 
 impl Cache {
-    /// No slices yet, and never more than fit in `bytes`, but for those that are held.
+    /// No slices yet, and never more than fit in `bytes`, but for [`LEAST`] and those that are held.
     pub fn new(slice: u64, bytes: u64) -> Cache {
-        let most = (bytes / slice).max(16) as usize;
-        Cache { inner: RefCell::default(), loaded: Notify::new(), slice, most }
+        let mut cache = Cache {
+            inner: RefCell::default(),
+            loaded: Notify::new(),
+            slice,
+            most: 0,
+            count: CacheCounter::default(),
+        };
+        cache.limit(bytes);
+        cache
+    }
+
+    /// Holds no more than fit in `bytes` from now on, but for [`LEAST`].
+    pub fn limit(&mut self, bytes: u64) {
+        self.most = (bytes / self.slice).max(LEAST) as usize;
+    }
+
+    /// Counts there from now on.
+    pub fn count_in(&mut self, count: CacheCounter) {
+        self.count = count;
+        self.counted(|c| c.bytes += self.slice * self.inner.borrow().slices.len() as u64);
+    }
+
+    fn counted(&self, change: impl FnOnce(&mut CacheCount)) {
+        let mut count = self.count.get();
+        change(&mut count);
+        self.count.set(count);
     }
 
     /// The slice at an offset of the file, if it is there.
@@ -107,6 +152,7 @@ impl Cache {
         let inner = self.inner.borrow();
         let slice = inner.slices.get(&at)?;
         slice.used.set(true);
+        self.counted(|c| c.hits += 1);
         Some(slice.clone())
     }
 
@@ -127,22 +173,29 @@ impl Cache {
         let bytes = RefCell::new(buffer.to_vec().into_boxed_slice());
         let slice = Rc::new(Slice { at, bytes, used: Cell::new(true) });
         let mut inner = self.inner.borrow_mut();
+        let before = inner.slices.len();
         inner.make_room(self.most);
         inner.slices.insert(at, slice.clone());
         inner.order.push_back(at);
+        let gone = (before + 1 - inner.slices.len()) as u64;
+        self.counted(|c| {
+            c.misses += 1;
+            c.bytes = (c.bytes + self.slice).saturating_sub(gone * self.slice);
+        });
         Ok(slice)
     }
 
     /// Drops what is known of a range of the file: a cluster that becomes something else.
     pub fn forget(&self, at: u64, len: u64) {
         let mut inner = self.inner.borrow_mut();
-        let mut any = false;
+        let mut gone = 0;
         let mut pos = at;
         while pos < at + len {
-            any |= inner.slices.remove(&pos).is_some();
+            gone += u64::from(inner.slices.remove(&pos).is_some());
             pos += self.slice;
         }
-        if any {
+        if gone > 0 {
+            self.counted(|c| c.bytes = c.bytes.saturating_sub(gone * self.slice));
             inner.order.retain(|o| !(at..at + len).contains(o));
         }
     }
@@ -190,9 +243,13 @@ mod tests {
                 cache.load(&storage, i * 4096).await.unwrap();
             }
             assert!(cache.len() <= 20);
+            let count = cache.count.get();
+            assert_eq!((count.hits, count.misses, count.bytes), (0, 100, 4096 * cache.len() as u64));
             assert_eq!(cache.get(0).unwrap().word(3), 7);
             cache.forget(0, 4096);
             assert!(cache.get(0).is_none());
+            let count = cache.count.get();
+            assert_eq!((count.hits, count.misses, count.bytes), (1, 100, 4096 * cache.len() as u64));
         });
     }
 }

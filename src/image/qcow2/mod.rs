@@ -55,6 +55,7 @@ use gate::Gate;
 use layout::Geometry;
 
 pub use bitmaps::BitmapDirectory;
+pub use cache::{CacheCount, CacheCounter};
 pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmaps_size, check_on};
 pub use compressed::Compression;
 pub use create::{CreateError, CreateOptions, Preallocation, check_options, create, create_on};
@@ -72,10 +73,11 @@ use crate::{
     volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
 };
 
-/// Bytes of L2 slices held in memory.
-const L2_CACHE: u64 = 32 << 20;
-/// Bytes of refcount slices held in memory.
-const REFCOUNT_CACHE: u64 = 4 << 20;
+/// Bytes of metadata that the images of a chain hold in memory, unless they are told otherwise: enough for 256 GiB of guest's
+/// data in clusters of 64 KiB.
+pub const CACHE_SIZE: u64 = 36 << 20;
+/// One byte in so many is for refcounts, which only new clusters need.
+const REFCOUNT_SHARE: u64 = 9;
 
 /// An open qcow2 image.
 pub struct Qcow2<S: Storage = FileStorage> {
@@ -184,6 +186,15 @@ impl<S: Storage> Qcow2<S> {
     /// Internal snapshots, in the order of their table.
     pub fn snapshots(&self) -> Vec<Snapshot> {
         self.snapshots.borrow().clone()
+    }
+
+    /// Bounds the metadata held in memory, and tells where looks at them are counted: at L2 tables, at refcount blocks.
+    pub fn set_caches(&mut self, bytes: u64, counters: &[CacheCounter; 2]) {
+        let refcounts = bytes / REFCOUNT_SHARE;
+        self.l2.limit(bytes - refcounts);
+        self.refcounts.limit(refcounts);
+        self.l2.count_in(counters[0].clone());
+        self.refcounts.count_in(counters[1].clone());
     }
 
     /// Bytes of a cluster.

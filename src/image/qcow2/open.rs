@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Backing, HeaderError, L2_CACHE, Qcow2, REFCOUNT_CACHE, Storage,
+    Backing, CACHE_SIZE, HeaderError, Qcow2, REFCOUNT_SHARE, Storage,
     alloc::Pool,
     barrier::{Barrier, Epochs},
     cache::{Cache, OffsetSet},
@@ -107,10 +107,10 @@ impl<S: Storage> Qcow2<S> {
             file_len: Cell::new(file_len),
             l1: RefCell::new(l1),
             l1_at: Cell::new(header.l1_offset),
-            l2: Cache::new(g.slice(), L2_CACHE),
+            l2: Cache::new(g.slice(), CACHE_SIZE - CACHE_SIZE / REFCOUNT_SHARE),
             refcount_table: RefCell::new(refcount_table),
             refcount_table_at: Cell::new(header.refcount_table_offset),
-            refcounts: Cache::new(g.slice(), REFCOUNT_CACHE),
+            refcounts: Cache::new(g.slice(), CACHE_SIZE / REFCOUNT_SHARE),
             tables: RefCell::new(tables),
             fixed: RefCell::new(fixed),
             barrier: Barrier::default(),
