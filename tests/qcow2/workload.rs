@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     fs::OpenOptions,
+    io::Write,
     path::{Path, PathBuf},
     rc::Rc,
 };
@@ -199,6 +200,54 @@ fn work_on_an_external_data_file() {
         let options = options.replace("DATA", dir.path("disk.data").to_str().unwrap());
         rounds(&by_qemu(&dir, &options, ODD), seed, 300);
     }
+}
+
+#[test]
+fn a_disk_with_an_external_data_file_is_made_shorter_and_what_was_cut_off_does_not_come_back() {
+    for (seed, options) in [
+        (40, "data_file=DATA"),
+        (41, "data_file=DATA,data_file_raw=on,cluster_size=4k"),
+        (42, "data_file=DATA,extended_l2=on,cluster_size=32k"),
+        (43, "data_file=DATA,cluster_size=16k,backing_file=base.raw,backing_fmt=raw"),
+    ] {
+        let dir = Dir::new();
+        raw_base(&dir, "base.raw", (3 << 20) + 777);
+        let data = dir.path("disk.data");
+        let path = by_qemu(&dir, &options.replace("DATA", data.to_str().unwrap()), ODD);
+        rounds(&path, seed, 300);
+        let mut rng = Rng::new(seed);
+        let mut disk = qemu_reads(&path);
+        for _ in 0..4 {
+            let less = disk.len() as u64 - (1 + rng.below(disk.len() as u64 / 512 / 2)) * 512;
+            disk.truncate(less as usize);
+            resized(&path, less, true);
+            check_clean(&path);
+            assert!(qemu_reads(&path) == disk, "{options}: {less} bytes are left");
+            assert!(std::fs::metadata(&data).unwrap().len() <= less);
+            // As after a crash before the data file was cut off.
+            let late = OpenOptions::new().append(true).open(&data).unwrap();
+            late.set_len(less).unwrap();
+            (&late).write_all(&[0x77; 100_000]).unwrap();
+            let more = less + rng.below(4000) * 512;
+            disk.resize(more as usize, 0);
+            resized(&path, more, false);
+            check_clean(&path);
+            assert!(qemu_reads(&path) == disk, "{options}: from {less} to {more} bytes");
+        }
+    }
+}
+
+/// Gives a disk another size.
+fn resized(path: &Path, size: u64, shorter: bool) {
+    let path = path.to_owned();
+    tcmu_dif::sys::run(async move |io| {
+        let image = open(&io, &path).await;
+        match shorter {
+            true => image.shrink(size).await.unwrap(),
+            false => image.resize(size).await.unwrap(),
+        }
+        image.close().await.unwrap();
+    });
 }
 
 #[test]

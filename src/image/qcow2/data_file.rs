@@ -65,6 +65,23 @@ impl<S: Storage> Qcow2<S> {
         Ok(())
     }
 
+    /// Cuts the data file off where the disk ends by now.
+    pub(super) async fn cut_data(&self, size: u64) -> Result<()> {
+        let Some(data) = &self.data else { return Ok(()) };
+        let cut = async {
+            let len = data.size()?;
+            match data.is_fixed() {
+                _ if len <= size => Ok(()),
+                true => data.punch(size, len - size).await,
+                false => data.set_size(size).await,
+            }
+        };
+        cut.await.map_err(|e| {
+            self.io_error(IoOp::Resize, e)
+                .detail("the disk is shorter, and its data file still has what lay beyond")
+        })
+    }
+
     /// Lets a raw data file grow with the disk; what somebody left beyond the old end goes.
     pub(super) async fn grow_raw_data(&self, op: IoOp, old: u64, size: u64) -> Result<()> {
         let Some(data) = self.data.as_ref().filter(|d| self.raw_data() && !d.is_fixed()) else {

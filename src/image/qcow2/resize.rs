@@ -2,7 +2,8 @@
 //!
 //! Shrinking: everything beyond the new end is unlinked and freed and the new size set in one step ([`super::rebuild`]), so that a crash
 //! leaves the old disk whole or the new one. The rest of a cluster that the end cuts through is zeros afterwards, in a
-//! new cluster: whoever lets the disk grow again finds nothing there.
+//! new cluster: whoever lets the disk grow again finds nothing there. An external data file is cut off after that; what a crash leaves of it
+//! beyond the end is zeros again when the disk grows.
 
 use super::{
     Qcow2, Storage,
@@ -82,18 +83,12 @@ impl<S: Storage> Qcow2<S> {
     pub async fn shrink(&self, size: u64) -> Result<()> {
         let work = async {
             self.check_resizable()?;
-            if self.data.is_some() {
-                let detail = format!(
-                    "an image with an external data file cannot be made shorter here: qemu-img resize --shrink {} SIZE",
-                    self.path.display()
-                );
-                return Err(self.error(IoErrorKind::Unsupported, OP, detail));
-            }
             if size == 0 || size > self.size.get() {
                 let detail = format!("{size} bytes are not fewer than {}", self.size.get());
                 return Err(self.error(IoErrorKind::OutOfRange, OP, detail));
             }
-            self.cut(size).await
+            self.cut(size).await?;
+            self.cut_data(size).await
         };
         self.alone(OP, work).await
     }
@@ -118,7 +113,7 @@ impl<S: Storage> Qcow2<S> {
                 let from = (end.saturating_sub(here) as usize).min(table.entries().len());
                 self.count_entries(OP, &mut plan.counts, &table, from, -1).await?;
                 self.cut_entries(&mut table, from);
-                let cuts = g.within(size) != 0 && size < self.size.get();
+                let cuts = g.within(size) != 0 && size < self.size.get() && self.data.is_none();
                 if cuts && g.l1_index(end - 1) == table.index as u64 {
                     self.cut_last_cluster(plan, &mut table, size).await?;
                 }
