@@ -107,9 +107,14 @@ fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
         IoWay::Uring => Some(Backend::Uring),
         IoWay::Threads => Some(Backend::Threads),
     };
-    let host =
-        Arc::new(RealHost { configfs: cli.configfs.clone(), state_dir: cli.state_dir.clone(), backend });
-    serve::run(host, RunDir::at(&cli.run_dir), &cli.configfs).map_err(|e| {
+    let run = RunDir::at(&cli.run_dir);
+    let host = RealHost {
+        configfs: cli.configfs.clone(),
+        run: run.clone(),
+        state_dir: cli.state_dir.clone(),
+        backend,
+    };
+    serve::run(Arc::new(host), run, &cli.configfs).map_err(|e| {
         let next = match &e {
             DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
             DaemonError::Module(_) | DaemonError::Netlink(NetlinkError::NoFamily) => {

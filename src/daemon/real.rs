@@ -1,10 +1,13 @@
 //! The daemon's host as it really is: configfs, /dev/uioN and LUN threads.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs::File, path::PathBuf, time::Duration};
 
-use tracing::info;
+use tracing::{info, warn};
 
-use super::worker::{Failure, Host, Identity, Lun, Report};
+use super::{
+    rundir::RunDir,
+    worker::{Failure, Host, Identity, Lun, Report},
+};
 use crate::{
     kernel::{
         backstore,
@@ -25,6 +28,8 @@ const NODE_PATIENCE: Duration = Duration::from_secs(5);
 pub struct RealHost {
     /// Where configfs is mounted.
     pub configfs: PathBuf,
+    /// Where what has to outlive the daemon is kept.
+    pub run: RunDir,
     /// Where what has to outlive a reboot is kept.
     pub state_dir: PathBuf,
     /// The way of I/O; the best that the kernel permits if none is given.
@@ -32,10 +37,17 @@ pub struct RealHost {
 }
 
 impl RealHost {
-    /// After a crash the ring holds commands of which nobody knows whether they were answered, and to answer one
-    /// again would break the ring for good. The kernel gives them back as BUSY, and their initiators send them again.
-    fn give_back_unreleased(&self, device: &UioDevice, ring: &Device) -> Result<(), Failure> {
-        if !ring.has_unreleased_entries().map_err(|e| Failure::new(libc::EIO, chain(&e)))? {
+    /// The device's in-flight record, and the number of this instance of the device.
+    fn record(&self, device: &UioDevice) -> std::io::Result<(File, u64)> {
+        let file = self.run.open_record(device.minor)?;
+        let instance = Uio::default().instance(device)?;
+        Ok((file, instance))
+    }
+
+    /// Without the record of the daemon that was here before, the ring holds commands of which nobody knows whether they were
+    /// answered, and to answer one again would break the ring for good. The kernel gives them back as BUSY, and their initiators send them again.
+    fn give_back_unknown(&self, device: &UioDevice, ring: &Device) -> Result<(), Failure> {
+        if ring.is_resumable().map_err(|e| Failure::new(libc::EIO, chain(&e)))? {
             return Ok(());
         }
         let name = &device.name.name;
@@ -112,8 +124,13 @@ impl Host for RealHost {
             next: Some("create the device with hw_block_size=512 or 4096".to_owned()),
         })?;
         Uio::default().wait_for_node(device, NODE_PATIENCE).map_err(io)?;
-        let ring = Device::open_uio(&device.node, device.map_size).map_err(io)?;
-        self.give_back_unreleased(device, &ring)?;
+        let mut ring = Device::open_uio(&device.node, device.map_size).map_err(io)?;
+        match self.record(device) {
+            Ok((file, instance)) => ring = ring.with_record(file, instance),
+            // It serves all the same; only a crash would be noticed.
+            Err(e) => warn!(name = %device.name.name, "no in-flight record can be kept: {e}"),
+        }
+        self.give_back_unknown(device, &ring)?;
         let handle = lun::start(LunParams {
             name: device.name.name.clone(),
             config: config.clone(),
@@ -183,7 +200,12 @@ mod tests {
 
     #[test]
     fn a_block_size_that_no_lun_has_is_refused_before_the_device_is_opened() {
-        let host = RealHost { configfs: "/none".into(), state_dir: "/none".into(), backend: None };
+        let host = RealHost {
+            configfs: "/none".into(),
+            run: RunDir::at("/none"),
+            state_dir: "/none".into(),
+            backend: None,
+        };
         let name = crate::kernel::uio::UioName::parse("tcm-user/0/a/dif//a").unwrap();
         let device = UioDevice { minor: 0, name, map_size: 4096, node: "/dev/none".into() };
         let identity = Identity {

@@ -237,6 +237,45 @@ impl RunDir {
         }
     }
 
+    /// Opens the in-flight record of the device with that minor number, and makes it if there is none. Nobody else has it open.
+    ///
+    /// # Errors
+    /// The file system's; WouldBlock if somebody has it.
+    pub fn open_record(&self, minor: u32) -> io::Result<File> {
+        let file = self.record_file(minor);
+        if let Some(folder) = file.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let options =
+            fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).clone();
+        let file = options.open(file)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(file)
+    }
+
+    fn record_file(&self, minor: u32) -> PathBuf {
+        self.root.join("rings").join(format!("uio{minor}"))
+    }
+
+    /// Removes the in-flight record of a device that is gone, unless one that has its minor number by now keeps its own there.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn remove_record(&self, minor: u32) -> io::Result<()> {
+        let path = self.record_file(minor);
+        let gone = match File::open(&path)
+            .map(|file| (flock(&file, FlockOperation::NonBlockingLockExclusive), file))
+        {
+            Ok((Ok(()), _file)) => fs::remove_file(path),
+            Ok((Err(_), _)) => return Ok(()),
+            Err(e) => Err(e),
+        };
+        match gone {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
     /// Asks the daemon for fresh counters (SIGUSR1), and gives the file as it is then, or as it was if the daemon takes
     /// longer than `patience`; nothing if there is no daemon.
     ///

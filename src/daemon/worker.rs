@@ -377,6 +377,9 @@ impl Worker {
                 }
             }
         }
+        if removed && let Err(e) = self.run.remove_record(self.state.minor) {
+            tracing::warn!(name = %self.state.name, "in-flight record: {e}");
+        }
         // A device that came back under the same name has a file of its own by now.
         let mine = |s: &LunState| s.hba == self.state.hba && s.minor == self.state.minor;
         let there = self.run.read(&self.state.name).ok().flatten();

@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -103,6 +104,14 @@ impl Uio {
                 || io::Error::new(io::ErrorKind::InvalidData, format!("map size {:?}", size.trim())),
             )?;
         Ok(Some(UioDevice { minor, name, map_size, node: self.dev.join(format!("uio{minor}")) }))
+    }
+
+    /// A number that no other device has had since boot: the inode of its directory in sysfs.
+    ///
+    /// # Errors
+    /// If it isn't there.
+    pub fn instance(&self, device: &UioDevice) -> io::Result<u64> {
+        Ok(fs::metadata(self.class.join(format!("uio{}", device.minor)))?.ino())
     }
 
     /// Waits until the device's node is there: devtmpfs makes it a moment after the event.

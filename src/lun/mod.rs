@@ -460,6 +460,10 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
             return refuse(up, e.into());
         }
     };
+    if let Some(commands) = ring.resumed() {
+        lun.goes_on();
+        info!(commands, "taken up where another daemon left it");
+    }
     info!(image = %params.config.image.display(), io = %io.backend(), pi = ?params.config.pi, "online");
     if up.send(Ok(())).is_err() {
         warn!("nobody waits for this LUN any more");

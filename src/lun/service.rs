@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     pi::Exposure,
-    ring::{Command, Completion},
+    ring::{Command, Completion, Once},
     scsi::{self, Status, Target, TargetConfig},
     sys::{exec::join, io::Io},
     volume::Volume,
@@ -48,6 +48,11 @@ impl Lun {
         };
         let target = Target::new(config, stack.clone());
         Lun { target, stack, scrubber, io: io.clone(), counted: RefCell::default() }
+    }
+
+    /// Another daemon served it before, and its initiators have not noticed.
+    pub(super) fn goes_on(&self) {
+        self.target.goes_on();
     }
 
     pub(super) fn stack(&self) -> &Rc<Stack> {
@@ -107,14 +112,32 @@ pub fn serial_of(kernels: Option<&str>, config: &DeviceConfig, name: &str) -> St
     set.map_or_else(|| format!("{:016x}", scsi::naa_from_serial(name)), str::to_owned)
 }
 
+/// The ring's memory of a command, as SCSI wants it.
+#[derive(Debug)]
+struct OnlyOnce(Once);
+
+impl scsi::Once for OnlyOnce {
+    fn is_marked(&self) -> bool {
+        self.0.is_marked()
+    }
+
+    fn mark(&self) {
+        self.0.mark();
+    }
+}
+
 impl Service for Lun {
     async fn execute(self: Rc<Self>, command: Command) -> Completion {
         let room = command.data.len();
+        let only_once = command.cdb.first() == Some(&scsi::opcodes::COMPARE_AND_WRITE);
+        let once =
+            command.once.filter(|_| only_once).map(|once| Rc::new(OnlyOnce(once)) as Rc<dyn scsi::Once>);
         let command = scsi::Command {
             cdb: command.cdb.iter().copied().collect(),
             data: command.data,
             bidi: command.bidi,
             dif: command.dif,
+            once,
         };
         let response = self.target.execute(command).await;
         let mut counted = self.counted.borrow_mut();

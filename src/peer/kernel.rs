@@ -116,7 +116,7 @@ pub enum KernelError {
     Io(#[from] io::Error),
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Pending {
     iovecs: Vec<(u64, usize)>,
     blocks: Vec<u32>,
@@ -191,6 +191,20 @@ impl Kernel {
             self.to_handler.try_clone()?,
             self.from_handler.try_clone()?,
         ))
+    }
+
+    /// This kernel as it is now, with memory of its own: what a handler would find that came after a crash.
+    ///
+    /// # Errors
+    /// If memory or descriptors are not to be had.
+    pub fn copy(&self) -> io::Result<Kernel> {
+        let mut copy = Kernel::new(self.options.clone())?;
+        let mut bytes = vec![0; self.map.len()];
+        self.load(0, &mut bytes);
+        copy.store(0, &bytes);
+        (copy.head, copy.cleaned, copy.next_id) = (self.head, self.cleaned, self.next_id);
+        (copy.free, copy.pending, copy.random) = (self.free.clone(), self.pending.clone(), self.random);
+        Ok(copy)
     }
 
     /// Commands under way.

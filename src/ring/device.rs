@@ -13,7 +13,10 @@ use std::{
 
 use tcmu_sys::{Mailbox, TCMU_MAILBOX_FLAG_CAP_DIF};
 
-use super::RingError;
+use super::{
+    RingError,
+    record::{Record, RingId},
+};
 use crate::sys::mem::Mapping;
 
 /// A TCMU device that is not attached yet; it can be sent to the thread that will own it.
@@ -25,6 +28,8 @@ pub struct Device {
     pub(super) kick: OwnedFd,
     /// Bytes that a doorbell takes: 4 for UIO, 8 for an eventfd.
     pub(super) width: usize,
+    /// The in-flight record, and the number of this instance of the device.
+    pub(super) record: Option<(File, u64)>,
 }
 
 impl Device {
@@ -40,23 +45,44 @@ impl Device {
             .open(path)?;
         let wait = memory.as_fd().try_clone_to_owned()?;
         let kick = memory.as_fd().try_clone_to_owned()?;
-        Ok(Device { memory, len, wait, kick, width: 4 })
+        Ok(Device { memory, len, wait, kick, width: 4, record: None })
     }
 
     /// A device of the embedded kernel: shared memory and two eventfds.
     pub fn embedded(memory: File, len: usize, wait: OwnedFd, kick: OwnedFd) -> Device {
-        Device { memory, len, wait, kick, width: 8 }
+        Device { memory, len, wait, kick, width: 8, record: None }
     }
 
-    /// Whether entries lie in the ring that no handler has released: after a crash they were perhaps answered, perhaps not.
+    /// Keeps the in-flight record in that file, from the attaching on; what a predecessor left there is taken up. `instance` tells this
+    /// device from all others since boot.
+    #[must_use]
+    pub fn with_record(mut self, file: File, instance: u64) -> Device {
+        self.record = Some((file, instance));
+        self
+    }
+
+    /// Whether it is known which of the entries in the ring are unanswered: there are none, or the record of the handler that
+    /// was here before says it.
     ///
     /// # Errors
-    /// If the region cannot be mapped.
-    pub fn has_unreleased_entries(&self) -> Result<bool, RingError> {
+    /// If the region or the record cannot be mapped.
+    pub fn is_resumable(&self) -> Result<bool, RingError> {
         // The kernel maps the whole region or nothing.
         let len = self.len;
         let map = Mapping::new(&self.memory, len).map_err(|source| RingError::Map { len, source })?;
-        Ok(map.load_acquire(HEAD) != map.load_acquire(TAIL))
+        if map.load_acquire(HEAD) == map.load_acquire(TAIL) {
+            return Ok(true);
+        }
+        let Some((file, instance)) = &self.record else { return Ok(false) };
+        let mut words = [0; 8];
+        let at = std::mem::offset_of!(Mailbox, cmdr_off) as u64;
+        if !map.read(at, &mut words) {
+            return Ok(false);
+        }
+        let word = |at: usize| u32::from_le_bytes([words[at], words[at + 1], words[at + 2], words[at + 3]]);
+        let id = RingId { device: *instance, cmdr_off: word(0), cmdr_size: word(4) };
+        let known = file.try_clone().and_then(|file| Record::knows(file, id, &map));
+        known.map_err(RingError::Record)
     }
 
     /// Whether the kernel delivers protection information (`iov_dif`): see [`TCMU_MAILBOX_FLAG_CAP_DIF`].

@@ -9,7 +9,7 @@ use zerocopy::{
     little_endian::{U16, U32, U64},
 };
 
-use super::RingError;
+use super::{RingError, record::Once};
 use crate::sys::mem::{Mapping, Sg};
 
 /// A command descriptor block as it came.
@@ -45,6 +45,8 @@ pub struct Command {
     pub bidi: Sg,
     /// Protection information (`iov_dif`), where the kernel delivers it: out with data-out, room for it with data-in.
     pub dif: Sg,
+    /// For a command that can be executed only once, where a record is kept.
+    pub once: Option<Once>,
 }
 
 /// A task management request: the kernel has given these commands up.
@@ -136,7 +138,7 @@ pub(super) fn command(map: &Rc<Mapping>, place: Place, id: u16, bytes: &[u8]) ->
         }
     }
     let [data, bidi, dif] = lists;
-    Ok(Command { id, cdb: cdb(place, bytes, request.cdb_off.get())?, data, bidi, dif })
+    Ok(Command { id, cdb: cdb(place, bytes, request.cdb_off.get())?, data, bidi, dif, once: None })
 }
 
 fn segment(map: &Rc<Mapping>, place: Place, iov: &IoVecBytes) -> Result<crate::sys::mem::Segment, RingError> {

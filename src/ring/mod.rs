@@ -1,7 +1,8 @@
 //! The mailbox ring of target_core_user: bytes from the kernel become checked commands, and answers go back.
 //!
 //! [`device`] is what a ring is made of (a mapping and two doorbells), [`entry`] parses one entry, [`Ring`] walks them and
-//! completes out of order, and [`reply`] sees to it that each command is answered exactly once. Every offset and length
+//! completes out of order, [`reply`] sees to it that each command is answered exactly once, and [`record`] that this holds when
+//! the process is killed. Every offset and length
 //! from the shared memory is checked before use, entries are copied out before they are parsed, and an entry that makes no
 //! sense is a [`RingError`]: the device is faulted, and nothing panics.
 //!
@@ -9,14 +10,18 @@
 
 pub mod device;
 pub mod entry;
+pub mod record;
 pub mod reply;
 mod walk;
 
+#[cfg(test)]
+mod record_tests;
 #[cfg(test)]
 mod tests;
 
 pub use device::Device;
 pub use entry::{Command, Entry, Tmr};
+pub use record::Once;
 pub use reply::{Completion, Reply};
 pub use walk::{Capabilities, Ring};
 
@@ -34,6 +39,9 @@ pub enum RingError {
     /// A doorbell cannot be used.
     #[error("the ring's doorbell failed")]
     Doorbell(#[source] std::io::Error),
+    /// The in-flight record cannot be kept.
+    #[error("the in-flight record cannot be kept")]
+    Record(#[source] std::io::Error),
     /// Another mailbox than the one that we speak.
     #[error("mailbox version {found}: only version {} is understood", tcmu_sys::TCMU_MAILBOX_VERSION)]
     Version {

@@ -47,8 +47,13 @@ impl Completion {
     }
 }
 
+/// No slot of this process.
+pub(super) const KEPT: u64 = u64::MAX;
+
 pub(super) struct Done {
     pub(super) id: u16,
+    /// Counts the slots read; [`KEPT`] for a command whose request was kept aside by a predecessor.
+    pub(super) slot: u64,
     pub(super) completion: Completion,
 }
 
@@ -65,12 +70,13 @@ pub(super) type Queue = Rc<Answers>;
 /// Has to be given for every command.
 pub struct Reply {
     id: u16,
+    slot: u64,
     queue: Option<Queue>,
 }
 
 impl Reply {
-    pub(super) fn new(id: u16, queue: Queue) -> Reply {
-        Reply { id, queue: Some(queue) }
+    pub(super) fn new(id: u16, slot: u64, queue: Queue) -> Reply {
+        Reply { id, slot, queue: Some(queue) }
     }
 
     /// The command that waits for it.
@@ -87,7 +93,7 @@ impl Reply {
         if let Some(queue) = self.queue.take()
             && !queue.closed.get()
         {
-            queue.done.borrow_mut().push(Done { id: self.id, completion });
+            queue.done.borrow_mut().push(Done { id: self.id, slot: self.slot, completion });
         }
     }
 }

@@ -14,4 +14,4 @@ mod target;
 mod vpd;
 
 pub use sense::{Sense, SenseKey, Status};
-pub use target::{Command, Response, SavedPages, Target, TargetConfig, naa_from_serial};
+pub use target::{Command, Once, Response, SavedPages, Target, TargetConfig, naa_from_serial};

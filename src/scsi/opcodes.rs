@@ -7,6 +7,9 @@
 use super::cdb::VARIABLE_LENGTH;
 use crate::volume::PiType;
 
+/// The operation code of COMPARE AND WRITE (SBC-4 5.2).
+pub const COMPARE_AND_WRITE: u8 = 0x89;
+
 /// What a row runs. The dispatcher matches it without a catch-all arm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // The names are the commands'.
@@ -251,7 +254,7 @@ pub static TABLE: &[Op] = &[
     op(Kind::WriteAndVerify, &WRITE_AND_VERIFY_32).variable().writes(),
     op(Kind::WriteSame, &WRITE_SAME_32).variable().writes(),
     op(Kind::Read, &[0x88, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).protects(),
-    op(Kind::CompareAndWrite, &[0x89, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP, 0])
+    op(Kind::CompareAndWrite, &[COMPARE_AND_WRITE, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP, 0])
         .writes()
         .protects(),
     op(Kind::Write, &[0x8a, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes().protects(),

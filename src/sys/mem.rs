@@ -83,6 +83,30 @@ impl Buffer {
     }
 }
 
+/// For tests of what a process leaves behind when it is killed: something to do before each store into shared memory.
+#[cfg(test)]
+pub(crate) mod crash {
+    use std::cell::RefCell;
+
+    type Hook = Box<dyn FnMut()>;
+
+    thread_local! {
+        static HOOK: RefCell<Option<Hook>> = const { RefCell::new(None) };
+    }
+
+    /// Calls back before each store of this thread, until another is set.
+    pub(crate) fn before_each_store(hook: Option<Hook>) {
+        HOOK.with(|h| *h.borrow_mut() = hook);
+    }
+
+    pub(super) fn point() {
+        // Stores that the hook itself makes are none of the process's.
+        let Some(mut hook) = HOOK.with(|h| h.borrow_mut().take()) else { return };
+        hook();
+        HOOK.with(|h| *h.borrow_mut() = Some(hook));
+    }
+}
+
 /// A shared, writable mapping of a file: a UIO region, or the embedded kernel's memory.
 pub struct Mapping {
     map: memmap2::MmapRaw,
@@ -131,6 +155,8 @@ impl Mapping {
         if !self.holds(offset, bytes.len() as u64) {
             return false;
         }
+        #[cfg(test)]
+        crash::point();
         // SAFETY: the range is inside the mapping, and `bytes` is memory of this process.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base().add(offset as usize), bytes.len())
@@ -151,6 +177,8 @@ impl Mapping {
     /// # Panics
     /// As [`Mapping::load_acquire`].
     pub fn store_release(&self, offset: u64, value: u32) {
+        #[cfg(test)]
+        crash::point();
         self.atomic(offset).store(value, Ordering::Release)
     }
 

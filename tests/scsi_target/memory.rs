@@ -271,7 +271,8 @@ impl Bench {
     /// Begins a command.
     pub fn spawn(&self, cdb: &[u8], data: &Sg) -> Rc<RefCell<Option<Answer>>> {
         let out = Rc::new(RefCell::new(None));
-        let command = Command { cdb: cdb.into(), data: data.clone(), bidi: Sg::new(), dif: Sg::new() };
+        let command =
+            Command { cdb: cdb.into(), data: data.clone(), bidi: Sg::new(), dif: Sg::new(), once: None };
         let (slot, target, data) = (out.clone(), self.target.clone(), data.clone());
         self.exec.spawn(async move {
             let response = target.execute(command).await;

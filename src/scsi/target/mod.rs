@@ -52,6 +52,16 @@ pub struct Command {
     pub bidi: Sg,
     /// Protection information that travels beside the data: a tuple for each block, if the kernel passes it on.
     pub dif: Sg,
+    /// For COMPARE AND WRITE, if there is a memory that outlives this process.
+    pub once: Option<Rc<dyn Once>>,
+}
+
+/// Remembers that a command has come to its point of no return, for whoever executes it again after a crash.
+pub trait Once: std::fmt::Debug {
+    /// Whether an execution that was cut off had come that far.
+    fn is_marked(&self) -> bool;
+    /// It has come that far now.
+    fn mark(&self);
 }
 
 /// What an initiator gets back.
@@ -235,6 +245,11 @@ impl<V: Volume> Target<V> {
         if old.blocks != self.geometry.get().blocks {
             self.attention(Asc::CAPACITY_DATA_CHANGED);
         }
+    }
+
+    /// The initiators have noticed nothing of the restart, so there is no power on to tell them of.
+    pub fn goes_on(&self) {
+        self.attentions.borrow_mut().retain(|asc| *asc != Asc::POWER_ON_OR_RESET);
     }
 
     /// Whether writes are acknowledged before they are on stable storage (WCE).

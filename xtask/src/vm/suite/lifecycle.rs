@@ -1,5 +1,6 @@
 //! LUNs that come, go, grow and share the host, and a daemon that goes away and comes back.
 
+use super::super::guest::Guest;
 use super::initiator::{fio, geometry};
 use super::lun::{
     assert_image_clean, assert_nothing_left, create_on_loopback, daemon_pid, delete, names, show,
@@ -487,6 +488,16 @@ fn kill_9_under_fio(run: &mut Run<'_>) -> Result<()> {
             .filter(|line| line.contains("check failed") || line.contains("I/O error, dev"))
             .collect();
         ensure!(bad.is_empty(), "{mode}: errors at the guest: {bad:#?}");
+        // Each daemon knew what its predecessor had answered: nothing was given back as BUSY, and no initiator was told of a power on.
+        let count = |guest: &mut Guest, words: &str| -> Result<u64> {
+            let said = guest.sh(&format!("grep -c '{words}' /scratch/daemon.log || true"))?;
+            said.trim().parse().with_context(|| format!("grep says {said:?}"))
+        };
+        ensure!(count(guest, "given back to be sent again")? == 0, "{mode}: a ring was reset");
+        let taken_up = count(guest, "taken up where another daemon left it")?;
+        ensure!(taken_up >= kills.trim().parse()?, "{mode}: {taken_up} rings taken up after {kills} kills");
+        ensure!(!log.contains("Power-on or device reset"), "{mode}: the guest was told of a power on");
+        guest.sh("rm /scratch/daemon.log")?;
         delete(guest, "k")?;
         assert_image_clean(guest, &image, "raw", true)?;
     }
