@@ -30,7 +30,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "units",
         ],
     ),
-    ("control", &["lun", "units"]),
+    ("control", &["lun", "volume", "sys", "units"]),
     ("peer", &["ring", "sys", "units", "sync"]),
     ("conformance", &["peer", "sys", "units"]),
     ("demo", &["peer", "lun", "ring", "pi", "image", "volume", "sys", "units"]),

@@ -1,79 +1,286 @@
 //! What can be asked over QMP, command by command. Names, arguments and words are QEMU's where it has them.
+//!
+//! One table says it all: arguments are checked against it, `query-commands` and `query-qmp-schema` are made from it, and so is
+//! the table in `docs/qmp.md`.
+
+mod block;
+mod jobs;
 
 use serde_json::{Map, Value, json};
 
 use super::{
-    Registry, job_device, job_id,
+    Host, Registry, ShutdownCause,
+    events::EVENTS,
     qmp::{Class, Error, version},
+    schema::{EMPTY, Member, Schema, Type, check_members, has, may},
+    types,
 };
-use crate::lun::{
-    LunError, Remote,
-    scrub::{Scrub, ScrubError, ScrubOrder},
-};
+use crate::lun::{LunError, Remote, scrub::ScrubError};
 
-type Run = fn(&Registry, &mut Arguments) -> Result<Value, Error>;
+/// What is done once the client has its answer.
+pub(super) type After = fn(&Registry);
 
-/// Every command but `qmp_capabilities`, which is the connection's own.
-const COMMANDS: &[(&str, Run)] = &[
-    ("block-job-set-speed", set_speed),
-    ("job-cancel", |luns, args| job(luns, args, ScrubOrder::Cancel)),
-    ("job-pause", |luns, args| job(luns, args, ScrubOrder::Pause)),
-    ("job-resume", |luns, args| job(luns, args, ScrubOrder::Resume)),
-    ("pi-scrub", scrub),
-    ("query-commands", |_, args| args.end().map(|()| names())),
-    ("query-jobs", |luns, args| args.end().map(|()| jobs(luns))),
-    ("query-pi", query_pi),
-    ("query-version", |_, args| args.end().map(|()| version())),
+/// A command.
+pub(super) struct Command {
+    name: &'static str,
+    args: &'static [Member],
+    returns: Type,
+    help: &'static str,
+    run: fn(&Registry, &Arguments) -> Result<Value, Error>,
+    /// What is done once the client has its answer.
+    after: Option<After>,
+}
+
+const NOTHING: Type = Type::Object(&EMPTY);
+
+/// Every command.
+static COMMANDS: &[Command] = &[
+    Command {
+        name: "block-job-set-speed",
+        args: &[has("device", Type::Str), has("speed", Type::Int)],
+        returns: NOTHING,
+        help: "as in QEMU, for a scrub: `device` is the job's id, `speed` is in bytes a second, 0 for no limit",
+        run: jobs::set_speed,
+        after: None,
+    },
+    Command {
+        name: "block_resize",
+        args: &[may("device", Type::Str), may("node-name", Type::Str), has("size", Type::Int)],
+        returns: NOTHING,
+        help: "another size in bytes, of the image and for initiators, as `tcmu-dif resize`: a multiple of the block size",
+        run: block::resize,
+        after: None,
+    },
+    Command {
+        name: "job-cancel",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as in QEMU",
+        run: jobs::cancel,
+        after: None,
+    },
+    Command {
+        name: "job-pause",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as in QEMU; a paused scrub stays paused across a restart",
+        run: jobs::pause,
+        after: None,
+    },
+    Command {
+        name: "job-resume",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as in QEMU",
+        run: jobs::resume,
+        after: None,
+    },
+    Command {
+        name: "pi-scrub",
+        args: &[has("device", Type::Str), may("speed", Type::Int)],
+        returns: NOTHING,
+        help: "begins a scrub of a LUN that has protection information, as the job `scrub-DEVICE`; `speed` is in bytes a second, 0 \
+               for no limit, 104857600 if it is left out",
+        run: jobs::scrub,
+        after: None,
+    },
+    Command {
+        name: "qmp_capabilities",
+        args: &[may("enable", Type::List(&Type::Enum(&types::CAPABILITY)))],
+        returns: NOTHING,
+        help: "as in QEMU: has to come first; there are no capabilities to enable",
+        run: |_, _| {
+            let words = "Capabilities negotiation is already complete, command ignored";
+            Err(Error::new(Class::CommandNotFound, words))
+        },
+        after: None,
+    },
+    Command {
+        name: "query-block",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::BLOCK_INFO)),
+        help: "as in QEMU: every LUN with its image and backing files",
+        run: block::query_block,
+        after: None,
+    },
+    Command {
+        name: "query-blockstats",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::BLOCK_STATS)),
+        help: "as in QEMU: bytes and commands of every LUN since it started; what is not counted here (times, merges, zones, \
+               `wr_highest_offset`) is left out",
+        run: block::query_stats,
+        after: None,
+    },
+    Command {
+        name: "query-commands",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::COMMAND_INFO)),
+        help: "the names of all commands",
+        run: |_, _| Ok(COMMANDS.iter().map(|c| json!({ "name": c.name })).collect()),
+        after: None,
+    },
+    Command {
+        name: "query-jobs",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::JOB_INFO)),
+        help: "the jobs under way, as QEMU tells of its own",
+        run: jobs::query_jobs,
+        after: None,
+    },
+    Command {
+        name: "query-luns",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::LUN_INFO)),
+        help: "every LUN that serves or has failed since it did: image, state, size, protection, counters; one that never started \
+               is in `tcmu-dif list`",
+        run: block::query_luns,
+        after: None,
+    },
+    Command {
+        name: "query-named-block-nodes",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::BLOCK_DEVICE_INFO)),
+        help: "as in QEMU: every image under its LUN's name, and its backing files as `NAME-backing-1` and so on",
+        run: block::query_nodes,
+        after: None,
+    },
+    Command {
+        name: "query-pi",
+        args: &[may("device", Type::Str)],
+        returns: Type::List(&Type::Object(&types::PI_INFO)),
+        help: "protection of one LUN or of all: counters, and the scrub under way or the last one, with the blocks that it found",
+        run: jobs::query_pi,
+        after: None,
+    },
+    Command {
+        name: "query-qmp-schema",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::SCHEMA_INFO)),
+        help: "every command with the types of its arguments and its answer, as in QEMU, under plain type names",
+        run: |_, _| Ok(schema()),
+        after: None,
+    },
+    Command {
+        name: "query-version",
+        args: &[],
+        returns: Type::Object(&types::VERSION_INFO),
+        help: "the version, in QEMU's shape: what it calls `qemu` is this program's",
+        run: |_, _| Ok(version()),
+        after: None,
+    },
+    Command {
+        name: "quit",
+        args: &[],
+        returns: NOTHING,
+        help: "ends the daemon as SIGTERM does: commands in flight are finished, images closed; the LUNs stay, and wait for the next",
+        run: |luns, _| match luns.host() {
+            Some(_) => done(),
+            None => Err(Error::generic("there is no daemon here that could end")),
+        },
+        after: Some(|luns| {
+            luns.shut_down(ShutdownCause::Quit);
+            luns.host().into_iter().for_each(Host::quit);
+        }),
+    },
 ];
 
-/// Carries out a command.
+/// The tables of commands and events, in Markdown.
+pub(super) fn documentation() -> String {
+    let argument =
+        |m: &Member| format!("`{}`: {}{}", m.name, m.of.name(), if m.optional { ", optional" } else { "" });
+    let arguments = |members: &[Member]| match members {
+        [] => "–".to_owned(),
+        some => some.iter().map(argument).collect::<Vec<_>>().join("; "),
+    };
+    let mut text =
+        String::from("| command | arguments | returns | what it does |\n| --- | --- | --- | --- |\n");
+    for c in COMMANDS {
+        let returns = match c.returns.name() {
+            name if name == EMPTY.name => "–".to_owned(),
+            name => format!("`{name}`"),
+        };
+        text.push_str(&format!("| `{}` | {} | {returns} | {} |\n", c.name, arguments(c.args), c.help));
+    }
+    text.push_str("\n| event | data | when |\n| --- | --- | --- |\n");
+    for e in EVENTS {
+        text.push_str(&format!("| `{}` | {} | {} |\n", e.name, arguments(e.data), e.help));
+    }
+    text
+}
+
+fn schema() -> Value {
+    let mut schema = Schema::default();
+    for command in COMMANDS {
+        schema.command(command.name, command.args, &command.returns);
+    }
+    for event in EVENTS {
+        schema.event(event.name, event.data);
+    }
+    schema.into_value()
+}
+
+/// Looks a command up, and checks what it is given.
 ///
 /// # Errors
-/// In QMP's classes: also for arguments that are missing, of the wrong type, or too many.
-pub(super) fn execute(luns: &Registry, name: &str, arguments: Map<String, Value>) -> Result<Value, Error> {
-    let Some((_, run)) = COMMANDS.iter().find(|(known, _)| *known == name) else {
-        return Err(Error::new(Class::CommandNotFound, format!("The command {name} has not been found")));
-    };
-    let mut arguments = Arguments { given: arguments };
-    run(luns, &mut arguments)
+/// In QEMU's words: that there is no such command; arguments that are missing, of the wrong type, or too many.
+pub(super) fn parse(
+    name: &str,
+    arguments: Map<String, Value>,
+) -> Result<(&'static Command, Arguments), Error> {
+    let command = COMMANDS.iter().find(|known| known.name == name).ok_or_else(|| {
+        Error::new(Class::CommandNotFound, format!("The command {name} has not been found"))
+    })?;
+    check_members(command.args, &arguments)?;
+    Ok((command, Arguments(arguments)))
 }
 
-/// The arguments of a command. Each is taken once; [`Arguments::end`] refuses what is left.
-struct Arguments {
-    given: Map<String, Value>,
+/// Carries out a command. Gives its answer, and what is to be done once the client has that.
+///
+/// # Errors
+/// Those of [`parse`], and the command's own.
+pub(super) fn execute(
+    luns: &Registry,
+    name: &str,
+    arguments: Map<String, Value>,
+) -> Result<(Value, Option<After>), Error> {
+    let (command, arguments) = parse(name, arguments)?;
+    Ok(((command.run)(luns, &arguments)?, command.after))
 }
+
+/// The arguments of a command, of the types that its row declares.
+pub(super) struct Arguments(Map<String, Value>);
 
 impl Arguments {
-    fn string(&mut self, name: &str) -> Result<String, Error> {
-        match self.given.remove(name) {
-            Some(Value::String(text)) => Ok(text),
-            Some(_) => Err(wrong_type(name, "string")),
-            None => Err(Error::generic(format!("Parameter '{name}' is missing"))),
-        }
+    fn maybe_text(&self, name: &str) -> Option<&str> {
+        self.0.get(name).and_then(Value::as_str)
     }
 
-    fn number(&mut self, name: &str) -> Result<Option<u64>, Error> {
-        match self.given.remove(name) {
-            None => Ok(None),
-            Some(value) => value.as_u64().map(Some).ok_or_else(|| wrong_type(name, "integer")),
-        }
+    fn text(&self, name: &str) -> Result<&str, Error> {
+        self.maybe_text(name).ok_or_else(|| missing(name))
     }
 
-    fn end(&self) -> Result<(), Error> {
-        match self.given.keys().next() {
-            Some(name) => Err(Error::generic(format!("Parameter '{name}' is unexpected"))),
-            None => Ok(()),
-        }
+    fn maybe_number(&self, name: &str) -> Option<u64> {
+        self.0.get(name).and_then(Value::as_u64)
+    }
+
+    fn number(&self, name: &str) -> Result<u64, Error> {
+        self.maybe_number(name).ok_or_else(|| missing(name))
+    }
+
+    /// How many elements a list has.
+    pub(super) fn elements(&self, name: &str) -> usize {
+        self.0.get(name).and_then(Value::as_array).map_or(0, Vec::len)
     }
 }
 
-fn wrong_type(name: &str, wanted: &str) -> Error {
-    Error::generic(format!("Invalid parameter type for '{name}', expected: {wanted}"))
+fn missing(name: &str) -> Error {
+    Error::generic(format!("Parameter '{name}' is missing"))
 }
 
-fn names() -> Value {
-    let all = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
-    all.map(|name| json!({ "name": name })).collect()
+/// The answer of a command that has nothing to say.
+fn done() -> Result<Value, Error> {
+    Ok(json!({}))
 }
 
 fn find(luns: &Registry, device: &str) -> Result<Remote, Error> {
@@ -94,86 +301,6 @@ fn told<T>(result: Result<T, LunError>) -> Result<T, Error> {
         };
         Error::new(class, e.next_step().map_or(e.to_string(), |next| format!("{e}: {next}")))
     })
-}
-
-fn scrub(luns: &Registry, args: &mut Arguments) -> Result<Value, Error> {
-    let (device, speed) = (args.string("device")?, args.number("speed")?);
-    args.end()?;
-    told(find(luns, &device)?.scrub(ScrubOrder::Start(speed)))?;
-    Ok(json!({}))
-}
-
-fn order(luns: &Registry, id: &str, order: ScrubOrder) -> Result<Value, Error> {
-    let none = || Error::new(Class::DeviceNotActive, format!("Job '{id}' not found"));
-    let lun = job_device(id).and_then(|device| luns.find(device)).ok_or_else(none)?;
-    told(lun.scrub(order))?;
-    Ok(json!({}))
-}
-
-fn job(luns: &Registry, args: &mut Arguments, what: ScrubOrder) -> Result<Value, Error> {
-    let id = args.string("id")?;
-    args.end()?;
-    order(luns, &id, what)
-}
-
-fn set_speed(luns: &Registry, args: &mut Arguments) -> Result<Value, Error> {
-    let (id, speed) = (args.string("device")?, args.number("speed")?);
-    args.end()?;
-    let speed = speed.ok_or_else(|| Error::generic("Parameter 'speed' is missing"))?;
-    order(luns, &id, ScrubOrder::SetSpeed(speed))
-}
-
-fn jobs(luns: &Registry) -> Value {
-    let mut jobs = Vec::new();
-    for (name, lun) in luns.all() {
-        // A LUN that has just gone, or has no protection, has none.
-        if let Ok(Some(scrub)) = lun.scrub(ScrubOrder::Query)
-            && scrub.is_under_way()
-        {
-            let (done, total) = scrub.progress();
-            jobs.push(json!({
-                "id": job_id(&name), "type": "pi-scrub", "status": scrub.status,
-                "current-progress": done, "total-progress": total,
-            }));
-        }
-    }
-    Value::Array(jobs)
-}
-
-/// Protection of one LUN, or of all: its counters, and the scrub under way or the last one.
-fn query_pi(luns: &Registry, args: &mut Arguments) -> Result<Value, Error> {
-    let wanted = match args.given.contains_key("device") {
-        true => {
-            let device = args.string("device")?;
-            let lun = find(luns, &device)?;
-            vec![(device, lun)]
-        }
-        false => luns.all(),
-    };
-    args.end()?;
-    let mut all = Vec::new();
-    for (name, lun) in wanted {
-        let counters = told(lun.stats())?.pi;
-        let scrub = if counters.is_some() { told(lun.scrub(ScrubOrder::Query))? } else { None };
-        all.push(json!({
-            "device": name, "protected": counters.is_some(), "counters": counters,
-            "scrub": scrub.map(|s| described(&name, &s)),
-        }));
-    }
-    Ok(Value::Array(all))
-}
-
-fn described(device: &str, scrub: &Scrub) -> Value {
-    let (done, total) = scrub.progress();
-    let mut value = json!(scrub);
-    if let Some(map) = value.as_object_mut() {
-        map.insert("current-progress".to_owned(), done.into());
-        map.insert("total-progress".to_owned(), total.into());
-        if scrub.is_under_way() {
-            map.insert("job".to_owned(), job_id(device).into());
-        }
-    }
-    value
 }
 
 #[cfg(test)]
@@ -216,12 +343,39 @@ mod tests {
     fn what_takes_no_arguments_refuses_some_and_every_command_is_listed_once() {
         let listed = execute(&Registry::default(), "query-commands", Map::new()).unwrap();
         let mut names: Vec<String> =
-            listed.as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap().to_owned()).collect();
+            listed.0.as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap().to_owned()).collect();
         let all = names.len();
         names.sort();
         names.dedup();
-        assert_eq!((names.len(), all), (COMMANDS.len() + 1, COMMANDS.len() + 1));
+        assert_eq!((names.len(), all), (COMMANDS.len(), COMMANDS.len()));
         let e = refused("query-version", json!({ "x": 1 }));
         assert_eq!(e, Error::generic("Parameter 'x' is unexpected"));
+    }
+
+    /// Every name of a type in the schema, and who says it.
+    fn named(info: &Value) -> Vec<&str> {
+        let mut names: Vec<&str> =
+            ["arg-type", "ret-type", "element-type"].iter().filter_map(|key| info[key].as_str()).collect();
+        for list in ["members", "variants"] {
+            names.extend(info[list].as_array().into_iter().flatten().filter_map(|m| m["type"].as_str()));
+        }
+        names
+    }
+
+    #[test]
+    fn every_type_that_the_schema_names_is_in_it_and_every_command_too() {
+        let schema = schema();
+        let all = schema.as_array().unwrap();
+        let is = |info: &Value, metas: &[&str]| metas.iter().any(|m| info["meta-type"] == *m);
+        for info in all {
+            for name in named(info) {
+                let found: Vec<_> =
+                    all.iter().filter(|i| i["name"] == name && !is(i, &["command", "event"])).collect();
+                assert_eq!(found.len(), 1, "{name}, named by {info}");
+            }
+        }
+        for command in COMMANDS {
+            assert!(all.iter().any(|i| i["name"] == command.name && is(i, &["command"])), "{}", command.name);
+        }
     }
 }

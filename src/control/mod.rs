@@ -1,20 +1,30 @@
 //! How a running daemon is asked: QMP, QEMU's protocol for machines (qemu's `docs/interop/qmp-spec.rst`), over a Unix socket.
 //!
 //! [`server`] listens for the daemon, [`client`] asks for the command line, [`commands`] is what can be asked, [`qmp`] are the
-//! words of the protocol. The LUNs that can be asked stand in a [`Registry`], which the daemon keeps. Nothing here is on
+//! words of the protocol, [`events`] is what is told unasked, [`access`] says who may ask. The LUNs that can be asked stand in a [`Registry`], which the daemon keeps. Nothing here is on
 //! the data path: a question goes to the LUN's thread as a message.
 
+mod access;
 pub mod client;
 mod commands;
+pub mod events;
 pub mod qmp;
+mod schema;
 pub mod server;
+mod types;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use serde_json::{Value, json};
+
 use crate::lun::Remote;
+use events::Bus;
 
 /// The socket's name in the run directory.
 pub const SOCKET: &str = "qmp.sock";
@@ -31,18 +41,81 @@ fn job_device(id: &str) -> Option<&str> {
 
 const JOB: &str = "scrub-";
 
-/// The LUNs that serve, by name.
-#[derive(Debug, Clone, Default)]
-pub struct Registry(Arc<Mutex<BTreeMap<String, Remote>>>);
+/// What the daemon does for those who ask: what a LUN cannot do by itself.
+pub trait Host: Send + Sync {
+    /// Has the kernel and the LUN take another capacity, in bytes.
+    ///
+    /// # Errors
+    /// Why it has the old one still.
+    fn resize(&self, device: &str, bytes: u64) -> Result<(), qmp::Error>;
+    /// Begins to end the daemon, as SIGTERM does.
+    fn quit(&self);
+}
+
+/// Why the daemon stops, in QEMU's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShutdownCause {
+    /// The command `quit`.
+    Quit,
+    /// A signal.
+    Signal,
+}
+
+#[derive(Default)]
+struct Inner {
+    luns: Mutex<BTreeMap<String, Remote>>,
+    bus: Bus,
+    host: OnceLock<Box<dyn Host>>,
+    shut_down: AtomicBool,
+}
+
+/// The LUNs that serve, by name; what happens to them; and the daemon, if there is one.
+#[derive(Clone, Default)]
+pub struct Registry(Arc<Inner>);
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Registry").field(&self.luns().keys()).finish()
+    }
+}
 
 impl Registry {
-    fn luns(&self) -> MutexGuard<'_, BTreeMap<String, Remote>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// LUNs that this daemon has.
+    pub fn with_host(host: impl Host + 'static) -> Registry {
+        let registry = Registry::default();
+        // It has none yet.
+        let _ = registry.0.host.set(Box::new(host));
+        registry
     }
 
-    /// A LUN has come, or has come again.
+    fn host(&self) -> Option<&dyn Host> {
+        self.0.host.get().map(|host| &**host)
+    }
+
+    fn bus(&self) -> &Bus {
+        &self.0.bus
+    }
+
+    /// The daemon begins to stop. Told once, whatever else says so.
+    pub fn shut_down(&self, cause: ShutdownCause) {
+        if !self.0.shut_down.swap(true, Ordering::AcqRel) {
+            let reason = match cause {
+                ShutdownCause::Quit => "host-qmp-quit",
+                ShutdownCause::Signal => "host-signal",
+            };
+            self.bus().publish("SHUTDOWN", json!({ "guest": false, "reason": reason }));
+        }
+    }
+
+    fn luns(&self) -> MutexGuard<'_, BTreeMap<String, Remote>> {
+        self.0.luns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A LUN has come, or has come again. What happens to it is told from now on.
     pub fn insert(&self, name: &str, lun: Remote) {
-        self.luns().insert(name.to_owned(), lun);
+        self.luns().insert(name.to_owned(), lun.clone());
+        self.bus().publish("LUN_ADDED", json!({ "device": name }));
+        lun.watch(self.bus().watcher(name));
     }
 
     /// A LUN has gone: this one, not one that has come under its name since.
@@ -50,6 +123,8 @@ impl Registry {
         let mut luns = self.luns();
         if luns.get(name).is_some_and(|there| there.is_same(lun)) {
             luns.remove(name);
+            drop(luns);
+            self.bus().publish("LUN_REMOVED", json!({ "device": name }));
         }
     }
 
@@ -61,5 +136,21 @@ impl Registry {
     /// All of them.
     pub fn all(&self) -> Vec<(String, Remote)> {
         self.luns().iter().map(|(name, lun)| (name.clone(), lun.clone())).collect()
+    }
+}
+
+/// The tables of commands and events, for `docs/qmp.md`.
+pub fn documentation() -> String {
+    commands::documentation()
+}
+
+/// An object without those members that are null: QMP leaves out what there is none of.
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            map.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k, without_nulls(v))).collect()
+        }
+        Value::Array(list) => list.into_iter().map(without_nulls).collect(),
+        other => other,
     }
 }

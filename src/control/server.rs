@@ -1,31 +1,36 @@
 //! The daemon's end of the QMP socket: a thread that accepts, and a thread for each client.
 //!
-//! The socket is its owner's alone (mode 0600), because whoever can write to it can have LUNs read and their jobs ended. A
-//! client can be slow, silent or hostile: it has a thread to itself, its messages are bounded, and an answer that it doesn't
-//! take ends its connection. Called by the daemon at its start.
+//! The socket is its owner's alone (mode 0600) unless an administrator gives it to a group, because whoever can write to it can
+//! have LUNs read and the daemon ended; who asks is looked at once more ([`access`]). A client can be slow, silent or hostile: it
+//! has a thread to itself, and one for its events, its messages are bounded, and an answer or an event that it doesn't take ends its
+//! connection. Called by the daemon at its start.
 
 use std::{
     io::{self, Write},
+    net::Shutdown,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
     fs::{Mode, fchmod},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+    process::geteuid,
 };
 use serde_json::{Map, Value, json};
 
 use super::{
-    Registry, commands,
+    Registry, access, commands,
+    events::{Bus, Subscription},
     qmp::{Class, Error, Messages, Request, greeting, response},
 };
+use crate::sys::socket;
 
 /// Clients at a time.
 const MAX_CLIENTS: usize = 32;
@@ -33,12 +38,18 @@ const MAX_CLIENTS: usize = 32;
 /// How long a client may take to take an answer.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long clients may take to hear the last events when the server ends.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// Listens for as long as it lives.
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    bus: Bus,
+    /// Threads that write events.
+    telling: Arc<AtomicUsize>,
 }
 
 impl Server {
@@ -60,14 +71,17 @@ impl Server {
         let listener = std::os::unix::net::UnixListener::from(socket);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let clients = Arc::new(AtomicUsize::new(0));
+        let telling = Arc::new(AtomicUsize::new(0));
+        let bus = luns.bus().clone();
+        let reception =
+            Reception { path: path.to_owned(), luns, clients: Arc::default(), telling: telling.clone() };
         let accept = move || {
             for stream in listener.incoming() {
                 if stopped.load(Ordering::Acquire) {
                     return;
                 }
                 match stream {
-                    Ok(stream) => admit(stream, &luns, &clients),
+                    Ok(stream) => reception.admit(stream),
                     Err(e) => {
                         // Out of descriptors, most likely: they come back.
                         tracing::warn!("qmp: {e}");
@@ -77,7 +91,7 @@ impl Server {
             }
         };
         let thread = std::thread::Builder::new().name("qmp".to_owned()).spawn(accept)?;
-        Ok(Server { path: path.to_owned(), stop, thread: Some(thread) })
+        Ok(Server { path: path.to_owned(), stop, thread: Some(thread), bus, telling })
     }
 }
 
@@ -91,96 +105,181 @@ impl Drop for Server {
             let _ = thread.join();
         }
         let _ = std::fs::remove_file(&self.path);
+        // What has been published is still told, SHUTDOWN above all, to those who listen.
+        self.bus.close();
+        let end = Instant::now() + LAST_WORDS;
+        while self.telling.load(Ordering::Acquire) > 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
-/// Counts a client for as long as it lives.
-struct Admitted(Arc<AtomicUsize>);
+/// Counts somebody for as long as it lives.
+struct Counted(Arc<AtomicUsize>);
 
-impl Drop for Admitted {
+impl Counted {
+    /// One more. Gives how many there were before, too.
+    fn more(all: &Arc<AtomicUsize>) -> (usize, Counted) {
+        let before = all.fetch_add(1, Ordering::AcqRel);
+        (before, Counted(all.clone()))
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-fn admit(mut stream: UnixStream, luns: &Registry, clients: &Arc<AtomicUsize>) {
-    let before = clients.fetch_add(1, Ordering::AcqRel);
-    let admitted = Admitted(clients.clone());
-    if let Err(e) = stream.set_write_timeout(Some(WRITE_PATIENCE)) {
-        tracing::warn!("qmp: {e}");
-        return;
-    }
-    if before >= MAX_CLIENTS {
-        let words = format!("{MAX_CLIENTS} clients are connected, and there can be no more");
-        let _ = say(&mut stream, &response(Err(Error::generic(words)), None));
-        return;
-    }
-    let luns = luns.clone();
-    let spawned = std::thread::Builder::new().name("qmp client".to_owned()).spawn(move || {
-        let _admitted = admitted;
-        if let Err(e) = converse(stream, &luns) {
-            tracing::debug!("qmp: a client is gone: {e}");
+/// What the thread that accepts hands to each client's.
+struct Reception {
+    path: PathBuf,
+    luns: Registry,
+    clients: Arc<AtomicUsize>,
+    telling: Arc<AtomicUsize>,
+}
+
+impl Reception {
+    fn admit(&self, stream: UnixStream) {
+        let (before, admitted) = Counted::more(&self.clients);
+        if let Err(e) = stream.set_write_timeout(Some(WRITE_PATIENCE)) {
+            tracing::warn!("qmp: {e}");
+            return;
         }
-    });
-    if let Err(e) = spawned {
-        tracing::warn!("qmp: no thread for a client: {e}");
+        let mut out = Out(Arc::new(Mutex::new(stream)));
+        if let Err(words) = self.may_ask(&out) {
+            tracing::warn!("qmp: refused: {words}");
+            let _ = out.say(&response(Err(Error::generic(words)), None));
+            return;
+        }
+        if before >= MAX_CLIENTS {
+            let words = format!("{MAX_CLIENTS} clients are connected, and there can be no more");
+            let _ = out.say(&response(Err(Error::generic(words)), None));
+            return;
+        }
+        let (luns, telling) = (self.luns.clone(), self.telling.clone());
+        let spawned = std::thread::Builder::new().name("qmp client".to_owned()).spawn(move || {
+            let _admitted = admitted;
+            if let Err(e) = converse(&mut out, &luns, &telling) {
+                tracing::debug!("qmp: a client is gone: {e}");
+            }
+            out.end();
+        });
+        if let Err(e) = spawned {
+            tracing::warn!("qmp: no thread for a client: {e}");
+        }
+    }
+
+    fn may_ask(&self, out: &Out) -> Result<(), String> {
+        let peer = socket::peer(&*out.stream()).map_err(|e| format!("nobody knows who asks: {e}"))?;
+        let socket = std::fs::symlink_metadata(&self.path).map_err(|e| format!("the socket is gone: {e}"))?;
+        access::check(&peer, geteuid().as_raw(), &socket)
+    }
+}
+
+/// Where a client is written to: answers by the thread that reads from it, events by another, each whole.
+#[derive(Clone)]
+struct Out(Arc<Mutex<UnixStream>>);
+
+impl Out {
+    fn stream(&self) -> MutexGuard<'_, UnixStream> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn say(&mut self, message: &Value) -> io::Result<()> {
+        self.line(&format!("{message}\r\n"))
+    }
+
+    fn line(&mut self, line: &str) -> io::Result<()> {
+        self.stream().write_all(line.as_bytes())
+    }
+
+    /// Ends the connection, whoever still holds a part of it.
+    fn end(&self) {
+        // One that is gone already need not be ended.
+        let _ = self.stream().shutdown(Shutdown::Both);
+    }
+}
+
+/// A client's place among those who are told; with it ends the thread that tells.
+struct Listening {
+    bus: Bus,
+    id: u64,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.bus.unsubscribe(self.id);
     }
 }
 
 /// Answers a client until it goes.
-fn converse(stream: UnixStream, luns: &Registry) -> io::Result<()> {
-    let mut out = stream.try_clone()?;
-    say(&mut out, &greeting())?;
+fn converse(out: &mut Out, luns: &Registry, telling: &Arc<AtomicUsize>) -> io::Result<()> {
+    let stream = out.stream().try_clone()?;
+    out.say(&greeting())?;
     let mut ready = false;
+    let mut listening = None;
     for message in Messages::of(stream) {
         let message = match message {
             Ok(message) => message,
             Err(e) => {
                 // Where the next message begins cannot be told.
-                say(&mut out, &response(Err(Error::generic(format!("Invalid JSON syntax: {e}"))), None))?;
-                return Ok(());
+                out.say(&response(Err(Error::generic(format!("Invalid JSON syntax: {e}"))), None))?;
+                break;
             }
         };
         let id = message.get("id").cloned();
         let answer = match serde_json::from_value::<Request>(message) {
-            Ok(request) => execute(luns, request.execute, request.arguments, &mut ready),
+            Ok(request) if ready => commands::execute(luns, &request.execute, request.arguments),
+            Ok(request) => negotiate(&request.execute, request.arguments).map(|value| {
+                ready = true;
+                (value, None)
+            }),
             Err(e) => Err(Error::generic(format!("this is no QMP command: {e}"))),
         };
-        say(&mut out, &response(answer, id))?;
+        let (answer, after) = match answer {
+            Ok((value, after)) => (Ok(value), after),
+            Err(e) => (Err(e), None),
+        };
+        out.say(&response(answer, id))?;
+        if ready && listening.is_none() {
+            let subscription = luns.bus().subscribe();
+            listening = Some(Listening { bus: luns.bus().clone(), id: subscription.id() });
+            tell(subscription, out.clone(), telling)?;
+        }
+        if let Some(after) = after {
+            after(luns);
+        }
     }
     Ok(())
 }
 
-fn execute(
-    luns: &Registry,
-    name: String,
-    arguments: Map<String, Value>,
-    ready: &mut bool,
-) -> Result<Value, Error> {
-    match (name.as_str(), *ready) {
-        ("qmp_capabilities", false) => {
-            if arguments.get("enable").and_then(Value::as_array).is_some_and(|wanted| !wanted.is_empty()) {
-                return Err(Error::generic("there are no capabilities to enable"));
+/// Writes events to a client from now on. One that takes none for [`WRITE_PATIENCE`] loses the connection.
+fn tell(events: Subscription, mut out: Out, telling: &Arc<AtomicUsize>) -> io::Result<()> {
+    let (_, counted) = Counted::more(telling);
+    std::thread::Builder::new().name("qmp events".to_owned()).spawn(move || {
+        let _counted = counted;
+        while let Ok(line) = events.queue.recv() {
+            if let Err(e) = out.line(&line) {
+                tracing::debug!("qmp: a client takes no events: {e}");
+                return out.end();
             }
-            *ready = true;
-            Ok(json!({}))
         }
-        ("qmp_capabilities", true) => Err(Error::new(
-            Class::CommandNotFound,
-            "Capabilities negotiation is already complete, command ignored",
-        )),
-        (_, false) => Err(Error::new(
-            Class::CommandNotFound,
-            "Expecting capabilities negotiation with 'qmp_capabilities'",
-        )),
-        (name, true) => commands::execute(luns, name, arguments),
-    }
+    })?;
+    Ok(())
 }
 
-fn say(out: &mut UnixStream, message: &Value) -> io::Result<()> {
-    let mut text = message.to_string();
-    text.push_str("\r\n");
-    out.write_all(text.as_bytes())
+/// What comes before everything else.
+fn negotiate(name: &str, arguments: Map<String, Value>) -> Result<Value, Error> {
+    if name != "qmp_capabilities" {
+        let words = "Expecting capabilities negotiation with 'qmp_capabilities'";
+        return Err(Error::new(Class::CommandNotFound, words));
+    }
+    let (_, arguments) = commands::parse(name, arguments)?;
+    if arguments.elements("enable") > 0 {
+        return Err(Error::generic("there are no capabilities to enable"));
+    }
+    Ok(json!({}))
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@
 //! ([`worker`]) that may: it opens the image, resizes, closes. What a LUN is doing stands in a file under /run
 //! ([`rundir`]), which is how the command line learns of it.
 
+pub mod admin;
 pub mod devices;
 pub mod real;
+pub mod resize;
 pub mod rundir;
 pub mod serve;
 pub mod worker;

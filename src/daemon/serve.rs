@@ -11,9 +11,9 @@ use std::{
 use mio::{Events as Ready, Interest, Poll, Token, unix::SourceFd};
 use thiserror::Error;
 
-use super::{devices::Devices, rundir::RunDir, worker::Host};
+use super::{admin::Admin, devices::Devices, rundir::RunDir, worker::Host};
 use crate::{
-    control::{Registry, SOCKET, server::Server},
+    control::{Registry, SOCKET, ShutdownCause, server::Server},
     kernel::{
         backstore,
         modules::{self, ModuleError},
@@ -76,12 +76,12 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
 
     let in_configfs =
         move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
-    let registry = Registry::default();
+    let registry = Registry::with_host(Admin { configfs: configfs.to_owned(), run: run.clone() });
     let socket = run.path().join(SOCKET);
     // Dropped after the LUNs have stopped.
     let _server =
         Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket.clone(), e))?;
-    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry, in_configfs);
+    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
         let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);
@@ -103,6 +103,7 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
             match signals.take_next() {
                 Ok(Some(Signal::Stop)) => {
                     tracing::info!(devices = devices.len(), "stopping");
+                    registry.shut_down(ShutdownCause::Signal);
                     devices.stop(STOP_PATIENCE);
                     return Ok(());
                 }

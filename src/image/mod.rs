@@ -97,6 +97,23 @@ pub struct CacheCounts {
     pub refcount_cache: qcow2::CacheCount,
 }
 
+/// One file of an open chain, as it is described.
+#[derive(Debug, Clone)]
+pub struct ImageInfo {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// What it was opened as.
+    pub format: Format,
+    /// Bytes of the disk in it.
+    pub virtual_size: u64,
+    /// Bytes that it takes on the host's file system.
+    pub actual_size: u64,
+    /// Bytes of a cluster, if it has clusters.
+    pub cluster_size: Option<u64>,
+    /// The backing file's name as it stands in its header, and the format as it stands there.
+    pub backing: Option<(String, Option<String>)>,
+}
+
 /// An open image: the driver, the files under it and the locks on them.
 pub struct Image {
     driver: Driver,
@@ -108,6 +125,8 @@ pub struct Image {
     places: Vec<PathBuf>,
     /// This image's external data file.
     data: Option<Rc<File>>,
+    /// What is under this one, from the top down, with the open files.
+    beneath: Vec<(ImageInfo, Rc<File>)>,
     /// Of all qcow2 images of the chain.
     caches: Caches,
     /// On every file of the chain. Given up by `close`, or when the image is dropped.
@@ -125,6 +144,7 @@ impl Image {
             files,
             places,
             data: None,
+            beneath: Vec::new(),
             caches: Caches::default(),
             locks: RefCell::default(),
         }
@@ -160,6 +180,35 @@ impl Image {
             .then(|| CacheCounts { l2_cache: l2.get(), refcount_cache: refcounts.get() })
     }
 
+    /// The image and its backing files, from the top down, as they are now.
+    pub fn describe(&self) -> Vec<ImageInfo> {
+        let beneath = self
+            .beneath
+            .iter()
+            .map(|(info, file)| ImageInfo { actual_size: allocated(file), ..info.clone() });
+        std::iter::once(self.info()).chain(beneath).collect()
+    }
+
+    /// This image alone.
+    fn info(&self) -> ImageInfo {
+        let (cluster_size, backing) = match &self.driver {
+            Driver::Raw(_) => (None, None),
+            Driver::Qcow2(v) => {
+                let header = v.header();
+                let backing = header.backing_file.clone().map(|name| (name, header.backing_format.clone()));
+                (Some(v.cluster_size()), backing)
+            }
+        };
+        ImageInfo {
+            path: self.path.clone(),
+            format: self.format(),
+            virtual_size: self.limits().capacity,
+            actual_size: allocated(&self.file),
+            cluster_size,
+            backing,
+        }
+    }
+
     /// The driver, for what only one format has.
     pub fn driver(&self) -> &Driver {
         &self.driver
@@ -180,6 +229,12 @@ impl Image {
         let data = stamp(data)?;
         Ok(Stamp { size: own.size + data.size, mtime: own.mtime.max(data.mtime) })
     }
+}
+
+/// Bytes that a file takes on its file system.
+fn allocated(file: &File) -> u64 {
+    // Of a file that is open fstat fails only where the host has lost its file system.
+    file.metadata().map_or(0, |meta| meta.blocks() * 512)
 }
 
 impl fmt::Debug for Image {

@@ -83,6 +83,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     let depth = layers.len();
     let cache_share = options.cache_size.unwrap_or(qcow2::CACHE_SIZE) / depth.max(1) as u64;
     let caches = Caches::default();
+    let mut beneath = Vec::new();
     let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
     let places = layers.iter().map(|l| l.data.as_ref().map_or(&l.path, |d| &d.path).clone()).collect();
     let data = layers.first().and_then(|l| l.data.as_ref()).map(|d| d.file.clone());
@@ -97,7 +98,10 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
         let driver = match layer.format {
             Format::Raw => Raw::new(io, file, &layer.path, read_only, layer.probed).map(Driver::Raw),
             Format::Qcow2 => {
-                let backing = image.take().map(|image| Rc::new(image) as Backing);
+                let backing = image.take().map(|image| {
+                    beneath.insert(0, (image.info(), image.file.clone()));
+                    Rc::new(image) as Backing
+                });
                 let opened = Qcow2::open(io, file, below, &layer.path, read_only, backing).await;
                 opened.map(|mut driver| {
                     driver.set_caches(cache_share, &caches.0);
@@ -114,6 +118,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     image.files = names;
     image.places = places;
     image.data = data;
+    image.beneath = beneath;
     image.caches = caches;
     tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)

@@ -16,8 +16,10 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{
     LunError, Stats,
+    events::Watcher,
     scrub::{Scrub, ScrubError, ScrubOrder},
 };
+use crate::image::ImageInfo;
 
 /// What a LUN's thread can be asked. Each message carries the way back.
 #[derive(Debug)]
@@ -30,6 +32,10 @@ pub(super) enum Message {
     Scrub(ScrubOrder, SyncSender<Result<Option<Scrub>, ScrubError>>),
     /// Tell the counters.
     Stats(SyncSender<Stats>),
+    /// Tell of the image and its backing files.
+    Describe(SyncSender<Vec<ImageInfo>>),
+    /// Tell that one what happens, from now on.
+    Watch(Watcher),
     /// Take no more commands, finish those under way, close the image and end.
     Stop,
 }

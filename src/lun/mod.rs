@@ -6,6 +6,7 @@
 
 pub mod config;
 mod event_loop;
+pub mod events;
 mod inbox;
 #[cfg(test)]
 mod loop_tests;
@@ -15,6 +16,7 @@ mod service;
 mod spin;
 mod stack;
 pub mod state_file;
+pub mod traffic;
 
 use std::{
     any::Any,
@@ -32,6 +34,7 @@ use std::{
 use serde::Serialize;
 use tracing::{error, info, warn};
 
+pub use crate::image::ImageInfo;
 use crate::{
     image::{CacheCounts, open::OpenError},
     pi::{self, Exposure, PiOpenError, PiType, Transfer},
@@ -45,11 +48,13 @@ use crate::{
 };
 use config::DeviceConfig;
 use event_loop::{EventLoop, run_to_end};
+use events::Watcher;
 use inbox::{Inbox, Message, Outbox};
 use scrub::{Scrub, ScrubError, ScrubOrder, ScrubStatus};
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
+use traffic::Traffic;
 
 /// How often one who waits for an answer looks whether the LUN is still there.
 const LOOK: Duration = Duration::from_millis(200);
@@ -209,6 +214,9 @@ pub struct Stats {
     /// What commands have come to.
     #[serde(flatten)]
     pub counted: PublicStats,
+    /// The same by kind of command.
+    #[serde(skip)]
+    pub traffic: Traffic,
     /// The type of protection that initiators see now: FORMAT UNIT may have chosen another than the configuration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub formatted_with: Option<PiType>,
@@ -246,11 +254,21 @@ impl From<Scrub> for ScrubSummary {
     }
 }
 
+/// What a LUN was started with.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// Image, protection and the rest of `dev_config`.
+    pub config: DeviceConfig,
+    /// Size of a block.
+    pub block_size: BlockSize,
+}
+
 /// A way to ask a LUN from anywhere; clones ask the same one. It keeps nothing alive.
 #[derive(Debug, Clone)]
 pub struct Remote {
     outbox: Outbox,
     state: Arc<Mutex<State>>,
+    made: Arc<Made>,
 }
 
 impl Remote {
@@ -264,12 +282,38 @@ impl Remote {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// What it was started with; known also of one that has failed.
+    pub fn made(&self) -> &Made {
+        &self.made
+    }
+
     /// The counters.
     ///
     /// # Errors
     /// That the LUN does not answer.
     pub fn stats(&self) -> Result<Stats, LunError> {
         self.ask(Message::Stats)
+    }
+
+    /// The image and its backing files, from the top down.
+    ///
+    /// # Errors
+    /// That the LUN does not answer.
+    pub fn describe(&self) -> Result<Vec<ImageInfo>, LunError> {
+        self.ask(Message::Describe)
+    }
+
+    /// Tells that one what happens from now on, instead of who was told before.
+    pub fn watch(&self, watcher: Watcher) {
+        self.outbox.send(Message::Watch(watcher));
+    }
+
+    /// Changes the capacity; initiators get the unit attention 2Ah/09h. The kernel is told nothing.
+    ///
+    /// # Errors
+    /// What the volume says, or that the LUN does not answer.
+    pub fn resize(&self, capacity: u64) -> Result<(), LunError> {
+        self.ask(|back| Message::Resize(capacity, back))?
     }
 
     /// Orders a scrub about; gives how it is then, or how the last one was.
@@ -325,6 +369,7 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
     let (up, started) = sync_channel(1);
     let name = params.name.clone();
     let state = Arc::new(Mutex::new(State::Online));
+    let made = Arc::new(Made { config: params.config.clone(), block_size: params.block_size });
     let shared = state.clone();
     let thread = std::thread::Builder::new()
         // 15 characters is what the kernel shows.
@@ -345,7 +390,7 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
         })
         .map_err(LunError::Thread)?;
     match started.recv() {
-        Ok(Ok(())) => Ok(LunHandle { name, remote: Remote { outbox, state }, thread }),
+        Ok(Ok(())) => Ok(LunHandle { name, remote: Remote { outbox, state, made }, thread }),
         Ok(Err(e)) => {
             let _ = thread.join();
             Err(e)
@@ -382,7 +427,7 @@ impl LunHandle {
     /// # Errors
     /// What the volume says, or that the LUN does not answer.
     pub fn resize(&self, capacity: u64) -> Result<(), LunError> {
-        self.remote.ask(|back| Message::Resize(capacity, back))?
+        self.remote.resize(capacity)
     }
 
     /// Turns the write cache on or off; what was acknowledged is flushed before it is off.

@@ -8,13 +8,17 @@
 use std::{
     cell::{Cell, RefCell},
     path::PathBuf,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
-use super::state_file::{StateFile, now_ms};
+use super::{
+    events::{Events, FoundBy, JobStatus},
+    state_file::{StateFile, now_ms},
+};
 use crate::{
     pi::{
         Protected,
@@ -139,11 +143,17 @@ pub(super) struct Scrubber {
     /// The image's chain, for the reports.
     files: Vec<PathBuf>,
     block_size: u64,
+    events: Rc<Events>,
 }
 
 impl Scrubber {
     /// Takes up what was saved.
-    pub(super) fn new(file: Option<StateFile>, files: Vec<PathBuf>, block_size: u64) -> Scrubber {
+    pub(super) fn new(
+        file: Option<StateFile>,
+        files: Vec<PathBuf>,
+        block_size: u64,
+        events: Rc<Events>,
+    ) -> Scrubber {
         let saved = file.as_ref().map_or(Ok(None), StateFile::load::<Scrub>);
         let saved = saved.unwrap_or_else(|error| {
             warn!(%error, "the account of the last scrub cannot be read");
@@ -154,7 +164,7 @@ impl Scrubber {
             info!(status = ?scrub.status, next_lba = scrub.next_lba, "the scrub goes on where it was");
         }
         let (generation, changed) = (Cell::new(0), Notify::new());
-        Scrubber { now: RefCell::new(saved), generation, changed, file, files, block_size }
+        Scrubber { now: RefCell::new(saved), generation, changed, file, files, block_size, events }
     }
 
     /// The scrub under way, or the last one.
@@ -170,6 +180,7 @@ impl Scrubber {
         {
             return Err(ScrubError::Speed(speed));
         }
+        let was = self.now.borrow().as_ref().map(|s| s.status);
         {
             let mut now = self.now.borrow_mut();
             match (order, now.as_mut().filter(|s| s.is_under_way())) {
@@ -194,6 +205,14 @@ impl Scrubber {
         info!(?order, "scrub");
         self.save();
         self.changed.notify_all();
+        use JobStatus::{Aborting, Concluded, Created, Null, Paused, Running};
+        match (order, was) {
+            (ScrubOrder::Start(_), _) => self.events.scrub(&[Created, Running]),
+            (ScrubOrder::Pause, Some(ScrubStatus::Running)) => self.events.scrub(&[Paused]),
+            (ScrubOrder::Resume, Some(ScrubStatus::Paused)) => self.events.scrub(&[Running]),
+            (ScrubOrder::Cancel, _) => self.events.scrub(&[Aborting, Concluded, Null]),
+            _ => {}
+        }
         Ok(self.last())
     }
 
@@ -250,6 +269,7 @@ impl Scrubber {
     fn account(&self, step: Result<Option<Step>, String>, mut found: VerifyReport) -> Option<(u64, u64)> {
         for bad in &found.bad {
             error!(lba = bad.lba, tag = %bad.tag, expected = bad.expected, found = bad.found, "scrub: a block does not match");
+            self.events.mismatch(bad.lba, bad.tag.clone(), bad.expected, bad.found, FoundBy::Scrub);
         }
         let mut now = self.now.borrow_mut();
         let scrub = now.as_mut()?;
@@ -273,11 +293,14 @@ impl Scrubber {
                 scrub.status = ScrubStatus::Concluded;
                 let VerifyReport { verified, mismatches, unreadable, .. } = scrub.found;
                 info!(verified, mismatches, unreadable, "scrub: done");
+                let done = [JobStatus::Waiting, JobStatus::Pending, JobStatus::Concluded, JobStatus::Null];
+                self.events.scrub(&done);
             }
             Err(reason) => {
                 error!(lba = scrub.next_lba, "scrub: cannot go on: {reason}");
                 scrub.status = ScrubStatus::Failed;
                 scrub.error = Some(reason);
+                self.events.scrub(&[JobStatus::Aborting, JobStatus::Concluded, JobStatus::Null]);
             }
         }
         scrub.ended_ms = Some(now_ms());

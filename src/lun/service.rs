@@ -8,11 +8,13 @@ use super::{
     LunError, LunParams, PublicStats, ScrubSummary, Stats,
     config::DeviceConfig,
     event_loop::{Load, Service},
+    events::{Events, JobStatus},
     inbox::Message,
     saved_pages::{self, SavedPagesFile},
-    scrub::{self, Scrubber},
+    scrub::{self, Scrub, ScrubStatus, Scrubber},
     stack::Stack,
     state_file::StateFile,
+    traffic,
 };
 use crate::{
     pi::Exposure,
@@ -28,6 +30,8 @@ pub(super) struct Lun {
     scrubber: Scrubber,
     io: Io,
     counted: RefCell<PublicStats>,
+    traffic: traffic::Counters,
+    events: Rc<Events>,
 }
 
 impl Lun {
@@ -38,16 +42,27 @@ impl Lun {
         let saved_pages = state(saved_pages::FOLDER).map(SavedPagesFile);
         let saved_pages = saved_pages.map(|file| Box::new(file) as Box<dyn scsi::SavedPages>);
         let files = stack.image().places().to_vec();
-        let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes());
+        let events = Rc::new(Events::default());
+        let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes(), events.clone());
+        let told = events.clone();
         let config = TargetConfig {
             transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),
             saved_pages,
             read_only: params.config.read_only,
             write_cache: params.write_cache,
+            on_failure: Some(Box::new(move |error| told.failed(error))),
             ..TargetConfig::new(params.block_size, &serial)
         };
         let target = Target::new(config, stack.clone());
-        Lun { target, stack, scrubber, io: io.clone(), counted: RefCell::default() }
+        Lun {
+            target,
+            stack,
+            scrubber,
+            io: io.clone(),
+            counted: RefCell::default(),
+            traffic: Default::default(),
+            events,
+        }
     }
 
     /// Another daemon served it before, and its initiators have not noticed.
@@ -76,6 +91,7 @@ impl Lun {
             capacity_bytes: self.stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
+            traffic: self.traffic.get(),
             formatted_with: self.stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
             caches: self.stack.image().caches(),
@@ -140,6 +156,7 @@ impl Service for Lun {
             once,
         };
         let response = self.target.execute(command).await;
+        self.traffic.count(&response, room);
         let mut counted = self.counted.borrow_mut();
         match response.status {
             Status::Good if response.data_in > 0 => counted.bytes_in += response.data_in as u64,
@@ -183,6 +200,18 @@ impl Service for Lun {
                 drop(back.send(self.scrubber.order(order, blocks)));
             }
             Message::Stats(back) => drop(back.send(self.stats(load))),
+            Message::Describe(back) => drop(back.send(self.stack.image().describe())),
+            Message::Watch(watcher) => {
+                self.events.watch(watcher);
+                // A job that goes on after a restart is new to whoever watches.
+                match self.scrubber.last().filter(Scrub::is_under_way).map(|s| s.status) {
+                    Some(ScrubStatus::Paused) => {
+                        self.events.scrub(&[JobStatus::Created, JobStatus::Running, JobStatus::Paused]);
+                    }
+                    Some(_) => self.events.scrub(&[JobStatus::Created, JobStatus::Running]),
+                    None => {}
+                }
+            }
             Message::Stop => {}
         }
     }

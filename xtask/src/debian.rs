@@ -7,8 +7,9 @@ use crate::sh;
 use anyhow::{Result, bail};
 use std::process::{Command, Stdio};
 
-/// What `cargo xtask test --quick` needs: bindgen's library and the images' second opinion.
-pub const FOR_TESTS: &[&str] = &["libclang-14-dev", "libisal2", "qemu-utils"];
+/// What `cargo xtask test --quick` needs: bindgen's library, the images' second opinion, and what installs QEMU's own QMP client.
+pub const FOR_TESTS: &[&str] =
+    &["libclang-14-dev", "libisal2", "python3", "python3-pip", "python3-venv", "qemu-utils"];
 
 /// What the VM needs on top: the emulator, and what builds its artefacts.
 pub const FOR_VM: &[&str] = &[

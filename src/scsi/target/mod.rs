@@ -76,6 +76,8 @@ pub struct Response {
     /// The command takes no data, so `data_in` is all that an initiator gets, even if that is nothing. Not set for a command
     /// that failed.
     pub gives_data: bool,
+    /// What the command was, if there is such a one.
+    pub kind: Option<Kind>,
 }
 
 impl Response {
@@ -96,6 +98,9 @@ pub trait SavedPages {
     /// Whatever kept it from doing so; the MODE SELECT fails.
     fn save(&self, pages: &[u8]) -> io::Result<()>;
 }
+
+/// Called on the volume's thread, which it may not hold up.
+pub type OnFailure = Box<dyn Fn(&IoError)>;
 
 /// What a [`Target`] is to be.
 pub struct TargetConfig {
@@ -121,6 +126,8 @@ pub struct TargetConfig {
     pub saved_pages: Option<Box<dyn SavedPages>>,
     /// Begin with the unit attention POWER ON, RESET, OR BUS DEVICE RESET OCCURRED.
     pub power_on: bool,
+    /// Told of every failure of the volume, as it happens.
+    pub on_failure: Option<OnFailure>,
 }
 
 impl TargetConfig {
@@ -139,6 +146,7 @@ impl TargetConfig {
             write_cache: true,
             saved_pages: None,
             power_on: true,
+            on_failure: None,
         }
     }
 }
@@ -171,6 +179,7 @@ pub struct Target<V: Volume> {
     defaults: Settings,
     saved: Option<Box<dyn SavedPages>>,
     saved_settings: Cell<Settings>,
+    on_failure: Option<OnFailure>,
     attentions: RefCell<VecDeque<Asc>>,
     gate: Gate,
     medium: Cell<Medium>,
@@ -219,6 +228,7 @@ impl<V: Volume> Target<V> {
             settings: Cell::new(settings),
             defaults,
             saved: config.saved_pages,
+            on_failure: config.on_failure,
             saved_settings: Cell::new(settings),
             attentions: RefCell::new(attentions),
             gate: Gate::default(),
@@ -277,10 +287,14 @@ impl<V: Volume> Target<V> {
 
     /// Executes one command to its end. Never panics, whatever the command holds.
     pub async fn execute(&self, command: Command) -> Response {
-        let failed = |status, sense| Response { status, sense, data_in: 0, gives_data: false };
+        let failed = |status, sense| {
+            let kind = opcodes::find(&command.cdb, self.abilities()).ok().map(|op| op.kind);
+            Response { status, sense, data_in: 0, gives_data: false, kind }
+        };
         match self.run(&command).await {
             Ok((data_in, kind)) => {
-                Response { status: Status::Good, sense: None, data_in, gives_data: !kind.takes_data_out() }
+                let gives_data = !kind.takes_data_out();
+                Response { status: Status::Good, sense: None, data_in, gives_data, kind: Some(kind) }
             }
             Err(Failure::Sense(mut sense)) => {
                 sense.descriptor = self.settings.get().descriptor_sense;
@@ -426,6 +440,9 @@ impl<V: Volume> Target<V> {
 
     /// What an initiator is told about a failure of the volume; the log is told all of it.
     fn failure(&self, error: IoError) -> Failure {
+        if let Some(tell) = &self.on_failure {
+            tell(&error);
+        }
         let level_debug = matches!(error.kind, IoErrorKind::Cancelled | IoErrorKind::Unsupported);
         let source = error.source.as_ref().map(tracing::field::display);
         if level_debug {

@@ -1,0 +1,153 @@
+//! LUNs and their images: ours (`query-luns`) and in QEMU's shape (`query-block` and its kin), and their size.
+//!
+//! A LUN is a device by its name, and the node of its image has that name too; the nodes of the backing files are `NAME-backing-1`
+//! and so on, from the top down.
+
+use serde_json::{Map, Value, json};
+
+use super::{Arguments, done, find, told};
+use crate::{
+    control::{Registry, qmp::Error, without_nulls},
+    lun::{
+        Made, Remote, State, Stats,
+        config::pi_word,
+        traffic::{Count, Traffic},
+    },
+};
+
+/// What a LUN says of its image and its backing files, from the top down.
+type Layers = [crate::lun::ImageInfo];
+
+/// Every LUN, also those that have failed.
+pub(super) fn query_luns(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
+    Ok(luns.all().iter().map(|(name, lun)| lun_info(name, lun)).collect())
+}
+
+fn lun_info(name: &str, lun: &Remote) -> Value {
+    let Made { config, block_size } = lun.made();
+    let (mut state, mut reason) = match lun.state() {
+        State::Online => ("online", None),
+        State::Stopped => ("stopped", None),
+        State::Failed(reason) => ("failed", Some(reason)),
+    };
+    let stats = match lun.stats() {
+        Ok(stats) => Some(stats),
+        Err(e) if state == "online" => {
+            (state, reason) = ("silent", Some(e.to_string()));
+            None
+        }
+        Err(_) => None,
+    };
+    without_nulls(json!({
+        "name": name, "image": config.image.display().to_string(), "state": state, "reason": reason,
+        "block-size": block_size.bytes(), "pi": config.pi.map_or("off", pi_word),
+        "exposure": config.exposure.to_string(), "read-only": config.read_only,
+        "format": stats.as_ref().map(|s| &s.format), "size": stats.as_ref().map(|s| s.capacity_bytes),
+        "write-cache": stats.as_ref().map(|s| s.write_cache), "io": stats.as_ref().map(|s| &s.io),
+        "counters": stats.as_ref().map(counters),
+    }))
+}
+
+fn counters(stats: &Stats) -> Value {
+    let Traffic { read, write, unmap, flush } = stats.traffic;
+    json!({
+        "commands": stats.commands, "aborted": stats.aborted, "in-flight": stats.in_flight,
+        "check-conditions": stats.counted.check_conditions, "other-statuses": stats.counted.other_statuses,
+        "rd_bytes": read.bytes, "wr_bytes": write.bytes, "rd_operations": read.operations,
+        "wr_operations": write.operations, "unmap_operations": unmap.operations,
+        "flush_operations": flush.operations, "pi": stats.pi,
+    })
+}
+
+fn image_info(layers: &Layers) -> Option<Value> {
+    let (top, beneath) = layers.split_first()?;
+    let backing = top.backing.as_ref();
+    Some(json!({
+        "filename": top.path.display().to_string(), "format": top.format.to_string(),
+        "virtual-size": top.virtual_size, "actual-size": top.actual_size, "cluster-size": top.cluster_size,
+        "backing-filename": backing.map(|(name, _)| name),
+        "full-backing-filename": backing.and(beneath.first()).map(|b| b.path.display().to_string()),
+        "backing-filename-format": backing.and_then(|(_, format)| format.as_ref()),
+        "backing-image": image_info(beneath),
+    }))
+}
+
+/// The node of one layer; what is beneath the top is never written to.
+fn node(name: String, layers: &Layers, read_only: bool, write_cache: bool) -> Option<Value> {
+    let top = layers.first()?;
+    Some(without_nulls(json!({
+        "file": top.path.display().to_string(), "node-name": name, "ro": read_only, "drv": top.format.to_string(),
+        "backing_file": layers.get(1).map(|b| b.path.display().to_string()),
+        "backing_file_depth": layers.len() - 1, "encrypted": false, "detect_zeroes": "off",
+        "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0, "write_threshold": 0,
+        "cache": { "writeback": write_cache, "direct": false, "no-flush": false },
+        "image": image_info(layers),
+    })))
+}
+
+/// The nodes of a LUN, from the top down.
+fn nodes(name: &str, lun: &Remote) -> Result<Vec<Value>, Error> {
+    let (layers, stats) = (told(lun.describe())?, told(lun.stats())?);
+    let named = |i: usize| if i == 0 { name.to_owned() } else { format!("{name}-backing-{i}") };
+    let read_only = |i| i > 0 || lun.made().config.read_only;
+    let node = |i| node(named(i), &layers[i..], read_only(i), stats.write_cache);
+    Ok((0..layers.len()).filter_map(node).collect())
+}
+
+/// LUNs that are up, with what is asked of each: one that goes meanwhile, or has failed, has no image to tell of.
+fn of_each(luns: &Registry, tell: impl Fn(&str, &Remote) -> Result<Vec<Value>, Error>) -> Value {
+    luns.all().iter().filter_map(|(name, lun)| tell(name, lun).ok()).flatten().collect()
+}
+
+/// QEMU's BlockInfo of every LUN; one that has failed is there without its image.
+pub(super) fn query_block(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
+    let block = |(name, lun): &(String, Remote)| {
+        let inserted = nodes(name, lun).ok().and_then(|nodes| nodes.into_iter().next());
+        without_nulls(json!({
+            "device": name, "qdev": name, "type": "unknown", "removable": false, "locked": false,
+            "io-status": if inserted.is_some() { "ok" } else { "failed" }, "inserted": inserted,
+        }))
+    };
+    Ok(luns.all().iter().map(block).collect())
+}
+
+/// QEMU's BlockDeviceInfo of every image and backing file.
+pub(super) fn query_nodes(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
+    Ok(of_each(luns, nodes))
+}
+
+/// QEMU's BlockStats of every LUN.
+pub(super) fn query_stats(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
+    Ok(of_each(luns, |name, lun| {
+        let Traffic { read, write, unmap, flush } = told(lun.stats())?.traffic;
+        let mut stats = Map::from_iter([
+            ("rd_bytes".to_owned(), read.bytes.into()),
+            ("wr_bytes".to_owned(), write.bytes.into()),
+        ]);
+        for (kind, Count { operations, failed, invalid, .. }) in
+            [("rd", read), ("wr", write), ("unmap", unmap), ("flush", flush)]
+        {
+            stats.insert(format!("{kind}_operations"), operations.into());
+            stats.insert(format!("failed_{kind}_operations"), failed.into());
+            stats.insert(format!("invalid_{kind}_operations"), invalid.into());
+        }
+        Ok(vec![json!({ "device": name, "qdev": name, "node-name": name, "stats": stats })])
+    }))
+}
+
+/// Another size, of the image and for initiators.
+pub(super) fn resize(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let device = match (args.maybe_text("device"), args.maybe_text("node-name")) {
+        (Some(name), None) | (None, Some(name)) => name,
+        (Some(_), Some(_)) => {
+            return Err(Error::generic("'device' and 'node-name' are mutually exclusive: give one"));
+        }
+        (None, None) => return Err(Error::generic("Need exactly one of 'device' and 'node-name'")),
+    };
+    let (lun, size) = (find(luns, device)?, args.number("size")?);
+    match luns.host() {
+        Some(host) => host.resize(device, size)?,
+        None => told(lun.resize(size))?,
+    }
+    done()
+}
