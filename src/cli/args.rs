@@ -74,6 +74,9 @@ pub enum Command {
     /// Read and write through a vhost target, as a guest would, and compare
     #[command(hide = true)]
     PeerVhost(PeerVhost),
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    PackagingFiles(PackagingFiles),
 }
 
 /// `--json`.
@@ -427,6 +430,13 @@ pub struct Conformance {
     pub seed: u64,
     #[command(flatten)]
     pub json: Json,
+}
+
+/// `packaging-files`.
+#[derive(Debug, Args)]
+pub struct PackagingFiles {
+    /// Where to
+    pub directory: PathBuf,
 }
 
 /// `peer-vhost`.

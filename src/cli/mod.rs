@@ -16,19 +16,20 @@ mod image_map;
 mod image_measure;
 mod image_resize;
 mod image_snapshot;
+mod logging;
 mod luns;
 mod output;
+mod packaging;
 mod pi;
 mod resize;
 mod scrub;
 mod show;
 mod size;
 
-use std::{ffi::OsString, io::IsTerminal, process::ExitCode, sync::Arc, time::Duration};
+use std::{ffi::OsString, process::ExitCode, sync::Arc, time::Duration};
 
 use args::{Cli, Command, IoWay};
 pub use error::CliError;
-use tracing_subscriber::EnvFilter;
 
 use crate::{
     daemon::{
@@ -68,18 +69,7 @@ pub fn main() -> ExitCode {
 }
 
 fn logging(cli: &Cli) -> Result<(), CliError> {
-    let usual = if matches!(cli.command, Command::Daemon(_)) { "info" } else { "warn" };
-    let words = cli.log.as_deref().unwrap_or(usual);
-    let filter = EnvFilter::try_new(words).map_err(|e| {
-        CliError::usage("--log", words, e.to_string()).then("choose error, warn, info or debug")
-    })?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
-    Ok(())
+    logging::begin(cli, if matches!(cli.command, Command::Daemon(_)) { "info" } else { "warn" })
 }
 
 fn run(cli: &Cli) -> Done {
@@ -97,6 +87,7 @@ fn run(cli: &Cli) -> Done {
         Command::Demo => demo(),
         Command::Conformance(args) => conformance::run(args),
         Command::PeerVhost(args) => peer_vhost(args),
+        Command::PackagingFiles(args) => packaging::run(args),
     }
 }
 

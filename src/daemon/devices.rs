@@ -17,7 +17,7 @@ use std::{
 
 use super::{
     rundir::RunDir,
-    worker::{Host, Known, Order, Worker},
+    worker::{Host, Known, Order, Outcome, Worker},
 };
 use crate::{
     control::Registry,
@@ -25,7 +25,7 @@ use crate::{
         netlink::{Answers, Event, Kind, Pending},
         uio::{Uio, UioDevice},
     },
-    lun::config::SUBTYPE,
+    lun::{Pulse, config::SUBTYPE},
 };
 
 /// How long a removal may take before the kernel is answered all the same: it waits uninterruptibly.
@@ -42,6 +42,19 @@ struct Leaving {
     name: String,
     thread: JoinHandle<()>,
     removal: Option<(Instant, Pending)>,
+}
+
+/// How one device's LUN is.
+#[derive(Debug)]
+pub struct Standing {
+    /// N of /dev/uioN.
+    pub minor: u32,
+    /// The LUN's name.
+    pub name: String,
+    /// What came of its start.
+    pub outcome: Outcome,
+    /// The way to see whether its thread turns, while it serves.
+    pub pulse: Option<Pulse>,
 }
 
 /// The devices.
@@ -86,6 +99,17 @@ impl Devices {
         self.leaving.len()
     }
 
+    /// How each LUN is. Waits for none.
+    pub fn standings(&self) -> Vec<Standing> {
+        let standing = |(minor, entry): (&u32, &Entry)| {
+            let (outcome, pulse) = entry.known.standing();
+            let ended = || Some(Err("the device's thread has ended".to_owned()));
+            let outcome = if entry.thread.is_finished() { outcome.or_else(ended) } else { outcome };
+            Standing { minor: *minor, name: entry.device.name.name.clone(), outcome, pulse }
+        };
+        self.here.iter().map(standing).collect()
+    }
+
     /// Does what the kernel tells. An event for another's device is nothing to us, and above all not answered.
     pub fn hear(&mut self, event: Event) {
         let Some(name) = event.device.as_ref().filter(|n| n.subtype == SUBTYPE).cloned() else {
@@ -93,7 +117,7 @@ impl Devices {
             return;
         };
         let pending = || Pending::new(self.answers.clone(), event.kind, event.device_id);
-        tracing::debug!(kind = ?event.kind, minor = event.minor, name = %name.name, id = event.device_id, "event");
+        tracing::debug!(kind = ?event.kind, minor = event.minor, lun = %name.name, id = event.device_id, "event");
         // A worker under this minor is the device's own, unless that one is gone and we missed it.
         let same = |e: &&Entry| e.device.name == name && !e.known.refused.load(Ordering::Acquire);
         let ours = self.here.get(&event.minor).filter(same);
@@ -109,7 +133,7 @@ impl Devices {
                     Ok(Some(device)) if device.name == name => self.add(device, Some(pending)),
                     Ok(_) => pending.answer(-libc::ENODEV),
                     Err(e) => {
-                        tracing::error!(minor = event.minor, name = %name.name, "sysfs: {e}");
+                        tracing::error!(minor = event.minor, lun = %name.name, "sysfs: {e}");
                         pending.answer(-e.raw_os_error().unwrap_or(libc::EIO));
                     }
                 }
@@ -198,7 +222,7 @@ impl Devices {
         }
         for (minor, device) in found {
             if !self.here.contains_key(&minor) && (self.in_configfs)(&device) {
-                tracing::info!(minor, name = %device.name.name, "found a device");
+                tracing::info!(minor, lun = %device.name.name, "found a device");
                 self.add(device, None);
             }
         }
@@ -212,7 +236,7 @@ impl Devices {
                 && !pending.answered()
                 && now.saturating_duration_since(*since) >= REMOVAL_PATIENCE
             {
-                tracing::error!(name = %leaving.name, "the LUN takes long to stop; the device is let go of");
+                tracing::error!(lun = %leaving.name, "the LUN takes long to stop; the device is let go of");
                 pending.answer(0);
             }
         }
@@ -226,19 +250,20 @@ impl Devices {
         }
     }
 
-    /// Stops every LUN, and waits for all of them, at most that long.
-    pub fn stop(&mut self, patience: Duration) {
+    /// Stops every LUN, and waits for all of them, at most that long; while it waits, `tell` hears how many are left.
+    pub fn stop(&mut self, patience: Duration, mut tell: impl FnMut(usize)) {
         let end = Instant::now() + patience;
         for (_, entry) in std::mem::take(&mut self.here) {
             entry.orders.send(Order::End { pending: None, removed: false }).ok();
             self.leaving.push(Leaving { name: entry.device.name.name, thread: entry.thread, removal: None });
         }
         while !self.leaving.is_empty() && Instant::now() < end {
+            tell(self.leaving.len());
             std::thread::sleep(Duration::from_millis(5));
             self.tidy(Instant::now());
         }
         for late in &self.leaving {
-            tracing::error!(name = %late.name, "the LUN has not stopped in time");
+            tracing::error!(lun = %late.name, "the LUN has not stopped in time");
         }
     }
 }

@@ -28,6 +28,7 @@ struct World {
     log: Mutex<Vec<String>>,
     changed: Condvar,
     fail_start: AtomicBool,
+    slow_start: AtomicBool,
     panic_on_resize: AtomicBool,
     slow_stop: AtomicBool,
     stop_may_go_on: AtomicBool,
@@ -79,6 +80,9 @@ impl Host for TestHost {
     }
 
     fn start(&self, device: &UioDevice, _: &DeviceConfig, _: &Identity) -> Result<Box<dyn Lun>, Failure> {
+        while self.0.slow_start.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if self.0.fail_start.load(Ordering::Relaxed) {
             self.0.say(format!("failed {}", device.name.name));
             return Err(Failure::new(libc::EBUSY, "the image is in use"));
@@ -205,7 +209,7 @@ fn another_subtypes_device_is_neither_served_nor_answered() {
         b.event(kind, 0, "other1", Some(Change::Size(1)));
     }
     b.devices.look(true).unwrap();
-    b.devices.stop(Duration::from_secs(5));
+    b.devices.stop(Duration::from_secs(5), |_| ());
     assert_eq!(b.world.log(), [""; 0]);
 }
 
@@ -318,7 +322,7 @@ fn a_device_that_wants_no_answers_gets_none() {
     b.world.wait_for("resize vm1 8192");
     b.event(Kind::Removed, 0, "vm1", None);
     b.world.wait_for("stopped vm1");
-    b.devices.stop(Duration::from_secs(5));
+    b.devices.stop(Duration::from_secs(5), |_| ());
     assert_eq!(b.world.log(), ["start vm1", "resize vm1 8192", "stopping vm1", "stopped vm1"]);
 }
 
@@ -334,7 +338,7 @@ fn devices_that_exist_at_start_are_served_and_only_the_one_that_waits_is_answere
     b.world.wait_for("answer Added 104 0");
     // Its event comes late, and is not answered again.
     b.event(Kind::Added, 4, "vm2", None);
-    b.devices.stop(Duration::from_secs(5));
+    b.devices.stop(Duration::from_secs(5), |_| ());
     let answers: Vec<_> = b.world.log().into_iter().filter(|l| l.starts_with("answer")).collect();
     assert_eq!(answers, ["answer Added 104 0"]);
 }
@@ -430,4 +434,20 @@ fn sixty_four_devices_at_once_come_and_go() {
         b.world.wait_for(&format!("answer Removed {} 0", 100 + minor));
     }
     assert!(b.devices.is_empty());
+}
+
+#[test]
+fn how_a_lun_stands_is_told_without_waiting_for_it() {
+    let mut b = Bench::new();
+    let outcome = |b: &Bench| b.devices.standings()[0].outcome.clone();
+    b.world.slow_start.store(true, Ordering::Relaxed);
+    b.world.fail_start.store(true, Ordering::Relaxed);
+    b.plug(0, "vm1");
+    b.devices.look(false).unwrap();
+    assert_eq!((b.devices.standings()[0].name.as_str(), outcome(&b)), ("vm1", None));
+    b.world.slow_start.store(false, Ordering::Relaxed);
+    b.wait_until("failed", |b| outcome(b) == Some(Err("the image is in use".to_owned())));
+    b.world.fail_start.store(false, Ordering::Relaxed);
+    b.devices.look(false).unwrap();
+    b.wait_until("online", |b| outcome(b) == Some(Ok(())));
 }

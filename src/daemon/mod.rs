@@ -2,7 +2,7 @@
 //!
 //! One loop ([`serve`]) hears netlink, signals and a timer, and does nothing that could wait. Each device has a worker
 //! ([`worker`]) that may: it opens the image, resizes, closes. What a LUN is doing stands in a file under /run
-//! ([`rundir`]), which is how the command line learns of it.
+//! ([`rundir`]), which is how the command line learns of it; the service manager is told by [`systemd`].
 
 pub mod admin;
 pub mod devices;
@@ -10,4 +10,5 @@ pub mod real;
 pub mod resize;
 pub mod rundir;
 pub mod serve;
+pub mod systemd;
 pub mod worker;

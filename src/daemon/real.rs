@@ -59,7 +59,7 @@ impl RealHost {
                 Failure::new(errno, format!("configfs: cannot write {value} to {attribute}: {e}"))
             })
         };
-        info!(%name, "commands that another daemon left are given back to be sent again");
+        info!(lun = %name, "commands that another daemon left are given back to be sent again");
         write("block_dev", "1")?;
         let reset = write("reset_ring", "1");
         write("block_dev", "0")?;

@@ -11,7 +11,7 @@ use std::{
 use mio::{Events as Ready, Interest, Poll, Token, unix::SourceFd};
 use thiserror::Error;
 
-use super::{admin::Admin, devices::Devices, rundir::RunDir, worker::Host};
+use super::{admin::Admin, devices::Devices, rundir::RunDir, systemd::Manager, worker::Host};
 use crate::{
     control::{Registry, SOCKET, ShutdownCause, server::Server},
     kernel::{
@@ -54,7 +54,7 @@ pub enum DaemonError {
     Io(&'static str, #[source] io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT. To be called on the main thread, before any other is started.
+/// Runs until SIGTERM or SIGINT; SIGHUP tries again at once what failed. To be called on the main thread, before any other is started.
 ///
 /// # Errors
 /// What keeps it from beginning; later failures are logged, and it goes on.
@@ -88,12 +88,13 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
         registered.map_err(|e| DaemonError::Io("epoll", e))?;
     }
     look(&mut devices, false);
-    tracing::info!(devices = devices.len(), "ready");
+    let mut manager = Manager::from_env(Instant::now());
+    manager.begin(Instant::now(), &devices.standings());
 
     let mut ready = Ready::with_capacity(8);
     let mut looked = Instant::now();
     loop {
-        match poll.poll(&mut ready, Some(TURN)) {
+        match poll.poll(&mut ready, Some(TURN.min(manager.turn_within()))) {
             Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(DaemonError::Io("epoll", e)),
             _ => {}
         }
@@ -104,8 +105,16 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
                 Ok(Some(Signal::Stop)) => {
                     tracing::info!(devices = devices.len(), "stopping");
                     registry.shut_down(ShutdownCause::Signal);
-                    devices.stop(STOP_PATIENCE);
+                    manager.stopping(devices.len());
+                    devices.stop(STOP_PATIENCE, |left| manager.still_stopping(Instant::now(), left));
                     return Ok(());
+                }
+                Ok(Some(Signal::Reload)) => {
+                    tracing::info!("looking anew at what there is, and trying again what failed");
+                    manager.reloading();
+                    look(&mut devices, false);
+                    looked = Instant::now();
+                    manager.reloaded();
                 }
                 Ok(Some(Signal::Report)) => devices.report(),
                 Ok(None) => break,
@@ -121,6 +130,7 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
             look(&mut devices, false);
             looked = now;
         }
+        manager.turn(now, &devices.standings());
     }
 }
 
@@ -166,7 +176,7 @@ fn free_orphans(uio: &Uio, tree: &Real) {
     };
     let gone = |d: &UioDevice| !tree.has_now(&backstore::path_of(d.name.hba, &d.name.name));
     let Some(orphan) = devices.iter().find(|d| d.name.subtype == SUBTYPE && gone(d)) else { return };
-    tracing::warn!(name = %orphan.name.name, "was being removed when the last daemon died; ending the kernel's waits");
+    tracing::warn!(lun = %orphan.name.name, "was being removed when the last daemon died; ending the kernel's waits");
     let parameters = Path::new("/sys/module/target_core_user/parameters");
     for (file, value) in [("block_netlink", "1"), ("reset_netlink", "1"), ("block_netlink", "0")] {
         if let Err(e) = std::fs::write(parameters.join(file), value) {

@@ -8,7 +8,7 @@ use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError},
     },
@@ -23,7 +23,7 @@ use crate::{
         uio::UioDevice,
     },
     lun::{
-        Remote,
+        Pulse, Remote,
         config::{DeviceConfig, pi_word},
         state_file::now_ms,
     },
@@ -85,6 +85,28 @@ pub struct Known {
     pub wants_no_answers: AtomicBool,
     /// The kernel was told that the device failed as it came; it takes it down, and the worker has ended.
     pub refused: AtomicBool,
+    told: Mutex<Told>,
+}
+
+/// What came of the LUN's start: nothing yet, that it is up, or why it is not.
+pub type Outcome = Option<Result<(), String>>;
+
+#[derive(Debug, Default)]
+struct Told {
+    outcome: Outcome,
+    pulse: Option<Pulse>,
+}
+
+impl Known {
+    /// How the LUN is, and the way to see whether its thread turns, for as long as it serves.
+    pub fn standing(&self) -> (Outcome, Option<Pulse>) {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        (told.outcome.clone(), told.pulse.clone())
+    }
+
+    fn tell(&self, outcome: Outcome, pulse: Option<Pulse>) {
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Told { outcome, pulse };
+    }
 }
 
 /// What a LUN says of itself.
@@ -117,6 +139,10 @@ pub trait Lun: Send {
     fn report(&self) -> Result<Report, Failure>;
     /// The way to ask it from outside, if there is one.
     fn remote(&self) -> Option<Remote>;
+    /// The way to see whether its thread turns, if it has one.
+    fn pulse(&self) -> Option<Pulse> {
+        self.remote().map(|remote| remote.pulse())
+    }
     /// Why it serves no more, if it doesn't.
     fn failure(&self) -> Option<Failure>;
     /// Finishes what is in flight, closes the image and lets go of the device.
@@ -284,7 +310,7 @@ impl Worker {
         });
         let started = match started {
             Ok(lun) => {
-                tracing::info!(name = %self.state.name, image = %self.state.image, "the LUN is up");
+                tracing::info!(lun = %self.state.name, image = %self.state.image, "the LUN is up");
                 self.state.state = Phase::Online;
                 if let Some(remote) = lun.remote() {
                     self.registry.insert(&self.state.name, remote);
@@ -295,7 +321,7 @@ impl Worker {
             }
             Err(failure) => {
                 if before.as_ref() != Some(&failure.reason) {
-                    tracing::error!(name = %self.state.name, "{}", failure.reason);
+                    tracing::error!(lun = %self.state.name, "{}", failure.reason);
                 }
                 self.fail(failure.clone());
                 Err(failure)
@@ -343,12 +369,12 @@ impl Worker {
         };
         match &done {
             Ok(()) => {
-                tracing::info!(name = %self.state.name, what, value, "changed");
+                tracing::info!(lun = %self.state.name, what, value, "changed");
                 if what == "capacity" {
                     self.state.capacity_bytes = value;
                 }
             }
-            Err(failure) => tracing::error!(name = %self.state.name, what, value, "{}", failure.reason),
+            Err(failure) => tracing::error!(lun = %self.state.name, what, value, "{}", failure.reason),
         }
         let error = done.as_ref().err().map(|f| f.reason.clone());
         self.state.last_change = Some(LastChange { what: what.to_owned(), value, error });
@@ -360,20 +386,22 @@ impl Worker {
     fn look(&mut self) {
         let failed = self.lun.as_ref().and_then(|lun| lun.failure());
         if let Some(failure) = failed.filter(|_| self.state.state != Phase::Failed) {
-            tracing::error!(name = %self.state.name, "{}", failure.reason);
+            tracing::error!(lun = %self.state.name, "{}", failure.reason);
             self.fail(failure);
         }
     }
 
     fn end(&mut self, removed: bool) {
         if let Some(lun) = self.lun.take() {
+            // Closing the image may take long, and nobody is to miss the loop meanwhile.
+            self.known.tell(Some(Ok(())), None);
             if let Some(remote) = lun.remote() {
                 self.registry.remove(&self.state.name, &remote);
             }
             match guarded(|| lun.stop()) {
-                Ok(()) => tracing::info!(name = %self.state.name, "the LUN is down"),
+                Ok(()) => tracing::info!(lun = %self.state.name, "the LUN is down"),
                 Err(failure) => {
-                    tracing::error!(name = %self.state.name, "while stopping: {}", failure.reason)
+                    tracing::error!(lun = %self.state.name, "while stopping: {}", failure.reason)
                 }
             }
         }
@@ -387,11 +415,17 @@ impl Worker {
         if there.as_ref().is_some_and(goes)
             && let Err(e) = self.run.remove(&self.state.name)
         {
-            tracing::warn!(name = %self.state.name, "state file: {e}");
+            tracing::warn!(lun = %self.state.name, "state file: {e}");
         }
     }
 
     fn write(&mut self) {
+        let outcome = match self.state.state {
+            Phase::Starting => None,
+            Phase::Online => Some(Ok(())),
+            Phase::Failed => Some(Err(self.state.reason.clone().unwrap_or_default())),
+        };
+        self.known.tell(outcome, self.lun.as_ref().and_then(|lun| lun.pulse()));
         if let Some(lun) = &self.lun
             && let Ok(report) = guarded(|| lun.report())
         {
@@ -401,7 +435,7 @@ impl Worker {
         }
         self.state.written_ms = now_ms();
         if let Err(e) = self.run.write(&self.state) {
-            tracing::warn!(name = %self.state.name, "state file: {e}");
+            tracing::warn!(lun = %self.state.name, "state file: {e}");
         }
     }
 }

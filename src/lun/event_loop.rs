@@ -46,7 +46,7 @@ pub(super) trait Service: 'static {
     fn execute(self: Rc<Self>, command: Command) -> impl Future<Output = Completion> + 'static;
     /// What runs beside the commands for as long as the loop does.
     fn background(self: Rc<Self>) -> impl Future<Output = ()> + 'static;
-    /// Handles a message other than [`Message::Stop`].
+    /// Handles a message other than [`Message::Stop`] and [`Message::Ping`], which are the loop's own.
     fn message(self: Rc<Self>, message: Message, load: Load) -> impl Future<Output = ()> + 'static;
 }
 
@@ -88,6 +88,7 @@ impl<S: Service> EventLoop<S> {
     /// Runs until it is told to stop (with everything answered) or the ring is broken (and left alone).
     pub(super) fn run(mut self) -> Result<(), LoopError> {
         let result = self.serve();
+        self.inbox.end();
         if result.is_err() {
             self.ring.close();
             self.waiting.clear();
@@ -212,6 +213,7 @@ impl<S: Service> EventLoop<S> {
         for message in self.inbox.take() {
             match message {
                 Message::Stop => stop = true,
+                Message::Ping => self.inbox.pong(),
                 other => {
                     let load = Load { in_flight: self.ring.unanswered(), ..self.load };
                     self.exec.spawn(self.service.clone().message(other, load));

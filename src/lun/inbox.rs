@@ -36,6 +36,8 @@ pub(super) enum Message {
     Describe(SyncSender<Vec<ImageInfo>>),
     /// Tell that one what happens, from now on.
     Watch(Watcher),
+    /// Show that the loop turns: [`Pulse`].
+    Ping,
     /// Take no more commands, finish those under way, close the image and end.
     Stop,
 }
@@ -45,6 +47,19 @@ struct Shared {
     messages: Mutex<VecDeque<Message>>,
     waiting: AtomicBool,
     event: OwnedFd,
+    /// A [`Pulse`] has asked, and the loop has not answered yet.
+    asked: AtomicBool,
+    /// The loop is over, and answers nobody any more.
+    ended: AtomicBool,
+}
+
+impl Shared {
+    fn send(&self, message: Message) {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner).push_back(message);
+        self.waiting.store(true, Ordering::Release);
+        // EAGAIN would mean 2^64 wake-ups that nobody has read: it is awake.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
 }
 
 /// The sending end; clones send to the same thread.
@@ -56,16 +71,63 @@ pub(super) struct Inbox(Arc<Shared>);
 
 pub(super) fn channel() -> io::Result<(Outbox, Inbox)> {
     let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let shared = Arc::new(Shared { messages: Mutex::default(), waiting: AtomicBool::new(false), event });
+    let shared = Arc::new(Shared {
+        messages: Mutex::default(),
+        waiting: AtomicBool::new(false),
+        event,
+        asked: AtomicBool::new(false),
+        ended: AtomicBool::new(false),
+    });
     Ok((Outbox(shared.clone()), Inbox(shared)))
 }
 
 impl Outbox {
     pub(super) fn send(&self, message: Message) {
-        self.0.messages.lock().unwrap_or_else(PoisonError::into_inner).push_back(message);
-        self.0.waiting.store(true, Ordering::Release);
-        // EAGAIN would mean 2^64 wake-ups that nobody has read: it is awake.
-        let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
+        self.0.send(message);
+    }
+
+    pub(super) fn pulse(&self) -> Pulse {
+        Pulse(self.0.clone())
+    }
+}
+
+/// Whether a LUN's event loop turns. It neither waits nor keeps the LUN alive; clones feel the same loop. A loop whose
+/// storage is slow turns all the same: what is found here is a thread that hangs.
+#[derive(Clone, Debug)]
+pub struct Pulse(Arc<Shared>);
+
+impl Pulse {
+    /// Asks the loop for a sign of life, and wakes it for that; does nothing while one is still owed.
+    pub fn ask(&self) {
+        if !self.0.asked.swap(true, Ordering::AcqRel) {
+            self.0.send(Message::Ping);
+        }
+    }
+
+    /// Whether both feel the same loop.
+    pub fn is_same(&self, other: &Pulse) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether the loop owes none: it has answered, was never asked, or is over.
+    pub fn is_answered(&self) -> bool {
+        !self.0.asked.load(Ordering::Acquire) || self.0.ended.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+impl Pulse {
+    /// One that no loop answers, but [`Pulse::answer`] does.
+    pub fn of_nobody() -> Pulse {
+        let (outbox, inbox) = channel().unwrap();
+        // Its end would count as an answer.
+        std::mem::forget(inbox);
+        outbox.pulse()
+    }
+
+    /// Answers in the loop's place.
+    pub fn answer(&self) {
+        self.0.asked.store(false, Ordering::Release);
     }
 }
 
@@ -86,5 +148,21 @@ impl Inbox {
     pub(super) fn take(&self) -> VecDeque<Message> {
         self.0.waiting.store(false, Ordering::Release);
         std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Answers a [`Message::Ping`].
+    pub(super) fn pong(&self) {
+        self.0.asked.store(false, Ordering::Release);
+    }
+
+    /// The loop is over: what comes now has no answer, and none is to be expected.
+    pub(super) fn end(&self) {
+        self.0.ended.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.end();
     }
 }

@@ -1,10 +1,16 @@
 //! The event loop against the embedded kernel, with a service that knows no SCSI: what the loop itself promises.
 
-use std::{cell::Cell, rc::Rc, sync::mpsc::sync_channel, thread::JoinHandle, time::Duration};
+use std::{
+    cell::Cell,
+    rc::Rc,
+    sync::mpsc::sync_channel,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 use super::{
     event_loop::{EventLoop, Load, LoopError, Service},
-    inbox::{self, Message, Outbox},
+    inbox::{self, Message, Outbox, Pulse},
 };
 use crate::{
     peer::kernel::{Data, Kernel, KernelError, Options},
@@ -16,7 +22,8 @@ use crate::{
     },
 };
 
-/// Answers with the second byte of the CDB; the first tells how: 1 sleeps that many milliseconds, 2 for ever.
+/// Answers with the second byte of the CDB; the first tells how: 1 sleeps that many milliseconds, 2 for ever,
+/// 4 holds up the whole thread for that many milliseconds.
 struct Echo {
     io: Io,
     running: Cell<usize>,
@@ -29,6 +36,7 @@ impl Service for Echo {
             1 => self.io.sleep(Duration::from_millis(command.cdb[2].into())).await,
             2 => std::future::pending().await,
             3 => panic!("as it should"),
+            4 => std::thread::sleep(Duration::from_millis(command.cdb[2].into())),
             _ => {}
         }
         command.data.fill(0, command.data.len(), command.cdb[1]);
@@ -174,6 +182,58 @@ fn messages_are_answered_by_a_sleeping_and_by_a_busy_loop() {
         outbox.send(Message::Resize(0, back));
         answer.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
     }
+    outbox.send(Message::Stop);
+    thread.join().unwrap().unwrap();
+}
+
+#[track_caller]
+fn wait_for(pulse: &Pulse) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !pulse.is_answered() {
+        assert!(Instant::now() < end, "the loop owes a sign of life");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn the_loop_shows_that_it_turns_when_it_is_idle_and_while_its_commands_wait_for_ever() {
+    let mut kernel = kernel();
+    let (outbox, thread) = start(kernel.device().unwrap(), backend_from_env());
+    let pulse = outbox.pulse();
+    assert!(pulse.is_answered(), "nothing is owed before it was asked");
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(5));
+        pulse.ask();
+        wait_for(&pulse);
+    }
+    for _ in 0..300 {
+        kernel.submit(&[1, 0, 250, 0, 0, 0], Data::None).unwrap();
+    }
+    pulse.ask();
+    wait_for(&pulse);
+    assert!(kernel.in_flight() > 0, "the commands are still waiting");
+    outbox.send(Message::Stop);
+    thread.join().unwrap().unwrap();
+    pulse.ask();
+    assert!(pulse.is_answered(), "a loop that is over owes nothing");
+}
+
+#[test]
+fn a_thread_that_hangs_owes_a_sign_of_life_until_it_goes_on() {
+    let mut kernel = kernel();
+    let (outbox, thread) = start(kernel.device().unwrap(), backend_from_env());
+    let pulse = outbox.pulse();
+    let begun = Instant::now();
+    for _ in 0..4 {
+        kernel.submit(&[4, 0, 250, 0, 0, 0], Data::None).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    pulse.ask();
+    pulse.ask();
+    if begun.elapsed() < Duration::from_millis(200) {
+        assert!(!pulse.is_answered(), "nobody can have answered");
+    }
+    wait_for(&pulse);
     outbox.send(Message::Stop);
     thread.join().unwrap().unwrap();
 }

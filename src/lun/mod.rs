@@ -49,6 +49,7 @@ use crate::{
 use config::DeviceConfig;
 use event_loop::{EventLoop, run_to_end};
 use events::Watcher;
+pub use inbox::Pulse;
 use inbox::{Inbox, Message, Outbox};
 use scrub::{Scrub, ScrubError, ScrubOrder, ScrubStatus};
 use service::Lun;
@@ -287,6 +288,11 @@ impl Remote {
         &self.made
     }
 
+    /// The way to see whether its thread turns.
+    pub fn pulse(&self) -> Pulse {
+        self.outbox.pulse()
+    }
+
     /// The counters.
     ///
     /// # Errors
@@ -375,7 +381,7 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
         // 15 characters is what the kernel shows.
         .name(format!("lun-{name}").chars().take(15).collect())
         .spawn(move || {
-            let span = tracing::info_span!("lun", name = %params.name);
+            let span = tracing::info_span!("lun", lun = %params.name);
             let _entered = span.entered();
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, inbox, up)));
             let end = match ended {

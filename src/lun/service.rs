@@ -212,7 +212,7 @@ impl Service for Lun {
                     None => {}
                 }
             }
-            Message::Stop => {}
+            Message::Stop | Message::Ping => {}
         }
     }
 }

@@ -126,6 +126,11 @@ impl Sense {
         Sense { key, asc, information: None, specific: Specific::None, descriptor: false }
     }
 
+    /// Key, additional code and qualifier as people write them: `0Bh/10h/01h`.
+    pub fn codes(&self) -> String {
+        format!("{:02X}h/{:02X}h/{:02X}h", self.key as u8, self.asc.0, self.asc.1)
+    }
+
     /// The same with INFORMATION.
     pub const fn info(mut self, information: u64) -> Sense {
         self.information = Some(information);

@@ -11,6 +11,8 @@ use std::{
 pub enum Signal {
     /// SIGTERM or SIGINT: stop in good order.
     Stop,
+    /// SIGHUP: look anew at what there is.
+    Reload,
     /// SIGUSR1: write the state files.
     Report,
 }
@@ -19,7 +21,7 @@ pub enum Signal {
 pub struct Signals(std::fs::File);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT and SIGUSR1 on the calling thread, and takes them through a descriptor that never blocks.
+    /// Blocks SIGTERM, SIGINT, SIGHUP and SIGUSR1 on the calling thread, and takes them through a descriptor that never blocks.
     /// To be called before any thread is started, since threads inherit the mask.
     ///
     /// # Errors
@@ -30,7 +32,7 @@ impl Signals {
         // pthread_sigmask reads it and writes nothing, since the old mask is not asked for.
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1] {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
             let rc = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
@@ -61,7 +63,11 @@ impl Signals {
         }
         // `ssi_signo` is the first field of the record.
         let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
-        Ok(Some(if number == libc::SIGUSR1 as u32 { Signal::Report } else { Signal::Stop }))
+        Ok(Some(match number {
+            n if n == libc::SIGUSR1 as u32 => Signal::Report,
+            n if n == libc::SIGHUP as u32 => Signal::Reload,
+            _ => Signal::Stop,
+        }))
     }
 }
 
@@ -79,9 +85,13 @@ mod tests {
     fn a_signal_to_the_thread_arrives_as_a_value() {
         let signals = Signals::take().unwrap();
         assert_eq!(signals.take_next().unwrap(), None);
-        // SAFETY: the signal is blocked on this thread, so that no handler runs.
-        unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR1) };
-        assert_eq!(signals.take_next().unwrap(), Some(Signal::Report));
+        let told =
+            [(libc::SIGUSR1, Signal::Report), (libc::SIGHUP, Signal::Reload), (libc::SIGTERM, Signal::Stop)];
+        for (number, signal) in told {
+            // SAFETY: the signal is blocked on this thread, so that no handler runs.
+            unsafe { libc::pthread_kill(libc::pthread_self(), number) };
+            assert_eq!(signals.take_next().unwrap(), Some(signal));
+        }
         assert_eq!(signals.take_next().unwrap(), None);
     }
 }

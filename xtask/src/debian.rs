@@ -7,9 +7,10 @@ use crate::sh;
 use anyhow::{Result, bail};
 use std::process::{Command, Stdio};
 
-/// What `cargo xtask test --quick` needs: bindgen's library, the images' second opinion, and what installs QEMU's own QMP client.
+/// What `cargo xtask test --quick` needs: bindgen's library, the images' second opinion, what installs QEMU's own QMP client, and the
+/// unit's second opinion.
 pub const FOR_TESTS: &[&str] =
-    &["libclang-14-dev", "libisal2", "python3", "python3-pip", "python3-venv", "qemu-utils"];
+    &["libclang-14-dev", "libisal2", "python3", "python3-pip", "python3-venv", "qemu-utils", "systemd"];
 
 /// What the VM needs on top: the emulator, and what builds its artefacts.
 pub const FOR_VM: &[&str] = &[
@@ -42,6 +43,9 @@ pub const FOR_EMULATION: &[&str] = &[
     "syslinux-common",
     "xorriso",
 ];
+
+/// What `cargo xtask deb` needs: the libraries' packages by name, and the judge.
+pub const FOR_PACKAGE: &[&str] = &["dpkg-dev", "lintian"];
 
 /// Makes sure that every package of `wanted` is installed.
 pub fn ensure(wanted: &[&str]) -> Result<()> {

@@ -1,5 +1,6 @@
-//! Project chores: `cargo xtask test`, `cargo xtask vm`, `cargo xtask ci`.
+//! Project chores: `cargo xtask test`, `cargo xtask vm`, `cargo xtask ci`, `cargo xtask deb`.
 
+mod deb;
 mod debian;
 mod emulate;
 mod sh;
@@ -53,6 +54,12 @@ enum Chore {
         #[arg(long, default_value_t = 3600)]
         patience: u64,
     },
+    /// The Debian package: binary, unit, man pages, completions; judged by lintian
+    Deb {
+        /// Build with this cargo profile
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
     /// What runs in the guest
     #[command(hide = true)]
     GuestAgent,
@@ -69,6 +76,7 @@ fn main() -> ExitCode {
         Chore::EmulateGuard { model, profile, patience } => {
             emulate::main(&model, &profile, Duration::from_secs(patience))
         }
+        Chore::Deb { profile } => deb::main(&profile).map(|()| ExitCode::SUCCESS),
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

@@ -298,7 +298,7 @@ impl<V: Volume> Target<V> {
             }
             Err(Failure::Sense(mut sense)) => {
                 sense.descriptor = self.settings.get().descriptor_sense;
-                debug!(cdb = ?command.cdb, ?sense, "check condition");
+                debug!(cdb = ?command.cdb, sense = sense.codes(), detail = ?sense, "check condition");
                 failed(Status::CheckCondition, Some(sense))
             }
             Err(Failure::Status(status)) => failed(status, None),
@@ -444,13 +444,19 @@ impl<V: Volume> Target<V> {
             tell(&error);
         }
         let level_debug = matches!(error.kind, IoErrorKind::Cancelled | IoErrorKind::Unsupported);
+        let failure = sense::from_io_error(&error, self.block_size);
+        let sense = match &failure {
+            Failure::Sense(sense) => Some(sense.codes()),
+            Failure::Status(_) => None,
+        };
+        let lba = error.at.map(|at| self.block_size.lba_of(at).0);
         let source = error.source.as_ref().map(tracing::field::display);
         if level_debug {
-            debug!(source, "{error}");
+            debug!(lba, sense, source, "{error}");
         } else {
-            warn!(source, "{error}");
+            warn!(lba, sense, source, "{error}");
         }
-        sense::from_io_error(&error, self.block_size)
+        failure
     }
 }
 
