@@ -180,16 +180,21 @@ fn an_image_in_use_is_listed_with_force_share_and_not_changed() {
     dir.ours("create -f qcow2 a.qcow2 4M");
     dir.ours("snapshot -c one a.qcow2");
     // qemu-io holds the image as long as its standard input is open.
-    let mut holder = Command::new("qemu-io")
-        .args(["-f", "qcow2", dir.at("a.qcow2").to_str().unwrap()])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let hold = || {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "qcow2", dir.at("a.qcow2").to_str().unwrap()]);
+        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let mut holder = hold();
     let locked = || !dir.run("qemu-img", "snapshot -l a.qcow2").status.success();
     let began = std::time::Instant::now();
     while !locked() {
+        // Who asks whether it is locked has a lock for a moment, which qemu-io may meet.
+        if holder.try_wait().unwrap().is_some() {
+            holder = hold();
+        }
         assert!(began.elapsed().as_secs() < 60, "qemu-io does not take its lock");
+        std::thread::sleep(std::time::Duration::from_millis(200));
     }
     for words in ["snapshot -l", "snapshot -c two", "snapshot -a one", "snapshot -d one"] {
         let said = dir.refused(&format!("{words} a.qcow2"), 1);
