@@ -35,6 +35,8 @@ struct World {
     opted_out: AtomicBool,
     not_enabled: AtomicBool,
     capacity: AtomicU32,
+    /// LUNs whose threads have died.
+    dead: Mutex<Vec<String>>,
 }
 
 impl World {
@@ -87,6 +89,7 @@ impl Host for TestHost {
             self.0.say(format!("failed {}", device.name.name));
             return Err(Failure::new(libc::EBUSY, "the image is in use"));
         }
+        self.0.dead.lock().unwrap().retain(|name| *name != device.name.name);
         self.0.say(format!("start {}", device.name.name));
         Ok(Box::new(TestLun(self.0.clone(), device.name.name.clone())))
     }
@@ -113,7 +116,8 @@ impl Lun for TestLun {
     }
 
     fn failure(&self) -> Option<Failure> {
-        None
+        let dead = self.0.dead.lock().unwrap().contains(&self.1);
+        dead.then(|| Failure::new(libc::EIO, "its thread panicked"))
     }
 
     fn stop(self: Box<Self>) -> Result<(), Failure> {
@@ -309,6 +313,31 @@ fn a_panic_faults_its_own_lun_and_the_worker_answers_on() {
     b.event(Kind::Removed, 1, "vm2", None);
     b.world.wait_for("answer Removed 100 0");
     b.world.wait_for("answer Removed 101 0");
+}
+
+#[test]
+fn a_lun_that_dies_comes_back_once_and_then_stays_failed_with_the_reason() {
+    let mut bench = Bench::new();
+    for (minor, name) in [(0, "frail"), (1, "sound")] {
+        bench.plug(minor, name);
+        bench.event(Kind::Added, minor, name, None);
+        bench.wait_until("it serves", |b| b.state(name).is_some_and(|s| s.state == Phase::Online));
+    }
+    let starts =
+        |b: &Bench, name: &str| b.world.log().iter().filter(|l| **l == format!("start {name}")).count();
+    let die = |b: &Bench| b.world.dead.lock().unwrap().push("frail".to_owned());
+    die(&bench);
+    bench.wait_until("it comes back", |b| starts(b, "frail") == 2);
+    bench.wait_until("it serves again", |b| b.state("frail").is_some_and(|s| s.state == Phase::Online));
+    assert_eq!(bench.state("frail").unwrap().reason, None);
+    die(&bench);
+    bench.wait_until("it stays failed", |b| b.state("frail").is_some_and(|s| s.state == Phase::Failed));
+    let state = bench.state("frail").unwrap();
+    assert_eq!(state.reason.as_deref(), Some("its thread panicked"));
+    assert!(state.next.is_some());
+    assert_eq!((starts(&bench, "frail"), starts(&bench, "sound")), (2, 1));
+    assert_eq!(bench.state("sound").unwrap().state, Phase::Online);
+    assert!(!bench.world.log().contains(&"stopping sound".to_owned()));
 }
 
 #[test]

@@ -128,7 +128,7 @@ impl Host for RealHost {
         match self.record(device) {
             Ok((file, instance)) => ring = ring.with_record(file, instance),
             // It serves all the same; only a crash would be noticed.
-            Err(e) => warn!(name = %device.name.name, "no in-flight record can be kept: {e}"),
+            Err(e) => warn!(lun = %device.name.name, "no in-flight record can be kept: {e}"),
         }
         self.give_back_unknown(device, &ring)?;
         let handle = lun::start(LunParams {

@@ -1,8 +1,8 @@
 //! One device's worker: a thread that may wait, between the daemon's loop, which may not, and the LUN.
 //!
 //! It opens the image, carries out what the kernel asks for in order, answers, and keeps the LUN's state file. When it
-//! ends, the LUN has let go of the device. A LUN that fails or panics fails alone: its worker says so in the state file
-//! and goes on answering.
+//! ends, the LUN has let go of the device. A LUN that fails or panics fails alone: its worker starts it again, once, on the ring as it was
+//! left; if it fails again the state file says so, and the worker goes on answering.
 
 use std::{
     any::Any,
@@ -199,6 +199,8 @@ pub struct Worker {
     known: Arc<Known>,
     registry: Registry,
     lun: Option<Box<dyn Lun>>,
+    /// It has been started again after it died.
+    revived: bool,
     state: LunState,
 }
 
@@ -228,7 +230,7 @@ impl Worker {
             minor: device.minor,
             written_ms: 0,
         };
-        Worker { host, run, device, known, registry, lun: None, state }
+        Worker { host, run, device, known, registry, lun: None, revived: false, state }
     }
 
     /// Starts the LUN, then does as it is told until [`Order::End`] or until nobody is left to tell it anything. `added`
@@ -382,13 +384,25 @@ impl Worker {
         done
     }
 
-    /// Notices a LUN that has died.
+    /// Notices a LUN that has died. The first time it is started again: its commands wait in the ring, and the in-flight record says
+    /// which of them are unanswered. What kills it twice would do so for ever.
     fn look(&mut self) {
         let failed = self.lun.as_ref().and_then(|lun| lun.failure());
-        if let Some(failure) = failed.filter(|_| self.state.state != Phase::Failed) {
-            tracing::error!(lun = %self.state.name, "{}", failure.reason);
-            self.fail(failure);
+        let Some(failure) = failed.filter(|_| self.state.state != Phase::Failed) else { return };
+        tracing::error!(lun = %self.state.name, "{}", failure.reason);
+        if std::mem::replace(&mut self.revived, true) {
+            let next = "look for what it says in the log; then `systemctl restart tcmu-dif` starts it again";
+            return self.fail(Failure { next: Some(next.to_owned()), ..failure });
         }
+        if let Some(lun) = self.lun.take() {
+            if let Some(remote) = lun.remote() {
+                self.registry.remove(&self.state.name, &remote);
+            }
+            // Its thread has ended, and why is known.
+            let _ = guarded(|| lun.stop());
+        }
+        tracing::warn!(lun = %self.state.name, "started again, this once");
+        self.start().1.ok();
     }
 
     fn end(&mut self, removed: bool) {
@@ -406,7 +420,7 @@ impl Worker {
             }
         }
         if removed && let Err(e) = self.run.remove_record(self.state.minor) {
-            tracing::warn!(name = %self.state.name, "in-flight record: {e}");
+            tracing::warn!(lun = %self.state.name, "in-flight record: {e}");
         }
         // A device that came back under the same name has a file of its own by now.
         let mine = |s: &LunState| s.hba == self.state.hba && s.minor == self.state.minor;
