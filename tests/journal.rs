@@ -32,8 +32,8 @@ fn fields(mut entry: &[u8]) -> BTreeMap<String, String> {
     found
 }
 
-/// Runs `tcmu-dif --log debug demo` with a journal, of which `stream` says where it is; gives the entries and the text.
-fn demo(stream: impl Fn(&File) -> String) -> (Vec<BTreeMap<String, String>>, String) {
+/// Runs `tcmu-dif --log debug` with a journal, of which `stream` says where it is; gives the entries and the text.
+fn run(words: &[&str], stream: impl Fn(&File) -> String) -> (Vec<BTreeMap<String, String>>, String) {
     let dir = tempfile::tempdir().unwrap();
     let socket = UnixDatagram::bind(dir.path().join("socket")).unwrap();
     socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
@@ -58,7 +58,8 @@ fn demo(stream: impl Fn(&File) -> String) -> (Vec<BTreeMap<String, String>>, Str
                   mount --bind \"$0\" /run/systemd/journal && exec \"$@\"";
     let status = Command::new("unshare")
         .args(["--mount", "sh", "-c", inside, dir.path().to_str().unwrap()])
-        .args([env!("CARGO_BIN_EXE_tcmu-dif"), "--log", "tcmu_dif=debug", "demo"])
+        .args([env!("CARGO_BIN_EXE_tcmu-dif"), "--log", "tcmu_dif=debug"])
+        .args(words)
         .env("JOURNAL_STREAM", stream(&stderr))
         .stdout(Stdio::null())
         .stderr(stderr)
@@ -74,7 +75,7 @@ fn demo(stream: impl Fn(&File) -> String) -> (Vec<BTreeMap<String, String>>, Str
 #[test]
 #[ignore = "needs root: a mount namespace of its own"]
 fn the_journal_gets_the_lun_the_sense_and_the_lba_as_fields_and_standard_error_no_text() {
-    let (entries, text) = demo(|stderr| {
+    let (entries, text) = run(&["demo"], |stderr| {
         let stat = stderr.metadata().unwrap();
         format!("{}:{}", stat.dev(), stat.ino())
     });
@@ -92,7 +93,10 @@ fn the_journal_gets_the_lun_the_sense_and_the_lba_as_fields_and_standard_error_n
 #[test]
 #[ignore = "needs root: a mount namespace of its own"]
 fn a_program_whose_standard_error_is_not_the_journal_writes_text_there() {
-    let (entries, text) = demo(|_| "1:1".to_owned());
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    let words = ["image", "create", "-f", "qcow2", image.to_str().unwrap(), "1M"];
+    let (entries, text) = run(&words, |_| "1:1".to_owned());
     assert!(entries.is_empty(), "{entries:?}");
-    assert!(text.contains("online") && text.contains("lun="), "{text}");
+    assert!(text.contains("opened an image") && text.contains("path="), "{text}");
 }

@@ -21,6 +21,9 @@ use crate::{
     units::BlockSize,
 };
 
+/// How long a command may take: a flush on a disk that has much else to do takes tens of seconds.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// Sense key, ASC, ASCQ, and the LBA if the sense data have one.
 pub(super) type SenseOf = (u8, u8, u8, Option<u64>);
 
@@ -159,7 +162,7 @@ impl Disk {
 
     /// The ends of at least one command.
     pub(super) fn wait(&mut self) -> Result<Vec<Ended>> {
-        self.kernel.wait(Duration::from_secs(30)).map_err(stack("the ring failed"))
+        self.kernel.wait(PATIENCE).map_err(stack("the ring failed"))
     }
 }
 
