@@ -122,6 +122,9 @@ fn every_query_answers_what_the_schema_says() {
         (&luns[1]["format"], &luns[1]["size"], &luns[1]["block-size"]),
         (&json!("qcow2"), &json!(16 * MIB), &json!(512))
     );
+    assert!(
+        luns[1]["counters"]["l2-cache"]["misses"].is_u64() && luns[0]["counters"].get("l2-cache").is_none()
+    );
     other.lun.stop().unwrap();
     check(&mut talk);
     let luns = talk.get("query-luns", json!({}));

@@ -120,6 +120,10 @@ pub(super) static PI_INFO: Object = object(
 
 static LUN_STATE: Enum = Enum { name: "LunState", values: &["online", "stopped", "failed", "silent"] };
 
+/// A cache of qcow2 metadata, for all images of the chain.
+static CACHE_COUNT: Object =
+    object("LunCacheCount", &[has("hits", Type::Int), has("misses", Type::Int), has("bytes", Type::Int)]);
+
 static LUN_COUNTERS: Object = object(
     "LunCounters",
     &[
@@ -135,6 +139,8 @@ static LUN_COUNTERS: Object = object(
         has("unmap_operations", Type::Int),
         has("flush_operations", Type::Int),
         may("pi", Type::Object(&PI_COUNTERS)),
+        may("l2-cache", Type::Object(&CACHE_COUNT)),
+        may("refcount-cache", Type::Object(&CACHE_COUNT)),
     ],
 );
 

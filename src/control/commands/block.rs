@@ -56,6 +56,7 @@ fn counters(stats: &Stats) -> Value {
         "rd_bytes": read.bytes, "wr_bytes": write.bytes, "rd_operations": read.operations,
         "wr_operations": write.operations, "unmap_operations": unmap.operations,
         "flush_operations": flush.operations, "pi": stats.pi,
+        "l2-cache": stats.caches.map(|c| c.l2_cache), "refcount-cache": stats.caches.map(|c| c.refcount_cache),
     })
 }
 
