@@ -1,15 +1,16 @@
-//! `cargo bench --bench image [-- --seconds N] [--dir DIR] [--json FILE]`: images as a LUN uses them, without a ring: raw and qcow2,
+//! `cargo bench --bench image [-- --seconds N] [--dir DIR] [--rows TEXT] [--json FILE]`: images as a LUN uses them, without a ring: raw and qcow2,
 //! allocated, fresh, over a backing file; beside `qemu-img bench` (io_uring, buffered) on the same kind of file, all in one run.
 //!
 //! The rows take turns, and the best round of each counts, in operations a second of real time. Every row goes through
 //! its image with the same stride, which meets each 4 KiB block once, far from the one before. Ratios count; an absolute figure
-//! is a note. Files are in the page cache, so what is measured is the way there; `--dir /dev/shm` leaves the file system's share out. The
+//! is a note. `--rows` keeps the rows whose name has the text, or one of several with `|` between them. Files are in the page cache, so what is measured is the way there; `--dir /dev/shm` leaves the file system's share out. The
 //! last line is the opening of an image of 64 TiB with all of its L2 tables.
 #![allow(clippy::unwrap_used)] // A bench may panic.
 
 use std::{
     cell::Cell,
     fmt::Write as _,
+    fs::File,
     path::{Path, PathBuf},
     process::Command,
     rc::Rc,
@@ -23,7 +24,12 @@ use tcmu_dif::{
         create::create_raw,
         open::{OpenOptions, open},
     },
-    sys::{self, exec::join_all, io::Io, mem::Buffer},
+    sys::{
+        self,
+        exec::Executor,
+        io::{Io, Wait},
+        mem::Buffer,
+    },
     units::ByteOffset,
     volume::{Volume, WriteFlags},
 };
@@ -33,6 +39,9 @@ mod huge;
 
 const BLOCK: u64 = 4096;
 const SIZE: u64 = 256 << 20;
+/// The disk whose clusters are new, and how many a round writes.
+const FRESH_SIZE: u64 = 4 << 30;
+const FRESH_COUNT: u64 = 16384;
 /// Blocks from one to the next: odd, so that all of a power of two are met.
 const STRIDE: u64 = 24_683;
 
@@ -85,7 +94,7 @@ impl Row {
     }
 
     fn count(self, most: u64) -> u64 {
-        if self.kind == Kind::Fresh { SIZE / 65536 } else { most }
+        if self.kind == Kind::Fresh { FRESH_COUNT } else { most }
     }
 }
 
@@ -101,22 +110,31 @@ impl Files {
         })
     }
 
+    /// All are filled in the same way, and come into the page cache by being read: otherwise its folios are as large as the writes were
+    /// that brought them, and that is measured.
     fn make(&self) {
         let raw = self.of(Kind::Raw);
         let path = raw.clone();
-        sys::run(async move |io| {
-            create_raw(&io, &path, SIZE).await.unwrap();
-            let image = open(&io, &path, &OpenOptions::default()).await.unwrap();
-            let data = Buffer::from_slice(&vec![0x5a; 1 << 20]).sg();
-            for at in (0..SIZE).step_by(1 << 20) {
-                image.write(ByteOffset(at), &data, WriteFlags::default()).await.unwrap();
-            }
-            image.close().await.unwrap();
-        });
-        let (raw, base) = (raw.to_str().unwrap(), self.of(Kind::Allocated));
-        qemu_img(&["convert", "-f", "raw", "-O", "qcow2", raw, base.to_str().unwrap()]);
-        let backing = self.0.join("base.qcow2");
-        std::fs::copy(&base, &backing).unwrap();
+        sys::run(async move |io| create_raw(&io, &path, SIZE).await.unwrap());
+        let (allocated, backing) = (self.of(Kind::Allocated), self.0.join("base.qcow2"));
+        for path in [&allocated, &backing] {
+            qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), &SIZE.to_string()]);
+        }
+        for path in [raw, allocated, backing] {
+            let name = path.clone();
+            sys::run(async move |io| {
+                let image = open(&io, &path, &OpenOptions::default()).await.unwrap();
+                let data = Buffer::from_slice(&vec![0x5a; 1 << 20]).sg();
+                for at in (0..SIZE).step_by(1 << 20) {
+                    image.write(ByteOffset(at), &data, WriteFlags::default()).await.unwrap();
+                }
+                image.close().await.unwrap();
+            });
+            let mut file = File::open(&name).unwrap();
+            file.sync_all().unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            std::io::copy(&mut file, &mut std::io::sink()).unwrap();
+        }
         let overlay = self.of(Kind::Backing);
         qemu_img(&[
             "create",
@@ -136,7 +154,7 @@ impl Files {
         let path = self.of(row.kind);
         if row.kind == Kind::Fresh {
             let _ = std::fs::remove_file(&path);
-            qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), &SIZE.to_string()]);
+            qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), &FRESH_SIZE.to_string()]);
         }
         path
     }
@@ -169,8 +187,9 @@ fn round(row: Row, path: &Path, count: u64) -> f64 {
     let path = path.to_owned();
     let spent = sys::run(async move |io: Io| {
         let image = open(&io, &path, &OpenOptions::default()).await.unwrap();
+        let image = Rc::new(image);
         let began = Instant::now();
-        drive(&image, row, count).await;
+        drive(&io, &image, row, count);
         let spent = began.elapsed();
         image.close().await.unwrap();
         spent
@@ -178,27 +197,33 @@ fn round(row: Row, path: &Path, count: u64) -> f64 {
     count as f64 / spent.as_secs_f64()
 }
 
-/// Keeps `depth` operations in flight.
-async fn drive(image: &Image, row: Row, count: u64) {
+/// Keeps `depth` operations in flight, each a task of its own as a LUN's commands are.
+fn drive(io: &Io, image: &Rc<Image>, row: Row, count: u64) {
     let next = Rc::new(Cell::new(0));
-    let workers = (0..row.depth).map(|_| {
-        let (next, buffer) = (next.clone(), Buffer::zeroed(BLOCK as usize).sg());
-        async move {
+    let exec = Executor::new();
+    for _ in 0..row.depth {
+        let (next, image, buffer) = (next.clone(), image.clone(), Buffer::zeroed(BLOCK as usize).sg());
+        exec.spawn(async move {
             loop {
                 let i: u64 = next.get();
                 if i == count {
                     return;
                 }
                 next.set(i + 1);
-                let at = ByteOffset(i * row.stride() % SIZE);
+                let at =
+                    ByteOffset(i * row.stride() % if row.kind == Kind::Fresh { FRESH_SIZE } else { SIZE });
                 match row.op {
                     Op::Read => image.read(at, &buffer).await.unwrap(),
                     Op::Write => image.write(at, &buffer, WriteFlags::default()).await.unwrap(),
                 }
             }
-        }
-    });
-    join_all(workers).await;
+        });
+    }
+    while exec.tasks() > 0 {
+        exec.run_ready();
+        let wait = if exec.has_ready() || exec.tasks() == 0 { Wait::No } else { Wait::Event };
+        io.turn(wait).unwrap();
+    }
 }
 
 /// Milliseconds that opening an image of 64 TiB takes, at best.
@@ -246,6 +271,9 @@ fn main() {
                 qemu: *qemu,
             }));
         }
+    }
+    if let Some(text) = option("--rows") {
+        rows.retain(|row| text.split('|').any(|part| row.name().contains(part)));
     }
     let mut best = vec![0f64; rows.len()];
     let end = Instant::now() + Duration::from_secs_f64(seconds);

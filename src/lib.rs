@@ -3,11 +3,14 @@
 //! The folders are the architecture, and the arrows point down; `docs/architecture.md` has the map, `tests/layering.rs`
 //! keeps it true.
 
+pub mod admin;
 pub mod cli;
 pub mod conformance;
 pub mod control;
 pub mod daemon;
+pub mod dbus;
 pub mod demo;
+mod files;
 pub mod image;
 pub mod kernel;
 pub mod lun;

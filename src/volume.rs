@@ -30,6 +30,11 @@ pub struct Limits {
     pub discard_granularity: u32,
     /// Bytes of the unit in which I/O is cheapest; a hint, 0 if there is none.
     pub preferred_io: u32,
+    /// Bytes (a power of two, a page at most) of an aligned piece that power loss leaves old or new as a whole, if the volume was flushed
+    /// before it was written and nothing else was written to its page since; 0 if there are none.
+    pub atomic_write: u32,
+    /// [`Volume::free_bytes`] knows an answer.
+    pub tells_free: bool,
 }
 
 /// How a write has to be kept.
@@ -169,6 +174,12 @@ pub trait Volume {
     /// Changes the capacity. What is new reads as zeros.
     async fn resize(&self, capacity: u64) -> Result<()>;
 
+    /// Bytes that are free for what the volume has yet to allocate, if it shares them with others and they can be counted. Looked at now and
+    /// then, and not with every command.
+    async fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// The type of the tuples that initiators are to see, if the volume keeps some for them. Tuples travel as eight bytes
     /// a block, big-endian.
     fn protection(&self) -> Option<PiType> {
@@ -241,6 +252,10 @@ impl<V: Volume> Volume for Rc<V> {
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         (**self).resize(capacity).await
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        (**self).free_bytes().await
     }
 
     fn protection(&self) -> Option<PiType> {

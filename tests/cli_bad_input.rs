@@ -117,7 +117,8 @@ fn a_wrong_image_is_refused_with_its_path_and_the_next_step() {
         ("none.raw", &["none.raw", "no such file"][..]),
         ("none/none.raw", &["none/none.raw", "no such file"]),
         ("dir", &["is a directory"]),
-        ("/dev/null", &["/dev/null", "character device"]),
+        ("/dev/zero", &["/dev/zero", "character device"]),
+        ("/dev/null", &["/dev/null", "no size of its own", "--size 1G"]),
         ("empty.raw", &["empty.raw", "truncate"]),
         ("odd.raw", &["1000", "512"]),
         ("corrupt.qcow2", &["corrupt.qcow2"]),
@@ -126,7 +127,7 @@ fn a_wrong_image_is_refused_with_its_path_and_the_next_step() {
         ("loop-a.qcow2", &["loop-a.qcow2", "backing"]),
     ] {
         refused(&images, &format!("create vm1 --image {image}"), 1, parts);
-        if !["odd.raw", "empty.raw"].contains(&image) {
+        if !["odd.raw", "empty.raw", "/dev/null"].contains(&image) {
             refused(&images, &format!("image info {image}"), 1, parts);
         }
     }
@@ -138,6 +139,12 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
     let images = Images::new();
     for (words, parts) in [
         ("", &["usage"][..]),
+        (
+            "daemon --metrics-listen 0.0.0.0:9967",
+            &["0.0.0.0:9967", "can be reached by others", "127.0.0.1:9967"],
+        ),
+        ("daemon --metrics-listen 9967", &["9967", "127.0.0.1:9967"]),
+        ("trace", &["<NAME>"]),
         ("destroy vm1", &["destroy"]),
         ("create vm1", &["--image"]),
         ("create --image good.raw", &["<NAME>"]),

@@ -68,8 +68,10 @@ fn lun(pi: Option<PiType>, block_size: BlockSize, transfer: Transfer) -> Box<Emb
         capacity,
         write_cache: true,
         serial: Some("0123456789".into()),
+        neighbourhood: Default::default(),
         state_dir: None,
         backend: Some(backend_from_env()),
+        polling: true,
         device: kernel.device().unwrap(),
     })
     .unwrap();

@@ -16,7 +16,8 @@ use tcmu_dif::{
 };
 
 const READ_ONLY: OpenOptions = OpenOptions { read_only: true, ..WRITABLE };
-const WRITABLE: OpenOptions = OpenOptions { read_only: false, format: None, lock: true, cache_size: None };
+const WRITABLE: OpenOptions =
+    OpenOptions { read_only: false, format: None, lock: true, cache_size: None, null_size: None };
 
 fn qemu(tool: &str, args: &[&str], path: &Path) -> Output {
     Command::new(tool).args(args).arg(path).output().unwrap()

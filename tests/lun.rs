@@ -54,8 +54,10 @@ impl Rig {
             capacity: self.capacity,
             write_cache: true,
             serial: Some("0123456789".into()),
+            neighbourhood: Default::default(),
             state_dir: Some(self.state_dir()),
             backend: Some(backend_from_env()),
+            polling: true,
             device: self.kernel.device().unwrap(),
         }
     }

@@ -63,8 +63,10 @@ impl Rig {
             capacity: BLOCKS * 512,
             write_cache: true,
             serial: Some("0123456789".into()),
+            neighbourhood: Default::default(),
             state_dir: None,
             backend: Some(backend_from_env()),
+            polling: true,
             device: self.kernel.device().unwrap(),
         })?;
         assert_eq!(self.run(&[0; 6], Data::None).key_asc_ascq(), (6, 0x29, 0));

@@ -79,8 +79,10 @@ impl Rig {
             capacity: SIZE,
             write_cache: true,
             serial: Some("0123456789".into()),
+            neighbourhood: Default::default(),
             state_dir: Some(self.dir.path().join("state")),
             backend: Some(backend_from_env()),
+            polling: true,
             device: self.kernel.device().unwrap(),
         })
         .unwrap();

@@ -41,7 +41,15 @@ impl PlainFile {
 impl Volume for PlainFile {
     fn limits(&self) -> Limits {
         let capacity = self.capacity;
-        Limits { capacity, alignment: 1, read_only: false, discard_granularity: 0, preferred_io: 0 }
+        Limits {
+            capacity,
+            alignment: 1,
+            read_only: false,
+            discard_granularity: 0,
+            preferred_io: 0,
+            atomic_write: 0,
+            tells_free: false,
+        }
     }
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
         self.storage.read(at.0, to).await.map_err(|e| IoError::from_io(IoOp::Read, e))

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)] // A test may panic.
 #![allow(missing_docs)]
 
+#[path = "qcow2/atomic.rs"]
+mod atomic;
 #[path = "qcow2/crash.rs"]
 mod crash;
 #[path = "qcow2/damage.rs"]

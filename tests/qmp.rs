@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tcmu_dif::{
     control::{Host, Registry, ShutdownCause, qmp::Error},
     image::{create::create_qcow2, qcow2::CreateOptions},
@@ -133,6 +133,58 @@ fn every_query_answers_what_the_schema_says() {
 }
 
 #[test]
+fn limits_are_set_told_refused_and_kept_until_the_lun_is_deleted() {
+    let rig = Rig::new(Registry::default());
+    let image = rig.dir.path().join("vm1.raw");
+    File::create(&image).unwrap().set_len(8 * MIB).unwrap();
+    let config = DeviceConfig { limits: "iops=77".parse().unwrap(), ..DeviceConfig::new(&image) };
+    let guest = rig.start("vm1", config.clone(), 8 * MIB);
+    let mut talk = rig.talk();
+    let told = |talk: &mut Talk| talk.get("query-block", json!({}))[0]["inserted"].take();
+    assert_eq!((&told(&mut talk)["iops"], &told(&mut talk)["bps"]), (&json!(77), &json!(0)));
+    let all = |more: Value| {
+        let mut args = json!({ "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0 });
+        args.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        args
+    };
+    for (more, words) in [
+        (json!({ "device": "vm1", "bps": 1, "bps_rd": 1 }), "bps and bps_rd cannot be set at the same time"),
+        (json!({ "device": "vm1", "iops_max": 1 }), "iops_max needs iops to be set"),
+        (json!({ "device": "vm1", "id": "vm1" }), "'device' and 'id' are mutually exclusive"),
+        (json!({ "device": "vm9" }), "'vm9' is not served"),
+        (json!({ "device": "vm1", "group": "g" }), "Parameter 'group' is unexpected"),
+    ] {
+        let refused = talk.ask("block_set_io_throttle", all(more));
+        assert!(refused["error"]["desc"].as_str().unwrap().contains(words), "{refused}");
+    }
+    assert_eq!(told(&mut talk)["iops"], 77, "what was refused has changed nothing");
+    let set = json!({ "id": "vm1", "iops_wr": 10, "iops_wr_max": 50, "bps": 1 << 30 });
+    talk.get("block_set_io_throttle", all(set));
+    let schema = Schema(talk.get("query-qmp-schema", json!({})));
+    for query in ["query-block", "query-luns", "query-named-block-nodes"] {
+        schema.check_answer(query, &talk.get(query, json!({})));
+    }
+    let now = told(&mut talk);
+    assert_eq!((&now["iops"], &now["iops_wr"], &now["iops_wr_max"]), (&json!(0), &json!(10), &json!(50)));
+    guest.lun.stop().unwrap();
+    let mut guest = rig.start("vm1", config.clone(), 8 * MIB);
+    assert_eq!(told(&mut talk)["iops_wr"], 10, "a restart keeps what was set");
+    talk.get("block_set_io_throttle", all(json!({ "id": "vm1", "iops_wr": 10 })));
+    // The first passes at once and the next ones have to wait.
+    for i in 0..3 {
+        assert_eq!(guest.write(i, &[1; 512]), 0);
+    }
+    let throttle = talk.get("query-luns", json!({}))[0]["throttle"].take();
+    assert_eq!((&throttle["delayed"], &throttle["waiting"]), (&json!(2), &json!(0)), "{throttle}");
+    assert!(throttle["waited-ns"].as_u64() > Some(0));
+    talk.get("block_set_io_throttle", all(json!({ "id": "vm1" })));
+    guest.lun.stop().unwrap();
+    let guest = rig.start("vm1", config, 8 * MIB);
+    assert_eq!(told(&mut talk)["iops"], 0, "also that there are none");
+    guest.lun.stop().unwrap();
+}
+
+#[test]
 fn blockstats_count_bytes_commands_and_failures_of_each_direction() {
     let rig = Rig::new(Registry::default());
     let mut guest = rig.protected("vm1", 8 * MIB);
@@ -192,6 +244,20 @@ impl Host for Asked {
         Err(Error::generic("the kernel refused"))
     }
 
+    fn add(&self, device: &str, words: Map<String, Value>) -> Result<Value, Error> {
+        self.0.lock().unwrap().push(format!("add {device} {}", Value::Object(words)));
+        Ok(
+            json!({ "name": device, "image": "/a.raw", "format": null, "serial": "s1", "pi": "off", "exposure": "target",
+            "block_size": 512, "capacity_bytes": MIB, "exports": [{ "fabric": "vhost", "wwn": "naa.5001405000000001" }],
+            "created": true }),
+        )
+    }
+
+    fn del(&self, device: &str, force: bool) -> Result<Value, Error> {
+        self.0.lock().unwrap().push(format!("del {device} {force}"));
+        Ok(json!({ "name": device, "deleted": true, "left": [] }))
+    }
+
     fn quit(&self) {
         self.0.lock().unwrap().push("quit".into());
     }
@@ -225,6 +291,35 @@ fn quit_is_answered_then_told_and_then_done_and_a_resize_is_the_daemons_where_th
     rig.server = None;
     assert_eq!(other.hear().unwrap()["event"], "LUN_REMOVED");
     guest.lun.stop().unwrap();
+}
+
+#[test]
+fn luns_are_made_and_taken_down_by_the_daemon_in_the_words_of_create() {
+    let asked = Asked::default();
+    let rig = Rig::new(Registry::with_host(asked.clone()));
+    let mut talk = rig.talk();
+    let schema = Schema(talk.get("query-qmp-schema", json!({})));
+    let made = talk
+        .get("lun-add", json!({ "device": "vm1", "image": "/a.raw", "pi": "type1", "export": ["vhost"] }));
+    schema.check_answer("lun-add", &made);
+    assert_eq!((&made["name"], made.get("format")), (&json!("vm1"), None));
+    let gone = talk.get("lun-del", json!({ "device": "vm1", "force": true }));
+    schema.check_answer("lun-del", &gone);
+    let words = r#"{"device":"vm1","export":["vhost"],"image":"/a.raw","pi":"type1"}"#;
+    assert_eq!(*asked.0.lock().unwrap(), [format!("add vm1 {words}"), "del vm1 true".into()]);
+    for (command, arguments, said) in [
+        ("lun-add", json!({ "device": "vm1" }), "image"),
+        ("lun-add", json!({ "device": "vm1", "image": "/a.raw", "colour": "red" }), "colour"),
+        ("lun-add", json!({ "device": "vm1", "image": "/a.raw", "export": "vhost" }), "export"),
+        ("lun-del", json!({ "device": "vm1", "force": "yes" }), "force"),
+    ] {
+        let refused = talk.ask(command, arguments);
+        assert!(refused["error"]["desc"].as_str().unwrap().contains(said), "{refused}");
+    }
+    let nobody = Rig::new(Registry::default());
+    let refused = nobody.talk().ask("lun-del", json!({ "device": "vm1" }));
+    assert!(refused["error"]["desc"].as_str().unwrap().contains("no daemon"), "{refused}");
+    assert_eq!(asked.0.lock().unwrap().len(), 2);
 }
 
 #[test]

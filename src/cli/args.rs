@@ -1,21 +1,27 @@
 //! The words of the command line, parsed and checked as far as they can be without touching anything.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::image_args::{ImageCheck, ImageMap, ImageMeasure, ImageRepair};
 use crate::{
+    admin::{
+        Admin,
+        declared::LUNS_D,
+        luns::Places,
+        order::{self, ExportOrder},
+    },
     daemon::rundir::RUN_DIR,
     image::Format,
     kernel::{
         CONFIGFS,
-        fabric::Fabric,
         names::{Name, Wwn},
     },
     lun::{
         scrub::{MIN_SPEED, ScrubError},
         state_file::STATE_DIR,
+        throttle::limits::Limits,
     },
     pi::{Exposure, PiMode, PiType, Transfer},
     units::BlockSize,
@@ -48,7 +54,7 @@ pub enum Command {
     /// Serve the kernel's LUNs, in the foreground, until SIGTERM
     Daemon(Daemon),
     /// Make a LUN from an image, and export it
-    Create(Create),
+    Create(Box<Create>),
     /// Take a LUN and its exports down; the image stays
     Delete(Delete),
     /// List the LUNs
@@ -65,8 +71,23 @@ pub enum Command {
     Pi(Pi),
     /// Read every protected block of a LUN that is in use and check it; goes on in the daemon if this command is interrupted
     Scrub(Scrub),
+    /// Watch the LUNs on the terminal: operations and bytes a second, commands in flight, protection errors, jobs
+    Top(Top),
+    /// Show a LUN's commands as they pass, until interrupted
+    Trace(Trace),
     /// Say what this host can do, and how to get what is missing
     CheckHost(CheckHost),
+    /// Collect what a report of a fault needs into a file, without any of the disks' data
+    ///
+    /// In it are: this program's version; the kernel's release, its modules and their parameters; the kernel's objects of our
+    /// LUNs in configfs with their attributes; the daemon's state files under /run/tcmu-dif, and of other files there the names and
+    /// sizes alone; tcmu-dif list and check-host; the daemon's answers to query-version, query-luns, query-block,
+    /// query-blockstats, query-pi and query-jobs; the last 2000 lines of the service's log; its unit; and /etc/tcmu-dif.
+    ///
+    /// No block of a disk is in it, but the paths of images, names of hosts, serial numbers and WWNs are, and of blocks
+    /// that fail protection the address and the tuple's values. Values of settings whose names speak of a password, secret,
+    /// token, credential or key are left out; look through it before you give it away. What cannot be had is noted in contents.txt.
+    SupportBundle(SupportBundle),
     /// Judge a SCSI disk with protection information by SBC-4, clause by clause; overwrites it
     Conformance(Conformance),
     /// Show everything on an embedded fake kernel: no root, no kernel module
@@ -74,6 +95,9 @@ pub enum Command {
     /// Read and write through a vhost target, as a guest would, and compare
     #[command(hide = true)]
     PeerVhost(PeerVhost),
+    /// Take down every LUN that nobody uses, before the host goes down
+    #[command(hide = true)]
+    Release,
     /// Write man pages and shell completions
     #[command(hide = true)]
     PackagingFiles(PackagingFiles),
@@ -93,6 +117,15 @@ pub struct Daemon {
     /// The way of I/O
     #[arg(long, value_enum, default_value_t = IoWay::Auto)]
     pub io: IoWay,
+    /// Let LUNs sleep as soon as their rings are empty: less CPU, and a wake-up more for most commands
+    #[arg(long)]
+    pub no_polling: bool,
+    /// The directory of the LUNs to make at the start: NAME.toml, in the words of create
+    #[arg(long, value_name = "DIR", default_value = LUNS_D)]
+    pub luns_d: PathBuf,
+    /// Serve metrics over HTTP at this address of the loopback interface too, besides the socket in the run directory
+    #[arg(long, value_name = "ADDR:PORT", value_parser = super::listen::loopback)]
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// `scrub`.
@@ -125,6 +158,36 @@ pub struct Scrub {
     pub json: Json,
 }
 
+/// `top`.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Print one sample, taken over a second, and end; needs no terminal
+    #[arg(long)]
+    pub once: bool,
+    /// Print that sample as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `support-bundle`.
+#[derive(Debug, Args)]
+pub struct SupportBundle {
+    /// The new file; tcmu-dif-support-SECONDS.tar.gz in the current directory if not given
+    #[arg(long, value_name = "FILE.tar.gz")]
+    pub output: Option<PathBuf>,
+}
+
+/// `trace`.
+#[derive(Debug, Args)]
+pub struct Trace {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
 /// The ways of I/O.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum IoWay {
@@ -149,16 +212,16 @@ pub struct Create {
     #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
     pub size: Option<u64>,
     /// The image's format, rather than what its first bytes say; for --size, raw or qcow2
-    #[arg(long, value_name = "FORMAT", value_parser = format)]
+    #[arg(long, value_name = "FORMAT", value_parser = order::format)]
     pub format: Option<Format>,
     /// Bytes of a block: 512 or 4096
-    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = block_size)]
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = order::block_size)]
     pub block_size: BlockSize,
     /// Protection information for every block: off, type1, type2 or type3
     #[arg(long, value_name = "TYPE", default_value = "off", value_parser = pi)]
     pub pi: PiSetting,
     /// How it stays true across a crash: bitmap (what was being written is read again and trusted) or journal (nothing is, and a torn block is an error; slower); as the sidecar has it, if there is one
-    #[arg(long, value_name = "MODE", value_parser = pi_mode)]
+    #[arg(long, value_name = "MODE", value_parser = order::pi_mode)]
     pub pi_mode: Option<PiMode>,
     /// Who reads and writes it: target (guests see a plain disk) or initiator (guests send and get their own)
     #[arg(long, value_name = "WHO", default_value = "target")]
@@ -172,27 +235,24 @@ pub struct Create {
     /// Memory for a qcow2 image's tables, those of its backing files included; 36M is enough for 256 GiB in use
     #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
     pub cache_size: Option<u64>,
+    /// Whoever uses one LUN of a group may have the daemon copy blocks between all of them (EXTENDED COPY); without a group within this LUN alone
+    #[arg(long, value_name = "GROUP", value_parser = order::copy_group)]
+    pub copy_group: Option<String>,
+    /// Limit the LUN's commands, in QEMU's words: iops=500,bps=100M, or iops_rd, iops_wr, bps_rd, bps_wr; each with _max (during a burst) and _max_length (its seconds); iops_size
+    #[arg(long, value_name = "LIMITS", default_value = "off", value_parser = order::limits)]
+    pub throttle: Limits,
     /// Refuse writes
     #[arg(long)]
     pub read_only: bool,
     /// The disk's serial number; a random one if not given
-    #[arg(long, value_name = "SERIAL", value_parser = serial)]
+    #[arg(long, value_name = "SERIAL", value_parser = order::serial)]
     pub serial: Option<String>,
     /// Where to export it: loopback, vhost, or with a world wide name, as in vhost:naa.5001405aa1b2c3d4; may be given several times
-    #[arg(long, value_name = "FABRIC[:WWN]", value_parser = export)]
-    pub export: Vec<ExportArg>,
+    #[arg(long, value_name = "FABRIC[:WWN]", value_parser = ExportOrder::from_str)]
+    pub export: Vec<ExportOrder>,
     /// As always.
     #[command(flatten)]
     pub json: Json,
-}
-
-/// `--export`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportArg {
-    /// The fabric.
-    pub fabric: Fabric,
-    /// The world wide name, if one is asked for.
-    pub wwn: Option<Wwn>,
 }
 
 /// `--pi`.
@@ -269,7 +329,7 @@ pub enum Image {
 #[derive(Debug, Args)]
 pub struct ImageCreate {
     /// The format: raw or qcow2
-    #[arg(short, long, value_name = "FORMAT", default_value = "raw", value_parser = format)]
+    #[arg(short, long, value_name = "FORMAT", default_value = "raw", value_parser = order::format)]
     pub format: Format,
     /// Options: cluster_size=65536, refcount_bits=16, compat=1.1, preallocation=off|metadata; separated by commas
     #[arg(short, value_name = "OPTIONS")]
@@ -278,7 +338,7 @@ pub struct ImageCreate {
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
     pub backing: Option<String>,
     /// The backing file's format
-    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = format)]
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = order::format)]
     pub backing_format: Option<Format>,
     /// The new image
     pub path: PathBuf,
@@ -330,7 +390,7 @@ pub struct ImageSnapshot {
 #[derive(Debug, Args)]
 pub struct ImageResize {
     /// The format, rather than what the first bytes say
-    #[arg(short, long, value_name = "FORMAT", value_parser = format)]
+    #[arg(short, long, value_name = "FORMAT", value_parser = order::format)]
     pub format: Option<Format>,
     /// Agree that what lies beyond a smaller size is deleted
     #[arg(long)]
@@ -383,13 +443,13 @@ pub struct PiRebuild {
     /// The image
     pub image: PathBuf,
     /// The type of protection: type1, type2 or type3; as the sidecar has it, if there is one
-    #[arg(long, value_name = "TYPE", value_parser = pi_type)]
+    #[arg(long, value_name = "TYPE", value_parser = order::pi_type)]
     pub pi: Option<PiType>,
     /// How it stays true across a crash: bitmap or journal; as the sidecar has it, if there is one
-    #[arg(long, value_name = "MODE", value_parser = pi_mode)]
+    #[arg(long, value_name = "MODE", value_parser = order::pi_mode)]
     pub mode: Option<PiMode>,
     /// Bytes of a block: 512 or 4096; as the sidecar has it, if there is one
-    #[arg(long, value_name = "BYTES", value_parser = block_size)]
+    #[arg(long, value_name = "BYTES", value_parser = order::block_size)]
     pub block_size: Option<BlockSize>,
     /// Where the protection information is kept, instead of IMAGE.pi
     #[arg(long, value_name = "PATH")]
@@ -462,27 +522,6 @@ pub struct PeerVhost {
     pub measure_ms: u64,
 }
 
-pub(super) fn format(text: &str) -> Result<Format, String> {
-    match text {
-        "raw" => Ok(Format::Raw),
-        "qcow2" => Ok(Format::Qcow2),
-        _ => Err("the formats are raw and qcow2".to_owned()),
-    }
-}
-
-fn block_size(text: &str) -> Result<BlockSize, String> {
-    let bytes = super::size::parse(text).ok().and_then(BlockSize::new);
-    bytes.ok_or_else(|| "a block has 512 or 4096 bytes".to_owned())
-}
-
-fn pi_type(text: &str) -> Result<PiType, String> {
-    text.parse().map_err(|_| "the types of protection are type1, type2 and type3".to_owned())
-}
-
-fn pi_mode(text: &str) -> Result<PiMode, String> {
-    text.parse().map_err(|_| "the modes of protection information are bitmap and journal".to_owned())
-}
-
 fn speed(text: &str) -> Result<u64, String> {
     let speed = if text == "0" { 0 } else { super::size::parse(text)? };
     if (1..MIN_SPEED).contains(&speed) {
@@ -492,27 +531,19 @@ fn speed(text: &str) -> Result<u64, String> {
 }
 
 fn pi(text: &str) -> Result<PiSetting, String> {
-    if text == "off" {
-        return Ok(PiSetting(None));
-    }
-    let words = |_| "protection is off, type1, type2 or type3".to_owned();
-    pi_type(text).map(|t| PiSetting(Some(t))).map_err(words)
+    order::pi(text).map(PiSetting)
 }
 
-fn serial(text: &str) -> Result<String, String> {
-    // SPC-5 7.7.15: ASCII graphic; the kernel takes 254.
-    let graphic = text.bytes().all(|b| b.is_ascii_graphic());
-    if text.is_empty() || text.len() > 64 || !graphic {
-        return Err("a serial number has 1 to 64 letters, digits and signs, without blanks".to_owned());
+impl Cli {
+    /// Where the commands look.
+    pub fn places(&self) -> Places {
+        Places::at(&self.configfs, &self.run_dir, &self.state_dir)
     }
-    Ok(text.to_owned())
-}
 
-fn export(text: &str) -> Result<ExportArg, String> {
-    let (fabric, wwn) = text.split_once(':').map_or((text, None), |(f, w)| (f, Some(w)));
-    let fabric = Fabric::of(fabric).ok_or("the fabrics are loopback and vhost")?;
-    let wwn = wwn.map(Wwn::new).transpose().map_err(|e| e.to_string())?;
-    Ok(ExportArg { fabric, wwn })
+    /// Who does what changes LUNs.
+    pub fn admin(&self) -> Admin {
+        Admin { places: self.places(), protect: super::pi::protect }
+    }
 }
 
 /// Parses the command line.
@@ -531,23 +562,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn exports_are_a_fabric_and_perhaps_a_name() {
-        let wwn = Some(Wwn::new("naa.5001405aa1b2c3d4").unwrap());
-        assert_eq!(export("loopback"), Ok(ExportArg { fabric: Fabric::Loopback, wwn: None }));
-        assert_eq!(export("vhost:naa.5001405AA1B2C3D4"), Ok(ExportArg { fabric: Fabric::Vhost, wwn }));
-        for bad in ["", "iscsi", "vhost:", "vhost:5001405", "loopback:naa.1"] {
-            assert!(export(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn serial_numbers_are_what_inquiry_can_say() {
-        assert!(serial("abc-1").is_ok());
-        for bad in ["", "a b", "é", &"x".repeat(65)] {
-            assert!(serial(bad).is_err(), "{bad}");
-        }
     }
 }

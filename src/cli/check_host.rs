@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     image::lock::{ImageLock, LockMode},
-    kernel::{dif::Dif, fabric::Fabric, modules},
+    kernel::{SYSFS, dif::Dif, fabric::Fabric, modules},
     sys::io::{Backend, Io},
 };
 
@@ -60,8 +60,9 @@ impl Check {
     }
 }
 
+/// What was seen.
 #[derive(Serialize)]
-struct Report {
+pub struct Report {
     /// LUNs can be served here.
     ready: bool,
     checks: Vec<Check>,
@@ -69,29 +70,8 @@ struct Report {
 
 /// Looks, and prints what it saw. Exit status 1 if LUNs cannot be served here.
 pub fn run(cli: &Cli, args: &CheckHost) -> Done {
-    let dif = Dif::of_this_kernel(Path::new("/sys"));
-    let checks = vec![
-        root(),
-        kernel(),
-        configfs(&cli.configfs),
-        module("target_core_user", "serves LUNs in user space; PI at rest works behind every fabric", true),
-        module(
-            Fabric::Loopback.module(),
-            &format!("--export loopback: a disk on this host; {}", dif.of_fabric(Fabric::Loopback)),
-            false,
-        ),
-        module(
-            Fabric::Vhost.module(),
-            &format!("--export vhost: a disk for a guest; {}", dif.of_fabric(Fabric::Vhost)),
-            false,
-        ),
-        io_uring(),
-        locks(&args.images),
-        daemon(&Places::of(cli)),
-    ];
-    let needed = ["kernel", "configfs", "target_core_user"];
-    let ready = !checks.iter().any(|c| c.standing == Standing::Missing && needed.contains(&c.what.as_str()));
-    let report = Report { ready, checks };
+    let report = report(&cli.configfs, &cli.places(), &args.images);
+    let ready = report.ready;
     if args.json.json {
         output::json(&report)?;
     } else {
@@ -105,6 +85,33 @@ pub fn run(cli: &Cli, args: &CheckHost) -> Done {
         output::print(&text)?;
     }
     Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Looks; `images` is a directory in which locks are tried.
+pub fn report(at: &Path, places: &Places, images: &Path) -> Report {
+    let dif = Dif::of_this_kernel(Path::new(SYSFS));
+    let checks = vec![
+        root(),
+        kernel(),
+        configfs(at),
+        module("target_core_user", "serves LUNs in user space; PI at rest works behind every fabric", true),
+        module(
+            Fabric::Loopback.module(),
+            &format!("--export loopback: a disk on this host; {}", dif.of_fabric(Fabric::Loopback)),
+            false,
+        ),
+        module(
+            Fabric::Vhost.module(),
+            &format!("--export vhost: a disk for a guest; {}", dif.of_fabric(Fabric::Vhost)),
+            false,
+        ),
+        io_uring(),
+        locks(images),
+        daemon(places),
+    ];
+    let needed = ["kernel", "configfs", "target_core_user"];
+    let ready = !checks.iter().any(|c| c.standing == Standing::Missing && needed.contains(&c.what.as_str()));
+    Report { ready, checks }
 }
 
 /// Each remedy once, with everything that it mends.
@@ -166,7 +173,7 @@ const OTHER_KERNEL: &str = "install the distribution's own kernel with its modul
                             linux-image-cloud-amd64), and boot it; tcmu-dif demo works without";
 
 fn module(name: &str, detail: &str, needed: bool) -> Check {
-    if modules::is_loaded(Path::new("/sys"), name) {
+    if modules::is_loaded(Path::new(SYSFS), name) {
         Check::new(name, Standing::Ok, format!("loaded; {detail}"))
     } else if modules::is_available(name) {
         Check::new(name, Standing::Available, format!("will be loaded; {detail}"))

@@ -1,14 +1,19 @@
 //! What `create` decides before it touches anything.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, fs};
 
 use super::*;
-use crate::cli::args::{self, Command};
+use crate::{
+    admin::create::{differences, look_at_image},
+    cli::args::{self, Command},
+    kernel::{backstore::Backstore, fabric::Export},
+    pi::store::default_path,
+};
 
-fn parse(words: &str) -> Create {
+fn parse(words: &str) -> Order {
     let words = ["tcmu-dif", "create"].into_iter().chain(words.split_whitespace()).map(OsString::from);
     match args::parse(words).unwrap().command {
-        Command::Create(args) => args,
+        Command::Create(args) => args.order(),
         other => panic!("{other:?}"),
     }
 }
@@ -38,7 +43,7 @@ fn there() -> (Backstore, Vec<Export>) {
 
 fn compare(words: &str) -> Vec<String> {
     let args = parse(words);
-    let config = check_words(&args).unwrap();
+    let config = args.config().unwrap();
     let (store, exports) = there();
     differences(&args, &config, &store, &exports)
 }
@@ -95,16 +100,16 @@ fn words_that_contradict_each_other_are_usage_errors_with_a_next_step() {
         ("vm1 --image /a --size 1M --read-only", "--read-only"),
         ("vm1 --image /a --export vhost --export vhost", "--export"),
     ] {
-        let e = check_words(&parse(words)).unwrap_err();
+        let e = parse(words).config().unwrap_err();
         assert_eq!((e.what.as_str(), e.usage, e.next.is_some()), (what, true, true), "{words}");
     }
     let long = format!("vm1 --image /{}", "x".repeat(260));
-    assert_eq!(check_words(&parse(&long)).unwrap_err().what, "--image");
+    assert_eq!(parse(&long).config().unwrap_err().what, "--image");
 }
 
 #[test]
 fn a_relative_image_becomes_absolute() {
-    let config = check_words(&parse("vm1 --image a.raw")).unwrap();
+    let config = parse("vm1 --image a.raw").config().unwrap();
     assert_eq!(config.image, std::env::current_dir().unwrap().join("a.raw"));
 }
 
@@ -114,11 +119,11 @@ fn a_new_image_overwrites_nothing() {
     let image = dir.path().join("a.raw");
     fs::write(&image, "precious").unwrap();
     let args = parse(&format!("vm1 --image {} --size 1M", image.display()));
-    let e = look_at_image(&args, &check_words(&args).unwrap()).unwrap_err();
+    let e = look_at_image(&args, &args.config().unwrap()).unwrap_err();
     assert!(e.reason.contains("there already"), "{e}");
     fs::remove_file(&image).unwrap();
     fs::write(default_path(&image), "precious").unwrap();
-    let e = look_at_image(&args, &check_words(&args).unwrap()).unwrap_err();
+    let e = look_at_image(&args, &args.config().unwrap()).unwrap_err();
     assert!(e.reason.contains("protection information is there"), "{e}");
 }
 
@@ -130,7 +135,7 @@ fn an_image_with_protection_is_not_written_without() {
     fs::write(default_path(&image), "tuples").unwrap();
     let look = |words: &str| {
         let args = parse(&format!("vm1 --image {} {words}", image.display()));
-        look_at_image(&args, &check_words(&args).unwrap())
+        look_at_image(&args, &args.config().unwrap())
     };
     assert!(look("").unwrap_err().reason.contains("protection information"));
     assert!(look("--pi type1").unwrap().is_some());

@@ -1,149 +1,19 @@
-//! `tcmu-dif delete`: takes a LUN and its exports down, and refuses while somebody uses them.
-
-use std::{
-    path::Path,
-    process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::JoinHandle,
-    time::Duration,
-};
-
-use serde::Serialize;
+//! `tcmu-dif delete`.
 
 use super::{
-    CliError, Done,
+    Done,
     args::{Cli, Delete},
-    luns::{self, Places, SYSFS, refused},
-    output, require_root,
+    output,
 };
-use crate::{
-    kernel::{
-        backstore::Backstore,
-        fabric::{self, Export, Fabric, Removed},
-        usage::{self, User},
-    },
-    lun::{saved_pages, scrub, serial_of, state_file::StateFile},
-};
-
-#[derive(Serialize)]
-struct Deleted<'a> {
-    name: &'a str,
-    deleted: bool,
-    /// Targets that stay until their guest goes.
-    left: Vec<String>,
-}
 
 /// Takes the LUN down.
 pub fn run(cli: &Cli, args: &Delete) -> Done {
-    let places = Places::of(cli);
-    let name = &args.name;
-    let _turn = places.turn("delete", name)?;
-    let store = places.lun("delete", name)?;
-    let exports = fabric::of(&places.tree, &store).map_err(|e| refused("delete", name, &e))?;
-    if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {
-        return Err(CliError::new("delete", name, foreign.to_string())
-            .then("take that export down first, with the tool that made it: targetcli"));
-    }
-    require_root("delete")?;
-    let users: Vec<User> = exports.iter().flat_map(|e| users_of(&places, e)).collect();
-    if !args.force && !users.is_empty() {
-        let users = users.iter().map(User::to_string).collect::<Vec<_>>().join("; ");
-        return Err(CliError::new("delete", name, users).then(format!(
-            "let go of it first, or take it away from its users: tcmu-dif delete --force {name}"
-        )));
-    }
-    let alive = places.run.daemon().map_err(|e| CliError::from("delete", name, &e))?.is_some();
-    if !alive && !exports.is_empty() && !args.force {
-        // The disk driver would wait for an answer to SYNCHRONIZE CACHE that nobody gives.
-        let reason = "the daemon isn't running, and the disk's cache can't be flushed";
-        return Err(CliError::new("delete", name, reason).then(format!(
-            "start it: tcmu-dif daemon; or give up what isn't flushed: tcmu-dif delete --force {name}"
-        )));
-    }
-    let _failing = if alive { None } else { Some(Failing::start(&places, &store, &exports)) };
-    let mut left = Vec::new();
-    for export in &exports {
-        match fabric::remove(&places.tree, export).map_err(|e| refused("delete", name, &e))? {
-            Removed::Whole => {}
-            Removed::TargetInUse => left.push(export.target.clone()),
-        }
-    }
-    store.remove(&places.tree).map_err(|e| refused("delete", name, &e))?;
-    // Until the daemon has let go of the image, nobody else can have it.
-    if alive && let Err(e) = luns::wait_until_closed(&places, name.as_str(), Some(store.hba)) {
-        tracing::warn!("{name}: {e}");
-    }
-    // After that: a LUN that stops saves how far its scrub is.
-    forget_state(cli, &store);
+    let gone = cli.admin().delete(&args.name, args.force)?;
     if args.json.json {
-        return output::json(&Deleted { name: name.as_str(), deleted: true, left });
+        return output::json(&gone);
     }
-    for target in left {
+    for target in gone.left {
         eprintln!("tcmu-dif: the target {target} stays until its guest goes: rmdir it then");
     }
-    output::print(&format!("{name} is deleted; its image stays"))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// A LUN that is made later with the same serial number begins with the defaults.
-fn forget_state(cli: &Cli, store: &Backstore) {
-    let Some(config) = luns::config_of(store) else { return };
-    let serial = serial_of(Some(&store.serial), &config, &store.name);
-    for folder in [saved_pages::FOLDER, scrub::FOLDER] {
-        let file = StateFile::new(&cli.state_dir, folder, &serial);
-        if let Err(e) = file.remove() {
-            tracing::warn!("{}: {} stays: {e}", store.name, file.path().display());
-        }
-    }
-}
-
-/// Fails whatever would wait for a daemon that isn't there, until it is dropped: the kernel sends SYNCHRONIZE CACHE to a
-/// disk that it takes down, and more than once.
-struct Failing {
-    done: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Failing {
-    fn start(places: &Places, store: &Backstore, exports: &[Export]) -> Failing {
-        for export in exports.iter().filter(|e| e.kind() == Some(Fabric::Loopback)) {
-            let address = fabric::scsi_address(&places.tree, export).map_err(|e| e.source);
-            if let Err(e) = address.and_then(|a| fabric::set_disk_offline(Path::new(SYSFS), &a)) {
-                tracing::warn!("the disk of {} could not be put offline: {e}", export.target);
-            }
-        }
-        let done = Arc::new(AtomicBool::new(false));
-        let (end, tree, store) = (done.clone(), places.tree.clone(), store.clone());
-        let thread = std::thread::spawn(move || {
-            // Until the device is gone, and its attribute with it.
-            while !end.load(Ordering::Acquire) && store.fail_commands(&tree).is_ok() {
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        });
-        Failing { done, thread: Some(thread) }
-    }
-}
-
-impl Drop for Failing {
-    fn drop(&mut self) {
-        self.done.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
-        }
-    }
-}
-
-fn users_of(places: &Places, export: &Export) -> Vec<User> {
-    match export.kind() {
-        Some(Fabric::Vhost) => usage::of_vhost(&places.tree, export).into_iter().collect(),
-        Some(Fabric::Loopback) => {
-            let address = fabric::scsi_address(&places.tree, export);
-            let disk = address.map(|a| fabric::disk(Path::new(SYSFS), &a));
-            disk.map(|d| usage::Places::default().users_of(&d)).unwrap_or_default()
-        }
-        None => Vec::new(),
-    }
+    output::print(&format!("{} is deleted; its image stays", gone.name))
 }

@@ -19,26 +19,16 @@ use super::{
     output, size,
 };
 use crate::{
+    admin::images::{Looked, make, open_failed},
     image::{
         Format,
-        create::{CreateError, create_qcow2, create_raw},
         open::{OpenError, OpenOptions, open},
         qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation},
     },
     pi::protected::sidecar_path,
     sys,
-    units::BlockSize,
     volume::Volume,
 };
-
-/// What a look at an image gives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Looked {
-    /// The format.
-    pub format: Format,
-    /// Bytes of the disk in it.
-    pub capacity: u64,
-}
 
 /// Runs a command of `image`.
 pub fn run(args: &Image) -> Done {
@@ -54,10 +44,6 @@ pub fn run(args: &Image) -> Done {
     }
 }
 
-pub(super) fn open_failed(path: &Path, e: &OpenError) -> CliError {
-    CliError::from("image", path.display(), e).maybe_next(e.next_step())
-}
-
 /// Says what follows where an image that has protection information beside it has been changed without that.
 pub(super) fn warn_of_sidecar(path: &Path) {
     if sidecar_path(path, None).exists() {
@@ -66,44 +52,6 @@ pub(super) fn warn_of_sidecar(path: &Path) {
             path.display()
         );
     }
-}
-
-fn create_failed(path: &Path, e: &CreateError) -> CliError {
-    CliError::from("image", path.display(), e).maybe_next(e.next_step())
-}
-
-/// Opens an image as the daemon will, lock and all, and closes it again.
-///
-/// # Errors
-/// Everything that would keep the daemon from serving it.
-pub fn look(path: &Path, read_only: bool, block_size: BlockSize) -> Result<Looked, CliError> {
-    let at = path.to_owned();
-    let looked = sys::run(async move |io| {
-        let image = open(&io, &at, &OpenOptions { read_only, ..OpenOptions::default() }).await?;
-        image.check_block_size(block_size)?;
-        let looked = Looked { format: image.format(), capacity: image.limits().capacity };
-        Ok((looked, image.close().await))
-    });
-    let (looked, closed) = looked.map_err(|e: OpenError| open_failed(path, &e))?;
-    closed.map_err(|e| CliError::from("image", path.display(), &e))?;
-    Ok(looked)
-}
-
-/// Makes an image with the usual options.
-///
-/// # Errors
-/// Nothing is left behind then.
-pub fn create_new(path: &Path, format: Format, size: u64) -> Result<(), CliError> {
-    make(path, format, CreateOptions::new(size))
-}
-
-fn make(path: &Path, format: Format, options: CreateOptions) -> Result<(), CliError> {
-    let at = path.to_owned();
-    let made = sys::run(async move |io| match format {
-        Format::Raw => create_raw(&io, &at, options.size).await,
-        Format::Qcow2 => create_qcow2(&io, &at, &options).await,
-    });
-    made.map_err(|e| create_failed(path, &e))
 }
 
 fn create(args: &ImageCreate) -> Done {

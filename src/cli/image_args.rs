@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::args::{Output, format};
+use super::args::Output;
+use crate::admin::order::format;
 use crate::image::Format;
 
 /// How to print what a look at an image gives.

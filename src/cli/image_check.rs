@@ -6,12 +6,12 @@ use serde::Serialize;
 
 use super::{
     CliError, Done,
-    image::open_failed,
     image_args::{ImageCheck, ImageRepair, Printed, What},
     output,
     pi::{advance, bar},
 };
 use crate::{
+    admin::images::open_failed,
     image::{
         Format,
         open::{OpenError, OpenErrorKind},

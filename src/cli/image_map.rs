@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{CliError, Done, image::open_failed, image_args::ImageMap, output};
+use super::{CliError, Done, image_args::ImageMap, output};
 use crate::{
+    admin::images::open_failed,
     image::tools::{self, MapOptions, Mapped},
     sys,
 };

@@ -4,11 +4,12 @@ use serde::Serialize;
 
 use super::{
     CliError, Done,
-    image::{only_qcow2, open_failed, option},
+    image::{only_qcow2, option},
     image_args::ImageMeasure,
     output,
 };
 use crate::{
+    admin::images::open_failed,
     image::{
         Format,
         qcow2::{CreateOptions, check_options},

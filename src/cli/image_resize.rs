@@ -1,12 +1,8 @@
 //! `tcmu-dif image resize`: another size for an image that nobody uses, in qemu-img's words.
 
-use super::{
-    CliError, Done,
-    args::ImageResize,
-    image::{open_failed, warn_of_sidecar},
-    output, size,
-};
+use super::{CliError, Done, args::ImageResize, image::warn_of_sidecar, output, size};
 use crate::{
+    admin::images::open_failed,
     image::{
         Driver,
         open::{OpenOptions, open_any_size},

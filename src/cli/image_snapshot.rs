@@ -4,13 +4,9 @@ use std::{path::Path, process::ExitCode, time::SystemTime};
 
 use serde::Serialize;
 
-use super::{
-    CliError, Done,
-    args::ImageSnapshot,
-    image::{open_failed, warn_of_sidecar},
-    output,
-};
+use super::{CliError, Done, args::ImageSnapshot, image::warn_of_sidecar, output};
 use crate::{
+    admin::images::open_failed,
     image::{
         Driver, Image,
         open::{OpenOptions, open_any_size},
@@ -109,7 +105,7 @@ fn list(path: &Path, lock: bool) -> Result<Vec<SnapshotInfo>, CliError> {
         let options = OpenOptions { read_only: true, lock, ..OpenOptions::default() };
         let image = open_any_size(&io, &at, &options).await?;
         Ok(match image.driver() {
-            Driver::Raw(_) => Vec::new(),
+            Driver::Raw(_) | Driver::Null(_) => Vec::new(),
             Driver::Qcow2(qcow2) => qcow2.snapshots(),
         })
     });

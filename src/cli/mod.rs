@@ -1,7 +1,7 @@
 //! The command line: arguments, tables, JSON, progress bars.
 //!
 //! [`main`] parses, runs one command and prints how it failed. Each command has a file; what they share about LUNs is in
-//! [`luns`].
+//! [`crate::admin::luns`].
 
 mod args;
 mod check_host;
@@ -16,28 +16,35 @@ mod image_map;
 mod image_measure;
 mod image_resize;
 mod image_snapshot;
+mod listen;
 mod logging;
-mod luns;
 mod output;
 mod packaging;
 mod pi;
+mod release;
 mod resize;
 mod scrub;
 mod show;
 mod size;
+mod support_bundle;
+mod top;
+mod trace;
 
-use std::{ffi::OsString, process::ExitCode, sync::Arc, time::Duration};
+use std::{ffi::OsString, io::ErrorKind, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use args::{Cli, Command, IoWay};
 pub use error::CliError;
 
 use crate::{
+    admin::{config_check, declared::Declared, luns, require_root},
     daemon::{
         real::RealHost,
         rundir::RunDir,
         serve::{self, DaemonError},
     },
-    kernel::{netlink::NetlinkError, usage},
+    dbus,
+    kernel::{SYSFS, netlink::NetlinkError},
+    lun::config::SUBTYPE,
     peer::vhost,
     sys::io::Backend,
 };
@@ -83,10 +90,14 @@ fn run(cli: &Cli) -> Done {
         Command::Image(args) => image::run(args),
         Command::Pi(args) => pi::run(args),
         Command::Scrub(args) => scrub::run(cli, args),
+        Command::Top(args) => top::run(cli, args),
+        Command::SupportBundle(args) => support_bundle::run(cli, args),
+        Command::Trace(args) => trace::run(cli, args),
         Command::CheckHost(args) => check_host::run(cli, args),
         Command::Demo => demo(),
         Command::Conformance(args) => conformance::run(args),
         Command::PeerVhost(args) => peer_vhost(args),
+        Command::Release => release::run(cli),
         Command::PackagingFiles(args) => packaging::run(args),
     }
 }
@@ -103,19 +114,44 @@ fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
         configfs: cli.configfs.clone(),
         run: run.clone(),
         state_dir: cli.state_dir.clone(),
+        neighbourhood: Default::default(),
         backend,
+        polling: !args.no_polling,
     };
-    serve::run(Arc::new(host), run, &cli.configfs).map_err(|e| {
-        let next = match &e {
-            DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
-            DaemonError::Module(_) | DaemonError::Netlink(NetlinkError::NoFamily) => {
-                "see what this host lacks: tcmu-dif check-host".to_owned()
-            }
-            _ => "look at the kernel's messages: dmesg".to_owned(),
-        };
-        CliError::from("daemon", "", &e).then(next)
-    })?;
+    let admin = cli.admin();
+    let declared = Declared { admin: admin.clone(), dir: args.luns_d.clone() };
+    serve::run(Arc::new(host), run, &cli.configfs, args.metrics_listen, admin, declared, offer_to_targetcli)
+        .map_err(|e| {
+            let next = match &e {
+                DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
+                DaemonError::Module(_) | DaemonError::Netlink(NetlinkError::NoFamily) => {
+                    "see what this host lacks: tcmu-dif check-host".to_owned()
+                }
+                DaemonError::Metrics(at, e) if e.kind() == ErrorKind::AddrInUse => {
+                    format!("choose another port, or see who has it: ss -ltnp sport = {}", at.port())
+                }
+                DaemonError::Metrics(..) => {
+                    "permit it in the unit (RestrictAddressFamilies=, IPAddressAllow=): docs/metrics.md"
+                        .to_owned()
+                }
+                _ => "look at the kernel's messages: dmesg".to_owned(),
+            };
+            CliError::from("daemon", "", &e).then(next)
+        })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What targetcli finds on the system bus.
+fn offer_to_targetcli() -> dbus::Service {
+    dbus::Service::begin(dbus::Offer {
+        subtype: SUBTYPE.to_owned(),
+        description: config_check::DESCRIPTION.to_owned(),
+        check: Arc::new(|text| match config_check::check(text, Path::new(SYSFS)) {
+            Ok(_) => Ok(()),
+            Err(refusal) => Err(refusal.in_one_line()),
+        }),
+        address: None,
+    })
 }
 
 fn demo() -> Done {
@@ -136,11 +172,4 @@ fn peer_vhost(args: &args::PeerVhost) -> Done {
         .map_err(|e| CliError::from("peer-vhost", &args.wwn, &e))?;
     output::json(&report)?;
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(1) })
-}
-
-/// Refuses anybody but root.
-fn require_root(command: &str) -> Result<(), CliError> {
-    usage::require_root().map_err(|e| {
-        CliError::new(command, "", e.to_string()).then(format!("run it as root: sudo tcmu-dif {command} …"))
-    })
 }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{
     CliError, Done,
     args::{self, Cli},
-    output,
+    error, output,
     pi::{advance, bar, found_text, wrong},
     size,
 };
@@ -129,14 +129,7 @@ impl Asked<'_> {
 }
 
 fn failed(name: &str, e: &ClientError) -> CliError {
-    let next = match e {
-        ClientError::NoDaemon(..) => Some("start it: tcmu-dif daemon (as root, in the foreground)"),
-        ClientError::Io(_, e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
-            Some("run it as root: the socket is root's alone")
-        }
-        _ => None,
-    };
-    CliError::from("scrub", name, e).maybe_next(next.map(str::to_owned))
+    error::from_client("scrub", name, e)
 }
 
 fn end(args: &args::Scrub, scrub: Scrub) -> Done {

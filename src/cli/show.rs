@@ -1,6 +1,6 @@
 //! `tcmu-dif list` and `tcmu-dif show`.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use super::{
     CliError, Done,
@@ -16,10 +16,12 @@ use crate::{
 /// How long the daemon may take to write fresh counters.
 const REPORT_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Lists every LUN of ours.
-pub fn list(cli: &Cli, json: bool) -> Done {
-    let places = Places::of(cli);
-    let failed = |e| refused("list", cli.configfs.display(), &e);
+/// Every LUN of ours.
+///
+/// # Errors
+/// The kernel's, and the file system's.
+pub fn views(places: &Places, configfs: &Path) -> Result<Vec<LunView>, CliError> {
+    let failed = |e| refused("list", configfs.display(), &e);
     let exports = fabric::all(&places.tree).map_err(failed)?;
     let mut views = Vec::new();
     for store in backstore::all(&places.tree).map_err(failed)?.iter().filter(|b| b.is_of(SUBTYPE)) {
@@ -28,6 +30,12 @@ pub fn list(cli: &Cli, json: bool) -> Done {
         let state = places.state("list", &store.name)?;
         views.push(LunView::new(store, state, exports));
     }
+    Ok(views)
+}
+
+/// Lists every LUN of ours.
+pub fn list(cli: &Cli, json: bool) -> Done {
+    let views = views(&cli.places(), &cli.configfs)?;
     if json {
         return output::json(&views);
     }
@@ -55,7 +63,7 @@ pub fn list(cli: &Cli, json: bool) -> Done {
 
 /// Shows one LUN.
 pub fn show(cli: &Cli, args: &Show) -> Done {
-    let places = Places::of(cli);
+    let places = cli.places();
     let store = places.lun("show", &args.name)?;
     let exports = places.exports("show", &store)?;
     if args.libvirt || args.qemu {
@@ -63,7 +71,8 @@ pub fn show(cli: &Cli, args: &Show) -> Done {
             exports.iter().filter_map(|e| if args.libvirt { e.libvirt.clone() } else { e.qemu.clone() });
         let words: Vec<_> = words.collect();
         if words.is_empty() {
-            return Err(CliError::new("show", &args.name, "it has no export on vhost").then(format!(
+            let why = "it has no export on vhost under a name of the form naa.5001405aa1b2c3d4";
+            return Err(CliError::new("show", &args.name, why).then(format!(
                 "delete it, and create it again with --export vhost: tcmu-dif delete {}",
                 args.name
             )));

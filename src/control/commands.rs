@@ -5,6 +5,8 @@
 
 mod block;
 mod jobs;
+mod luns;
+mod throttle;
 
 use serde_json::{Map, Value, json};
 
@@ -44,6 +46,15 @@ static COMMANDS: &[Command] = &[
         after: None,
     },
     Command {
+        name: "block_set_io_throttle",
+        args: throttle::ARGUMENTS,
+        returns: NOTHING,
+        help: "as in QEMU: the LUN's limits from now on, all of them anew, 0 for none; `device` or `id` is the LUN's name. They outlive a \
+               restart, until the LUN is deleted",
+        run: throttle::set,
+        after: None,
+    },
+    Command {
         name: "block_resize",
         args: &[may("device", Type::Str), may("node-name", Type::Str), has("size", Type::Int)],
         returns: NOTHING,
@@ -73,6 +84,40 @@ static COMMANDS: &[Command] = &[
         returns: NOTHING,
         help: "as in QEMU",
         run: jobs::resume,
+        after: None,
+    },
+    Command {
+        name: "lun-add",
+        args: &[
+            has("device", Type::Str),
+            has("image", Type::Str),
+            may("size", Type::Int),
+            may("format", Type::Str),
+            may("block-size", Type::Int),
+            may("pi", Type::Str),
+            may("pi-mode", Type::Str),
+            may("exposure", Type::Str),
+            may("pi-transfer", Type::Str),
+            may("sidecar", Type::Str),
+            may("cache-size", Type::Int),
+            may("copy-group", Type::Str),
+            may("throttle", Type::Str),
+            may("read-only", Type::Bool),
+            may("serial", Type::Str),
+            may("export", Type::List(&Type::Str)),
+        ],
+        returns: Type::Object(&types::LUN_ADDED),
+        help: "makes a LUN and its exports, as `tcmu-dif create` does, in the same words; answers when its disks are there",
+        run: luns::add,
+        after: None,
+    },
+    Command {
+        name: "lun-del",
+        args: &[has("device", Type::Str), may("force", Type::Bool)],
+        returns: Type::Object(&types::LUN_DELETED),
+        help: "takes a LUN and its exports down, as `tcmu-dif delete` does; the image stays. Refused while somebody uses it, unless \
+               `force` is true",
+        run: luns::del,
         after: None,
     },
     Command {
@@ -268,6 +313,15 @@ impl Arguments {
         self.maybe_number(name).ok_or_else(|| missing(name))
     }
 
+    fn flag(&self, name: &str) -> bool {
+        self.0.get(name).and_then(Value::as_bool).unwrap_or_default()
+    }
+
+    /// All of them.
+    fn all(&self) -> &Map<String, Value> {
+        &self.0
+    }
+
     /// How many elements a list has.
     pub(super) fn elements(&self, name: &str) -> usize {
         self.0.get(name).and_then(Value::as_array).map_or(0, Vec::len)
@@ -336,6 +390,25 @@ mod tests {
         for id in ["scrub-a", "a", ""] {
             let e = refused("job-cancel", json!({ "id": id }));
             assert_eq!(e, Error::new(Class::DeviceNotActive, format!("Job '{id}' not found")));
+        }
+    }
+
+    #[test]
+    fn luns_whose_threads_hang_are_named_and_waited_for_at_the_same_time() {
+        let luns = Registry::default();
+        for i in 0..40 {
+            luns.insert(&format!("vm{i}"), Remote::of_nobody());
+        }
+        let began = std::time::Instant::now();
+        let (told, _) = execute(&luns, "query-luns", Map::new()).unwrap();
+        // One after the other would be 200 seconds.
+        assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
+        let told = told.as_array().unwrap();
+        assert_eq!(told.len(), 40);
+        for lun in told {
+            assert_eq!(lun["state"], "silent");
+            let reason = lun["reason"].as_str().unwrap();
+            assert!(reason.starts_with("the LUN has not answered for "), "{reason}");
         }
     }
 

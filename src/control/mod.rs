@@ -1,27 +1,32 @@
 //! How a running daemon is asked: QMP, QEMU's protocol for machines (qemu's `docs/interop/qmp-spec.rst`), over a Unix socket.
 //!
 //! [`server`] listens for the daemon, [`client`] asks for the command line, [`commands`] is what can be asked, [`qmp`] are the
-//! words of the protocol, [`events`] is what is told unasked, [`access`] says who may ask. The LUNs that can be asked stand in a [`Registry`], which the daemon keeps. Nothing here is on
+//! words of the protocol, [`events`] is what is told unasked, [`access`] says who may ask. [`metrics`] are what is counted, over HTTP, [`trace`] are
+//! commands as they pass.
+//! The LUNs that can be asked stand in a [`Registry`], which the daemon keeps. Nothing here is on
 //! the data path: a question goes to the LUN's thread as a message.
 
 mod access;
 pub mod client;
 mod commands;
+mod door;
 pub mod events;
+pub mod metrics;
 pub mod qmp;
 mod schema;
 pub mod server;
+pub mod trace;
 mod types;
 
 use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::lun::Remote;
 use events::Bus;
@@ -48,6 +53,16 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Why it has the old one still.
     fn resize(&self, device: &str, bytes: u64) -> Result<(), qmp::Error>;
+    /// Makes a LUN of that name from an order's words (those of `tcmu-dif create`), and tells what it is.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn add(&self, device: &str, words: Map<String, Value>) -> Result<Value, qmp::Error>;
+    /// Takes a LUN down, with `force` even while it is in use, and tells what is left of it.
+    ///
+    /// # Errors
+    /// Why it is there still.
+    fn del(&self, device: &str, force: bool) -> Result<Value, qmp::Error>;
     /// Begins to end the daemon, as SIGTERM does.
     fn quit(&self);
 }
@@ -67,6 +82,10 @@ struct Inner {
     bus: Bus,
     host: OnceLock<Box<dyn Host>>,
     shut_down: AtomicBool,
+    /// How often a LUN was started again, by its name.
+    restarts: Mutex<BTreeMap<String, u64>>,
+    /// Clients of the QMP socket.
+    clients: Arc<AtomicUsize>,
 }
 
 /// The LUNs that serve, by name; what happens to them; and the daemon, if there is one.
@@ -128,9 +147,38 @@ impl Registry {
         }
     }
 
+    fn counted(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
+        self.0.restarts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A LUN is started again because its thread has died.
+    pub fn restarted(&self, name: &str) {
+        *self.counted().entry(name.to_owned()).or_default() += 1;
+    }
+
+    /// A device is gone: another that comes under its name is another.
+    pub fn forget(&self, name: &str) {
+        self.counted().remove(name);
+    }
+
+    fn restarts(&self, name: &str) -> u64 {
+        self.counted().get(name).copied().unwrap_or(0)
+    }
+
+    fn clients(&self) -> usize {
+        self.0.clients.load(Ordering::Acquire)
+    }
+
     /// The LUN of that name.
     pub fn find(&self, name: &str) -> Option<Remote> {
         self.luns().get(name).cloned()
+    }
+
+    /// All of them, to be asked one after the other: those that hang are waited for at the same time.
+    pub fn all_knocked(&self) -> Vec<(String, Remote)> {
+        let all = self.all();
+        all.iter().for_each(|(_, lun)| lun.knock());
+        all
     }
 
     /// All of them.

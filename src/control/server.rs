@@ -1,7 +1,7 @@
 //! The daemon's end of the QMP socket: a thread that accepts, and a thread for each client.
 //!
 //! The socket is its owner's alone (mode 0600) unless an administrator gives it to a group, because whoever can write to it can
-//! have LUNs read and the daemon ended; who asks is looked at once more ([`access`]). A client can be slow, silent or hostile: it
+//! have LUNs read and the daemon ended; who asks is looked at once more ([`super::access`]). A client can be slow, silent or hostile: it
 //! has a thread to itself, and one for its events, its messages are bounded, and an answer or an event that it doesn't take ends its
 //! connection. Called by the daemon at its start.
 
@@ -9,28 +9,22 @@ use std::{
     io::{self, Write},
     net::Shutdown,
     os::unix::net::UnixStream,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    fs::{Mode, fchmod},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
-    process::geteuid,
-};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Registry, access, commands,
+    Registry, commands,
+    door::{Connection, Counted, Door, Service},
     events::{Bus, Subscription},
     qmp::{Class, Error, Messages, Request, greeting, response},
 };
-use crate::sys::socket;
 
 /// Clients at a time.
 const MAX_CLIENTS: usize = 32;
@@ -44,9 +38,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Listens for as long as it lives.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    door: Option<Door>,
     bus: Bus,
     /// Threads that write events.
     telling: Arc<AtomicUsize>,
@@ -59,52 +51,16 @@ impl Server {
     /// # Errors
     /// The socket's.
     pub fn listen(path: &Path, luns: Registry) -> io::Result<Server> {
-        match std::fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-        // Before it has a name: there is no moment at which another could connect.
-        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-        bind(&socket, &SocketAddrUnix::new(path)?)?;
-        listen(&socket, 16)?;
-        let listener = std::os::unix::net::UnixListener::from(socket);
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let telling = Arc::new(AtomicUsize::new(0));
-        let bus = luns.bus().clone();
-        let reception =
-            Reception { path: path.to_owned(), luns, clients: Arc::default(), telling: telling.clone() };
-        let accept = move || {
-            for stream in listener.incoming() {
-                if stopped.load(Ordering::Acquire) {
-                    return;
-                }
-                match stream {
-                    Ok(stream) => reception.admit(stream),
-                    Err(e) => {
-                        // Out of descriptors, most likely: they come back.
-                        tracing::warn!("qmp: {e}");
-                        std::thread::sleep(Duration::from_millis(100));
-                    }
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("qmp".to_owned()).spawn(accept)?;
-        Ok(Server { path: path.to_owned(), stop, thread: Some(thread), bus, telling })
+        let (bus, telling) = (luns.bus().clone(), Arc::new(AtomicUsize::new(0)));
+        let door = Door::unix(path, 0o600, Qmp { luns, telling: telling.clone() })?;
+        Ok(Server { door: Some(door), bus, telling })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // Wakes the thread that accepts.
-        if UnixStream::connect(&self.path).is_ok()
-            && let Some(thread) = self.thread.take()
-        {
-            let _ = thread.join();
-        }
-        let _ = std::fs::remove_file(&self.path);
+        // Nobody comes in any more.
+        drop(self.door.take());
         // What has been published is still told, SHUTDOWN above all, to those who listen.
         self.bus.close();
         let end = Instant::now() + LAST_WORDS;
@@ -114,66 +70,27 @@ impl Drop for Server {
     }
 }
 
-/// Counts somebody for as long as it lives.
-struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    /// One more. Gives how many there were before, too.
-    fn more(all: &Arc<AtomicUsize>) -> (usize, Counted) {
-        let before = all.fetch_add(1, Ordering::AcqRel);
-        (before, Counted(all.clone()))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// What the thread that accepts hands to each client's.
-struct Reception {
-    path: PathBuf,
+struct Qmp {
     luns: Registry,
-    clients: Arc<AtomicUsize>,
     telling: Arc<AtomicUsize>,
 }
 
-impl Reception {
-    fn admit(&self, stream: UnixStream) {
-        let (before, admitted) = Counted::more(&self.clients);
-        if let Err(e) = stream.set_write_timeout(Some(WRITE_PATIENCE)) {
-            tracing::warn!("qmp: {e}");
-            return;
-        }
-        let mut out = Out(Arc::new(Mutex::new(stream)));
-        if let Err(words) = self.may_ask(&out) {
-            tracing::warn!("qmp: refused: {words}");
-            let _ = out.say(&response(Err(Error::generic(words)), None));
-            return;
-        }
-        if before >= MAX_CLIENTS {
-            let words = format!("{MAX_CLIENTS} clients are connected, and there can be no more");
-            let _ = out.say(&response(Err(Error::generic(words)), None));
-            return;
-        }
-        let (luns, telling) = (self.luns.clone(), self.telling.clone());
-        let spawned = std::thread::Builder::new().name("qmp client".to_owned()).spawn(move || {
-            let _admitted = admitted;
-            if let Err(e) = converse(&mut out, &luns, &telling) {
-                tracing::debug!("qmp: a client is gone: {e}");
-            }
-            out.end();
-        });
-        if let Err(e) = spawned {
-            tracing::warn!("qmp: no thread for a client: {e}");
-        }
+impl Service<UnixStream> for Qmp {
+    const NAME: &'static str = "qmp";
+    const MAX_CLIENTS: usize = MAX_CLIENTS;
+
+    fn serve(&self, client: &mut UnixStream) -> io::Result<()> {
+        let _counted = Counted::more(&self.luns.0.clients);
+        client.write_within(WRITE_PATIENCE)?;
+        let mut out = Out(Arc::new(Mutex::new(client.try_clone()?)));
+        let conversed = converse(&mut out, &self.luns, &self.telling);
+        out.end();
+        conversed
     }
 
-    fn may_ask(&self, out: &Out) -> Result<(), String> {
-        let peer = socket::peer(&*out.stream()).map_err(|e| format!("nobody knows who asks: {e}"))?;
-        let socket = std::fs::symlink_metadata(&self.path).map_err(|e| format!("the socket is gone: {e}"))?;
-        access::check(&peer, geteuid().as_raw(), &socket)
+    fn refuse(&self, client: &mut UnixStream, _: bool, words: &str) {
+        let answer = response(Err(Error::generic(words)), None);
+        let _ = client.write_all(format!("{answer}\r\n").as_bytes());
     }
 }
 
@@ -290,6 +207,7 @@ mod tests {
     };
 
     use super::*;
+    use std::path::PathBuf;
 
     struct Talk {
         stream: UnixStream,

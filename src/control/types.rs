@@ -144,6 +144,42 @@ static LUN_COUNTERS: Object = object(
     ],
 );
 
+/// Members with those of QEMU's BlockIOThrottle among them, as they stand in its command and in what is told of limits.
+macro_rules! with_limits {
+    ([$($before:expr),* $(,)?], [$($after:expr),* $(,)?]) => {
+        &[
+            $($before,)*
+            has("bps", Type::Int),
+            has("bps_rd", Type::Int),
+            has("bps_wr", Type::Int),
+            has("iops", Type::Int),
+            has("iops_rd", Type::Int),
+            has("iops_wr", Type::Int),
+            may("bps_max", Type::Int),
+            may("bps_rd_max", Type::Int),
+            may("bps_wr_max", Type::Int),
+            may("iops_max", Type::Int),
+            may("iops_rd_max", Type::Int),
+            may("iops_wr_max", Type::Int),
+            may("bps_max_length", Type::Int),
+            may("bps_rd_max_length", Type::Int),
+            may("bps_wr_max_length", Type::Int),
+            may("iops_max_length", Type::Int),
+            may("iops_rd_max_length", Type::Int),
+            may("iops_wr_max_length", Type::Int),
+            may("iops_size", Type::Int),
+            $($after,)*
+        ]
+    };
+}
+pub(super) use with_limits;
+
+/// A LUN's limits and what they have come to; not there if there never were any.
+static LUN_THROTTLE: Object = object(
+    "LunThrottle",
+    with_limits!([has("delayed", Type::Int), has("waited-ns", Type::Int), has("waiting", Type::Int)], []),
+);
+
 static PI: Enum = Enum { name: "PiType", values: &["off", "type1", "type2", "type3"] };
 
 static EXPOSURE: Enum = Enum { name: "PiExposure", values: &["target", "initiator"] };
@@ -165,7 +201,45 @@ pub(super) static LUN_INFO: Object = object(
         may("write-cache", Type::Bool),
         may("io", Type::Str),
         may("counters", Type::Object(&LUN_COUNTERS)),
+        may("throttle", Type::Object(&LUN_THROTTLE)),
     ],
+);
+
+/// Where a LUN is exported.
+static EXPORT_INFO: Object = object(
+    "LunExport",
+    &[
+        has("fabric", Type::Str),
+        has("wwn", Type::Str),
+        may("device", Type::Str),
+        may("sg", Type::Str),
+        may("libvirt", Type::Str),
+        may("qemu", Type::Str),
+    ],
+);
+
+/// What `lun-add` has made.
+pub(super) static LUN_ADDED: Object = object(
+    "LunAdded",
+    &[
+        has("name", Type::Str),
+        has("image", Type::Str),
+        may("format", Type::Str),
+        has("serial", Type::Str),
+        has("pi", Type::Enum(&PI)),
+        has("exposure", Type::Enum(&EXPOSURE)),
+        may("transfer", Type::Str),
+        has("block_size", Type::Int),
+        has("capacity_bytes", Type::Int),
+        has("exports", Type::List(&Type::Object(&EXPORT_INFO))),
+        has("created", Type::Bool),
+    ],
+);
+
+/// What `lun-del` has left.
+pub(super) static LUN_DELETED: Object = object(
+    "LunDeleted",
+    &[has("name", Type::Str), has("deleted", Type::Bool), has("left", Type::List(&Type::Str))],
 );
 
 /// ImageInfo.
@@ -194,25 +268,23 @@ static DETECT_ZEROES: Enum = Enum { name: "BlockdevDetectZeroesOptions", values:
 /// BlockDeviceInfo.
 pub(super) static BLOCK_DEVICE_INFO: Object = object(
     "BlockDeviceInfo",
-    &[
-        has("file", Type::Str),
-        may("node-name", Type::Str),
-        has("ro", Type::Bool),
-        has("drv", Type::Str),
-        may("backing_file", Type::Str),
-        has("backing_file_depth", Type::Int),
-        has("encrypted", Type::Bool),
-        has("detect_zeroes", Type::Enum(&DETECT_ZEROES)),
-        has("bps", Type::Int),
-        has("bps_rd", Type::Int),
-        has("bps_wr", Type::Int),
-        has("iops", Type::Int),
-        has("iops_rd", Type::Int),
-        has("iops_wr", Type::Int),
-        has("image", Type::Object(&IMAGE_INFO)),
-        has("cache", Type::Object(&CACHE_INFO)),
-        has("write_threshold", Type::Int),
-    ],
+    with_limits!(
+        [
+            has("file", Type::Str),
+            may("node-name", Type::Str),
+            has("ro", Type::Bool),
+            has("drv", Type::Str),
+            may("backing_file", Type::Str),
+            has("backing_file_depth", Type::Int),
+            has("encrypted", Type::Bool),
+            has("detect_zeroes", Type::Enum(&DETECT_ZEROES)),
+        ],
+        [
+            has("image", Type::Object(&IMAGE_INFO)),
+            has("cache", Type::Object(&CACHE_INFO)),
+            has("write_threshold", Type::Int),
+        ]
+    ),
 );
 
 static IO_STATUS: Enum = Enum { name: "BlockDeviceIoStatus", values: &["ok", "failed", "nospace"] };

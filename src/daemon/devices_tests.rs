@@ -34,6 +34,8 @@ struct World {
     stop_may_go_on: AtomicBool,
     opted_out: AtomicBool,
     not_enabled: AtomicBool,
+    /// The device has no serial number yet.
+    nameless: AtomicBool,
     capacity: AtomicU32,
     /// LUNs whose threads have died.
     dead: Mutex<Vec<String>>,
@@ -73,7 +75,7 @@ impl Host for TestHost {
         Ok(Identity {
             capacity: u64::from(self.0.capacity.load(Ordering::Relaxed)),
             block_size: 512,
-            serial: String::new(),
+            serial: if self.0.nameless.load(Ordering::Relaxed) { String::new() } else { "1".to_owned() },
             write_cache: true,
             device_id: 100 + device.minor,
             wants_answers: !self.0.opted_out.load(Ordering::Relaxed),
@@ -203,6 +205,37 @@ fn a_device_that_comes_is_answered_once_it_serves() {
         (Phase::Online, "/images/vm1.raw", 4096)
     );
     assert_eq!(state.counters["reads"], 1);
+}
+
+#[test]
+fn a_new_device_without_a_serial_number_is_answered_at_once_and_served_when_it_has_one() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.world.nameless.store(true, Ordering::Relaxed);
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("answer Added 100 0");
+    let shown = ["start vm1", "stopping vm1", "stopped vm1", "answer Added 100 0"];
+    assert_eq!(b.world.log(), shown);
+    std::thread::sleep(Duration::from_millis(100));
+    b.devices.look(false).unwrap();
+    assert_eq!((b.world.log().len(), b.state("vm1").unwrap().state), (4, Phase::Starting));
+    b.world.nameless.store(false, Ordering::Relaxed);
+    b.wait_until("online", |b| b.state("vm1").is_some_and(|s| s.state == Phase::Online));
+    assert_eq!(b.world.log()[4..], ["start vm1"]);
+}
+
+#[test]
+fn a_change_does_not_wait_for_a_serial_number_and_a_restore_may_write_back_what_it_has_read() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.world.nameless.store(true, Ordering::Relaxed);
+    b.event(Kind::Added, 0, "vm1", None);
+    b.event(Kind::Reconfig, 0, "vm1", Some(Change::WriteCache(false)));
+    b.world.wait_for("write cache vm1 false");
+    for (config, errno) in [("dif//images/vm1.raw", 0), ("dif//images/vm2.raw", -libc::EOPNOTSUPP)] {
+        b.event(Kind::Reconfig, 0, "vm1", Some(Change::Config(config.into())));
+        b.wait_until(config, |b| b.world.log().last() == Some(&format!("answer Reconfig 100 {errno}")));
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::{
         tree::{Real, Tree},
         uio::{Uio, UioDevice},
     },
-    lun::{self, LunError, LunHandle, LunParams, Remote, State, chain, config::DeviceConfig},
+    lun::{self, LunError, LunHandle, LunParams, Neighbourhood, Remote, State, chain, config::DeviceConfig},
     ring::Device,
     sys::io::Backend,
     units::BlockSize,
@@ -32,8 +32,12 @@ pub struct RealHost {
     pub run: RunDir,
     /// Where what has to outlive a reboot is kept.
     pub state_dir: PathBuf,
+    /// The LUNs that may copy to each other.
+    pub neighbourhood: Neighbourhood,
     /// The way of I/O; the best that the kernel permits if none is given.
     pub backend: Option<Backend>,
+    /// LUNs may look at their rings for a moment before they sleep.
+    pub polling: bool,
 }
 
 impl RealHost {
@@ -65,6 +69,24 @@ impl RealHost {
         write("block_dev", "0")?;
         reset
     }
+}
+
+/// A new device is as large as its image: a person gave both. (One that was there before may be smaller, after a resize that was cut short.)
+fn same_size(handle: &LunHandle, config: &DeviceConfig, identity: &Identity) -> Result<(), Failure> {
+    let (image, device) = (handle.stats()?.capacity_bytes, identity.capacity);
+    if image == device {
+        return Ok(());
+    }
+    Err(Failure {
+        next: Some(format!("give the size of the image: {image}")),
+        ..Failure::new(
+            libc::EINVAL,
+            format!(
+                "the disk in {} has {image} bytes, and the device was made with {device}",
+                config.image.display()
+            ),
+        )
+    })
 }
 
 /// The errno in a chain of errors.
@@ -131,6 +153,12 @@ impl Host for RealHost {
             Err(e) => warn!(lun = %device.name.name, "no in-flight record can be kept: {e}"),
         }
         self.give_back_unknown(device, &ring)?;
+        if !identity.enabled || identity.serial.is_empty() {
+            let tree = Real::at(&self.configfs);
+            if let Err(e) = backstore::give_patience(&tree, device.name.hba, &device.name.name) {
+                warn!(lun = %device.name.name, "the kernel's time limits stay as they are: {}", chain(&e));
+            }
+        }
         let handle = lun::start(LunParams {
             name: device.name.name.clone(),
             config: config.clone(),
@@ -139,9 +167,18 @@ impl Host for RealHost {
             write_cache: identity.write_cache,
             serial: Some(identity.serial.clone()),
             state_dir: Some(self.state_dir.clone()),
+            neighbourhood: self.neighbourhood.clone(),
             backend: self.backend,
+            polling: self.polling,
             device: ring,
         })?;
+        if !identity.enabled
+            && let Err(failure) = same_size(&handle, config, identity)
+        {
+            // Nothing has been written, and the refusal is what counts.
+            let _ = LunHandle::stop(handle);
+            return Err(failure);
+        }
         Ok(Box::new(handle))
     }
 }
@@ -204,7 +241,9 @@ mod tests {
             configfs: "/none".into(),
             run: RunDir::at("/none"),
             state_dir: "/none".into(),
+            neighbourhood: Neighbourhood::default(),
             backend: None,
+            polling: true,
         };
         let name = crate::kernel::uio::UioName::parse("tcm-user/0/a/dif//a").unwrap();
         let device = UioDevice { minor: 0, name, map_size: 4096, node: "/dev/none".into() };

@@ -44,6 +44,19 @@ pub enum ResizeError {
     Silent,
 }
 
+/// Whether a LUN can have that many bytes, as far as its blocks go.
+///
+/// # Errors
+/// [`ResizeError::NotMultiple`].
+pub fn check(store: &Backstore, bytes: u64) -> Result<(), ResizeError> {
+    let block_size = store.block_size.max(1);
+    if bytes == 0 || !bytes.is_multiple_of(block_size) {
+        let up = bytes.max(1).next_multiple_of(block_size);
+        return Err(ResizeError::NotMultiple { block_size, up });
+    }
+    Ok(())
+}
+
 /// Resizes; gives back once initiators have the new capacity.
 ///
 /// # Errors
@@ -55,11 +68,7 @@ pub fn resize(
     store: &Backstore,
     bytes: u64,
 ) -> Result<(), ResizeError> {
-    let block_size = store.block_size.max(1);
-    if bytes == 0 || !bytes.is_multiple_of(block_size) {
-        let up = bytes.max(1).next_multiple_of(block_size);
-        return Err(ResizeError::NotMultiple { block_size, up });
-    }
+    check(store, bytes)?;
     if store.capacity == bytes {
         return Ok(());
     }

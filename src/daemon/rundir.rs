@@ -15,6 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    files,
     lun::state_file::now_ms,
     scsi::naa_from_serial,
     sys::ofd::{self, OfdLock},
@@ -207,11 +208,9 @@ impl RunDir {
     /// The file system's.
     pub fn write(&self, state: &LunState) -> io::Result<()> {
         let file = self.lun_file(&state.name);
-        let beside = file.with_extension("json.new");
         let mut text = serde_json::to_vec_pretty(state)?;
         text.push(b'\n');
-        fs::write(&beside, text)?;
-        fs::rename(beside, file)
+        files::replace(&file, &text, false)
     }
 
     /// Reads a LUN's file, if there is one.
@@ -231,10 +230,7 @@ impl RunDir {
     /// # Errors
     /// The file system's.
     pub fn remove(&self, name: &str) -> io::Result<()> {
-        match fs::remove_file(self.lun_file(name)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
-        }
+        files::remove(&self.lun_file(name))
     }
 
     /// Opens the in-flight record of the device with that minor number, and makes it if there is none. Nobody else has it open.
@@ -263,16 +259,13 @@ impl RunDir {
     /// The file system's.
     pub fn remove_record(&self, minor: u32) -> io::Result<()> {
         let path = self.record_file(minor);
-        let gone = match File::open(&path)
-            .map(|file| (flock(&file, FlockOperation::NonBlockingLockExclusive), file))
-        {
-            Ok((Ok(()), _file)) => fs::remove_file(path),
-            Ok((Err(_), _)) => return Ok(()),
-            Err(e) => Err(e),
+        let file = match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file?,
         };
-        match gone {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => files::remove(&path),
+            Err(_) => Ok(()),
         }
     }
 

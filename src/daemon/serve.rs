@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,9 +12,20 @@ use std::{
 use mio::{Events as Ready, Interest, Poll, Token, unix::SourceFd};
 use thiserror::Error;
 
-use super::{admin::Admin, devices::Devices, rundir::RunDir, systemd::Manager, worker::Host};
+use super::{
+    declaring::{Declared, Declaring},
+    devices::Devices,
+    rundir::RunDir,
+    systemd::Manager,
+    worker::Host,
+};
 use crate::{
-    control::{Registry, SOCKET, ShutdownCause, server::Server},
+    control::{
+        self, Registry, SOCKET, ShutdownCause,
+        metrics::{self, http},
+        server::Server,
+        trace,
+    },
     kernel::{
         backstore,
         modules::{self, ModuleError},
@@ -49,16 +61,29 @@ pub enum DaemonError {
     /// The run directory.
     #[error("the run directory's {}", .0.display())]
     Run(PathBuf, #[source] io::Error),
+    /// The port for metrics.
+    #[error("metrics can't be served at {0}")]
+    Metrics(SocketAddr, #[source] io::Error),
     /// The loop's own descriptors.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT; SIGHUP tries again at once what failed. To be called on the main thread, before any other is started.
+/// Runs until SIGTERM or SIGINT; SIGHUP tries again at once what failed, and looks anew at what is declared. `admin` does what is asked over
+/// QMP; `metrics_at` is where metrics are served besides their socket; `beside` begins what has threads of its own, and what it gives is kept until the
+/// daemon stops. To be called on the main thread, before any other is started.
 ///
 /// # Errors
 /// What keeps it from beginning; later failures are logged, and it goes on.
-pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), DaemonError> {
+pub fn run<B>(
+    host: Arc<dyn Host>,
+    run: RunDir,
+    configfs: &Path,
+    metrics_at: Option<SocketAddr>,
+    admin: impl control::Host + 'static,
+    declared: impl Declared + 'static,
+    beside: impl FnOnce() -> B,
+) -> Result<(), DaemonError> {
     let signals = Signals::take().map_err(|e| DaemonError::Io("signals", e))?;
     let running = || DaemonError::Running(run.daemon().ok().flatten().unwrap_or(0));
     let locked = run.lock().map_err(|e| DaemonError::Run(run.path().to_owned(), e))?;
@@ -76,11 +101,18 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
 
     let in_configfs =
         move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
-    let registry = Registry::with_host(Admin { configfs: configfs.to_owned(), run: run.clone() });
+    let registry = Registry::with_host(admin);
     let socket = run.path().join(SOCKET);
     // Dropped after the LUNs have stopped.
-    let _server =
-        Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket.clone(), e))?;
+    let _server = Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
+    let socket = run.path().join(metrics::SOCKET);
+    let _metrics = http::Server::unix(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
+    let _port = match metrics_at {
+        Some(at) => Some(http::Server::tcp(at, registry.clone()).map_err(|e| DaemonError::Metrics(at, e))?),
+        None => None,
+    };
+    let socket = run.path().join(trace::SOCKET);
+    let _trace = trace::Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
     let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
@@ -88,8 +120,11 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
         registered.map_err(|e| DaemonError::Io("epoll", e))?;
     }
     look(&mut devices, false);
+    let _beside = beside();
     let mut manager = Manager::from_env(Instant::now());
-    manager.begin(Instant::now(), &devices.standings());
+    let declaring = Declaring::new(Box::new(declared));
+    declaring.begin();
+    manager.begin(Instant::now(), declaring.is_at_work(), &devices.standings());
 
     let mut ready = Ready::with_capacity(8);
     let mut looked = Instant::now();
@@ -114,6 +149,7 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
                     manager.reloading();
                     look(&mut devices, false);
                     looked = Instant::now();
+                    declaring.begin();
                     manager.reloaded();
                 }
                 Ok(Some(Signal::Report)) => devices.report(),
@@ -130,7 +166,7 @@ pub fn run(host: Arc<dyn Host>, run: RunDir, configfs: &Path) -> Result<(), Daem
             look(&mut devices, false);
             looked = now;
         }
-        manager.turn(now, &devices.standings());
+        manager.turn(now, declaring.is_at_work(), &devices.standings());
     }
 }
 

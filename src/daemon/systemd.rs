@@ -1,6 +1,6 @@
 //! What the service manager is told, in `sd_notify(3)`'s words: that the LUNs are up, how they are, and that the daemon lives.
 //!
-//! READY=1 is held back until every LUN that was there at the start is online or has failed with a reason, and for
+//! READY=1 is held back until every LUN that was there at the start, or is declared, is online or has failed with a reason, and for
 //! [`START_PATIENCE`] at most: an image that cannot be opened, or hangs, must not keep the host from booting.
 //! WATCHDOG=1 is sent by the daemon's loop, so a loop that hangs sends none; and it is withheld while a LUN's thread
 //! does not turn. Without `NOTIFY_SOCKET` all of this is silent.
@@ -50,22 +50,25 @@ impl Manager {
         if self.starting.is_some() { START_TURN.min(watchdog) } else { watchdog }
     }
 
-    /// The LUNs that are there now are those that READY waits for.
-    pub fn begin(&mut self, now: Instant, standings: &[Standing]) {
+    /// The LUNs that are there now are those that READY waits for, and the declared ones, while `declaring`.
+    pub fn begin(&mut self, now: Instant, declaring: bool, standings: &[Standing]) {
         let minors = standings.iter().map(|s| s.minor).collect();
         self.starting = Some(Starting { minors, until: now + START_PATIENCE });
-        self.turn(now, standings);
+        self.turn(now, declaring, standings);
     }
 
     /// To be called whenever the loop turns: tells what has changed, and feeds the watchdog when that is due and deserved.
-    pub fn turn(&mut self, now: Instant, standings: &[Standing]) {
+    pub fn turn(&mut self, now: Instant, declaring: bool, standings: &[Standing]) {
         let status = in_words(standings);
         if let Some(starting) = &self.starting {
-            let late: Vec<&str> = standings
+            let mut late: Vec<&str> = standings
                 .iter()
                 .filter(|s| s.outcome.is_none() && starting.minors.contains(&s.minor))
                 .map(|s| s.name.as_str())
                 .collect();
+            if declaring {
+                late.push("declared ones");
+            }
             if late.is_empty() || now >= starting.until {
                 if !late.is_empty() {
                     let seconds = START_PATIENCE.as_secs();

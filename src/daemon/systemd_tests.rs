@@ -79,13 +79,13 @@ fn ready_waits_until_every_lun_is_online_or_has_failed_with_a_reason() {
         let now = Instant::now();
         let mut manager = Manager::from_env(now);
         let failed = || lun(2, Some(Err("the image\nis in use".to_owned())));
-        manager.begin(now, &[lun(1, None), failed()]);
-        manager.turn(now + START_PATIENCE / 2, &[lun(1, None), failed()]);
+        manager.begin(now, false, &[lun(1, None), failed()]);
+        manager.turn(now + START_PATIENCE / 2, false, &[lun(1, None), failed()]);
         for _ in 0..3 {
-            manager.turn(now + START_PATIENCE / 2, &[lun(1, Some(Ok(()))), failed()]);
+            manager.turn(now + START_PATIENCE / 2, false, &[lun(1, Some(Ok(()))), failed()]);
         }
         // A LUN that comes later is told of, and is nothing that READY would wait for.
-        manager.turn(now + START_PATIENCE, &[lun(1, Some(Ok(()))), failed(), lun(3, None)]);
+        manager.turn(now + START_PATIENCE, false, &[lun(1, Some(Ok(()))), failed(), lun(3, None)]);
     }) else {
         return;
     };
@@ -105,8 +105,8 @@ fn a_lun_that_hangs_at_its_start_does_not_hold_ready_back_for_ever_and_is_named(
         hear("a_lun_that_hangs_at_its_start_does_not_hold_ready_back_for_ever_and_is_named", &[], || {
             let now = Instant::now();
             let mut manager = Manager::from_env(now);
-            manager.begin(now, &[lun(1, None), lun(2, Some(Ok(())))]);
-            manager.turn(now + START_PATIENCE, &[lun(1, None), lun(2, Some(Ok(())))]);
+            manager.begin(now, false, &[lun(1, None), lun(2, Some(Ok(())))]);
+            manager.turn(now + START_PATIENCE, false, &[lun(1, None), lun(2, Some(Ok(())))]);
         })
     else {
         return;
@@ -121,10 +121,10 @@ fn a_host_without_luns_is_ready_at_once_and_a_lun_that_went_is_not_waited_for() 
     let Some(heard) =
         hear("a_host_without_luns_is_ready_at_once_and_a_lun_that_went_is_not_waited_for", &[], || {
             let now = Instant::now();
-            Manager::from_env(now).begin(now, &[]);
+            Manager::from_env(now).begin(now, false, &[]);
             let mut manager = Manager::from_env(now);
-            manager.begin(now, &[lun(1, None)]);
-            manager.turn(now, &[]);
+            manager.begin(now, false, &[lun(1, None)]);
+            manager.turn(now, false, &[]);
         })
     else {
         return;
@@ -145,12 +145,12 @@ fn the_watchdog_is_fed_by_half_its_time_while_every_lun_gives_signs_of_life() {
             let mut manager = Manager::from_env(now);
             assert_eq!(manager.turn_within(), Duration::from_secs(1));
             let pulse = Pulse::of_nobody();
-            manager.begin(now, &[beating(1, &pulse)]);
+            manager.begin(now, false, &[beating(1, &pulse)]);
             let mut asked = 0;
             for second in 1..=24 {
                 asked += usize::from(!pulse.is_answered());
                 pulse.answer();
-                manager.turn(now + Duration::from_secs(second), &[beating(1, &pulse)]);
+                manager.turn(now + Duration::from_secs(second), false, &[beating(1, &pulse)]);
             }
             assert!((6..=12).contains(&asked), "an idle thread was woken {asked} times in six half-times");
         },
@@ -170,7 +170,7 @@ fn a_lun_whose_thread_hangs_withholds_the_watchdog_and_is_named_until_it_goes_on
             let now = Instant::now();
             let mut manager = Manager::from_env(now);
             let (well, hangs) = (Pulse::of_nobody(), Pulse::of_nobody());
-            manager.begin(now, &[beating(1, &well), beating(2, &hangs)]);
+            manager.begin(now, false, &[beating(1, &well), beating(2, &hangs)]);
             for second in 1..=30 {
                 well.answer();
                 if second == 20 {
@@ -179,11 +179,18 @@ fn a_lun_whose_thread_hangs_withholds_the_watchdog_and_is_named_until_it_goes_on
                 if second == 4 || second == 20 {
                     sd_notify::notify(&[NotifyState::Custom(&format!("X_TEST={second}"))]).unwrap();
                 }
-                manager.turn(now + Duration::from_secs(second), &[beating(1, &well), beating(2, &hangs)]);
+                manager.turn(
+                    now + Duration::from_secs(second),
+                    false,
+                    &[beating(1, &well), beating(2, &hangs)],
+                );
             }
             // A thread that hangs again, and is replaced by another start of its LUN, withholds nothing.
-            manager
-                .turn(now + Duration::from_secs(60), &[beating(1, &well), beating(2, &Pulse::of_nobody())]);
+            manager.turn(
+                now + Duration::from_secs(60),
+                false,
+                &[beating(1, &well), beating(2, &Pulse::of_nobody())],
+            );
         },
     ) else {
         return;
@@ -208,9 +215,9 @@ fn another_process_s_watchdog_is_not_fed_and_no_thread_is_asked() {
             let now = Instant::now();
             let mut manager = Manager::from_env(now);
             let pulse = Pulse::of_nobody();
-            manager.begin(now, &[beating(1, &pulse)]);
+            manager.begin(now, false, &[beating(1, &pulse)]);
             for second in 1..=24 {
-                manager.turn(now + Duration::from_secs(second), &[beating(1, &pulse)]);
+                manager.turn(now + Duration::from_secs(second), false, &[beating(1, &pulse)]);
             }
             assert!(pulse.is_answered(), "an idle LUN must cost nothing");
         },
@@ -228,7 +235,7 @@ fn reloading_and_stopping_are_told_and_a_long_stop_is_no_reason_for_the_watchdog
         || {
             let now = Instant::now();
             let mut manager = Manager::from_env(now);
-            manager.begin(now, &[lun(1, Some(Ok(())))]);
+            manager.begin(now, false, &[lun(1, Some(Ok(())))]);
             manager.reloading();
             manager.reloaded();
             manager.stopping(1);
@@ -258,8 +265,8 @@ fn a_socket_that_nobody_hears_is_logged_once_and_stops_nothing() {
         || {
             let now = Instant::now();
             let mut manager = Manager::from_env(now);
-            manager.begin(now, &[lun(1, Some(Ok(())))]);
-            manager.turn(now, &[]);
+            manager.begin(now, false, &[lun(1, Some(Ok(())))]);
+            manager.turn(now, false, &[]);
         },
     ) else {
         return;

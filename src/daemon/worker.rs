@@ -12,7 +12,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::rundir::{LastChange, LunState, Phase, RunDir};
@@ -24,13 +24,19 @@ use crate::{
     },
     lun::{
         Pulse, Remote,
-        config::{DeviceConfig, pi_word},
+        config::{DeviceConfig, SUBTYPE, pi_word},
         state_file::now_ms,
     },
 };
 
 /// How often a worker looks whether its LUN still lives.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a new device may go without a serial number: rtslib gives it one only after the kernel has been told that we serve it.
+const SERIAL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often a worker looks for that number.
+const SERIAL_LOOK: Duration = Duration::from_millis(5);
 
 /// A failure of a LUN, as the kernel and the administrator are told of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -201,6 +207,8 @@ pub struct Worker {
     lun: Option<Box<dyn Lun>>,
     /// It has been started again after it died.
     revived: bool,
+    /// Until when the device may still get a serial number; the LUN waits for it, so that it never tells another.
+    nameless: Option<Instant>,
     state: LunState,
 }
 
@@ -230,7 +238,7 @@ impl Worker {
             minor: device.minor,
             written_ms: 0,
         };
-        Worker { host, run, device, known, registry, lun: None, revived: false, state }
+        Worker { host, run, device, known, registry, lun: None, revived: false, nameless: None, state }
     }
 
     /// Starts the LUN, then does as it is told until [`Order::End`] or until nobody is left to tell it anything. `added`
@@ -243,6 +251,10 @@ impl Worker {
     ) {
         let (identity, started) = self.start();
         let waits = identity.as_ref().is_none_or(|i| i.wants_answers);
+        let is_new = |i: &Identity| added.is_some() || !i.enabled;
+        if started.is_ok() && identity.as_ref().is_some_and(|i| i.serial.is_empty() && is_new(i)) {
+            self.await_serial();
+        }
         let added = match (added, &identity) {
             (Some(pending), _) if !waits => {
                 pending.forgo();
@@ -260,14 +272,17 @@ impl Worker {
             }
         }
         loop {
-            match orders.recv_timeout(LOOK) {
+            let turn = if self.nameless.is_some() { SERIAL_LOOK } else { LOOK };
+            match orders.recv_timeout(turn) {
                 Ok(Order::Reconfigure(change, pending)) => {
+                    self.look_for_serial(true);
                     let done = self.reconfigure(&change);
                     if let Some(pending) = pending {
                         pending.answer(done.err().map_or(0, |f| -f.errno));
                     }
                 }
                 Ok(Order::Report) => self.write(),
+                Ok(Order::Check { .. }) if self.nameless.is_some() => {}
                 Ok(Order::Check { lost }) => self.check(lost),
                 Ok(Order::End { pending, removed }) => {
                     self.end(removed);
@@ -276,6 +291,7 @@ impl Worker {
                     }
                     return;
                 }
+                Err(RecvTimeoutError::Timeout) if self.nameless.is_some() => self.look_for_serial(false),
                 Err(RecvTimeoutError::Timeout) => self.look(),
                 Err(RecvTimeoutError::Disconnected) => return self.end(false),
             }
@@ -332,6 +348,28 @@ impl Worker {
         (identity.ok(), started)
     }
 
+    /// Stops the LUN that has just been shown to start, until the device has its serial number. Commands wait in the ring meanwhile.
+    fn await_serial(&mut self) {
+        if let Some(Err(failure)) = self.take_down() {
+            tracing::warn!(lun = %self.state.name, "while stopping: {}", failure.reason);
+        }
+        tracing::info!(lun = %self.state.name, "the LUN waits for its serial number");
+        self.state.state = Phase::Starting;
+        self.nameless = Some(Instant::now() + SERIAL_PATIENCE);
+        self.write();
+    }
+
+    /// Starts the LUN that waits for its serial number, if there is one by now, or it has waited long enough, or it must be up `now`.
+    fn look_for_serial(&mut self, now: bool) {
+        let Some(until) = self.nameless else { return };
+        let (host, device) = (self.host.clone(), self.device.clone());
+        let named = guarded(|| host.identify(&device)).is_ok_and(|i| !i.serial.is_empty());
+        if named || now || Instant::now() >= until {
+            self.nameless = None;
+            self.start().1.ok();
+        }
+    }
+
     /// Catches up with the kernel.
     fn check(&mut self, lost: bool) {
         if self.lun.is_none() {
@@ -364,6 +402,8 @@ impl Worker {
             (None, _) => Err(Failure::new(libc::EIO, "the LUN is not up")),
             (Some(lun), Change::Size(bytes)) => guarded(|| lun.resize(*bytes)),
             (Some(lun), Change::WriteCache(on)) => guarded(|| lun.set_write_cache(*on)),
+            // targetctl writes back what it has read, when it restores a device.
+            (Some(_), Change::Config(text)) if self.is_own_config(text) => Ok(()),
             (Some(_), Change::Config(_)) => {
                 Err(Failure::new(libc::EOPNOTSUPP, "the image of a LUN is not changed while it is up"))
             }
@@ -384,6 +424,11 @@ impl Worker {
         done
     }
 
+    fn is_own_config(&self, dev_config: &str) -> bool {
+        let text = dev_config.trim_end().strip_prefix(SUBTYPE).and_then(|t| t.strip_prefix('/'));
+        text == Some(self.device.name.config.as_str())
+    }
+
     /// Notices a LUN that has died. The first time it is started again: its commands wait in the ring, and the in-flight record says
     /// which of them are unanswered. What kills it twice would do so for ever.
     fn look(&mut self) {
@@ -394,33 +439,38 @@ impl Worker {
             let next = "look for what it says in the log; then `systemctl restart tcmu-dif` starts it again";
             return self.fail(Failure { next: Some(next.to_owned()), ..failure });
         }
-        if let Some(lun) = self.lun.take() {
-            if let Some(remote) = lun.remote() {
-                self.registry.remove(&self.state.name, &remote);
-            }
-            // Its thread has ended, and why is known.
-            let _ = guarded(|| lun.stop());
-        }
+        // Its thread has ended, and why is known.
+        let _ = self.take_down();
         tracing::warn!(lun = %self.state.name, "started again, this once");
+        self.registry.restarted(&self.state.name);
         self.start().1.ok();
     }
 
+    /// Stops the LUN, if there is one, and has nobody ask it any more.
+    fn take_down(&mut self) -> Option<Result<(), Failure>> {
+        let lun = self.lun.take()?;
+        // Closing the image may take long, and nobody is to miss the loop meanwhile.
+        self.known.tell(Some(Ok(())), None);
+        if let Some(remote) = lun.remote() {
+            self.registry.remove(&self.state.name, &remote);
+        }
+        Some(guarded(|| lun.stop()))
+    }
+
     fn end(&mut self, removed: bool) {
-        if let Some(lun) = self.lun.take() {
-            // Closing the image may take long, and nobody is to miss the loop meanwhile.
-            self.known.tell(Some(Ok(())), None);
-            if let Some(remote) = lun.remote() {
-                self.registry.remove(&self.state.name, &remote);
-            }
-            match guarded(|| lun.stop()) {
+        if let Some(stopped) = self.take_down() {
+            match stopped {
                 Ok(()) => tracing::info!(lun = %self.state.name, "the LUN is down"),
                 Err(failure) => {
                     tracing::error!(lun = %self.state.name, "while stopping: {}", failure.reason)
                 }
             }
         }
-        if removed && let Err(e) = self.run.remove_record(self.state.minor) {
-            tracing::warn!(lun = %self.state.name, "in-flight record: {e}");
+        if removed {
+            self.registry.forget(&self.state.name);
+            if let Err(e) = self.run.remove_record(self.state.minor) {
+                tracing::warn!(lun = %self.state.name, "in-flight record: {e}");
+            }
         }
         // A device that came back under the same name has a file of its own by now.
         let mine = |s: &LunState| s.hba == self.state.hba && s.minor == self.state.minor;

@@ -17,7 +17,7 @@ use crate::{
         protected::sidecar_path,
         store::{ImageFormat, NewSidecar, Sidecar, Stamp, create_file},
     },
-    sys,
+    sys::{self, io::Backend},
     units::BlockSize,
 };
 
@@ -82,8 +82,11 @@ impl Disk {
             capacity,
             write_cache: true,
             serial: Some("demo0001".into()),
+            neighbourhood: Default::default(),
             state_dir: None,
-            backend: None,
+            // io_uring if it may, as the daemon, unless threads are asked for.
+            backend: Some(sys::backend_from_env()).filter(|b| *b == Backend::Threads),
+            polling: true,
             device: kernel.device().map_err(file("no descriptors for the ring"))?,
         };
         let lun = lun::start(params).map_err(stack("the LUN does not start"))?;

@@ -6,9 +6,12 @@
 pub mod create;
 pub mod error;
 pub mod lock;
+pub mod null;
 pub mod open;
+mod power;
 pub mod qcow2;
 pub mod raw;
+mod space;
 pub mod tools;
 
 use std::{
@@ -80,6 +83,8 @@ pub struct Stamp {
 pub enum Driver {
     /// A raw file or block device.
     Raw(raw::Raw),
+    /// No file at all.
+    Null(null::Null),
     /// A qcow2 image, over its backing files.
     Qcow2(Box<qcow2::Qcow2>),
 }
@@ -153,7 +158,7 @@ impl Image {
     /// The format it was opened as.
     pub fn format(&self) -> Format {
         match self.driver {
-            Driver::Raw(_) => Format::Raw,
+            Driver::Raw(_) | Driver::Null(_) => Format::Raw,
             Driver::Qcow2(_) => Format::Qcow2,
         }
     }
@@ -192,7 +197,7 @@ impl Image {
     /// This image alone.
     fn info(&self) -> ImageInfo {
         let (cluster_size, backing) = match &self.driver {
-            Driver::Raw(_) => (None, None),
+            Driver::Raw(_) | Driver::Null(_) => (None, None),
             Driver::Qcow2(v) => {
                 let header = v.header();
                 let backing = header.backing_file.clone().map(|name| (name, header.backing_format.clone()));
@@ -244,11 +249,12 @@ impl fmt::Debug for Image {
 }
 
 /// Calls the driver, whichever it is, and waits for it. What qcow2 may wait for is boxed: it would make the future of every command
-/// as large as the largest of its operations, of raw images too, and futures are copied.
+/// as large as the largest of its operations, of raw images too, and futures are copied. (Its reads and writes box what they must themselves.)
 macro_rules! driver {
     ($self:ident, $v:ident => $call:expr) => {
         match &$self.driver {
             Driver::Raw($v) => $call.await,
+            Driver::Null($v) => $call.await,
             Driver::Qcow2($v) => Box::pin($call).await,
         }
     };
@@ -258,16 +264,25 @@ impl Volume for Image {
     fn limits(&self) -> Limits {
         match &self.driver {
             Driver::Raw(v) => v.limits(),
+            Driver::Null(v) => v.limits(),
             Driver::Qcow2(v) => v.limits(),
         }
     }
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        driver!(self, v => v.read(at, to))
+        match &self.driver {
+            Driver::Raw(v) => v.read(at, to).await,
+            Driver::Null(v) => v.read(at, to).await,
+            Driver::Qcow2(v) => v.read(at, to).await,
+        }
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
-        driver!(self, v => v.write(at, from, flags))
+        match &self.driver {
+            Driver::Raw(v) => v.write(at, from, flags).await,
+            Driver::Null(v) => v.write(at, from, flags).await,
+            Driver::Qcow2(v) => v.write(at, from, flags).await,
+        }
     }
 
     async fn flush(&self) -> Result<()> {
@@ -288,6 +303,10 @@ impl Volume for Image {
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         driver!(self, v => v.resize(capacity))
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        driver!(self, v => v.free_bytes())
     }
 
     async fn close(&self) -> Result<()> {

@@ -17,6 +17,7 @@ pub use super::error::{MAX_CHAIN, OpenError, OpenErrorKind};
 use super::{
     Caches, Driver, Format, Image,
     lock::{ImageLock, LockMode},
+    null,
     qcow2::{self, Backing, MAX_CLUSTER, Qcow2, probe_header},
     raw::{QCOW2_MAGIC, Raw},
 };
@@ -37,11 +38,13 @@ pub struct OpenOptions {
     pub lock: bool,
     /// Bytes of metadata that the chain's images may hold in memory, each its share; [`qcow2::CACHE_SIZE`] if it is not given.
     pub cache_size: Option<u64>,
+    /// `/dev/null` is a disk of that many bytes ([`null`]); otherwise it is no image.
+    pub null_size: Option<u64>,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: false, format: None, lock: true, cache_size: None }
+        OpenOptions { read_only: false, format: None, lock: true, cache_size: None, null_size: None }
     }
 }
 
@@ -77,6 +80,11 @@ pub async fn open(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, 
 /// # Errors
 /// As [`open`], but for the size.
 pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    if let Some(size) = options.null_size.filter(|_| null::is_null(path)) {
+        let file = File::open(path).map_err(|e| OpenError::io(path, e, false))?;
+        let driver = Driver::Null(null::Null::new(size, options.read_only));
+        return Ok(Image::new(driver, path.to_owned(), Rc::new(file)));
+    }
     let layers = open_chain(io, path, options).await?;
     let mut locks = Vec::new();
     let mut image: Option<Image> = None;

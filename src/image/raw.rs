@@ -50,6 +50,7 @@ pub struct Raw {
     probed: bool,
     alignment: u32,
     granularity: u32,
+    atomic_write: u32,
     capacity: Cell<u64>,
     failed: Cell<bool>,
     can_punch: Cell<bool>,
@@ -75,6 +76,7 @@ impl Raw {
             false => u32::try_from(meta.blksize()).unwrap_or(0),
         };
         let shared = Arc::new(file.try_clone().map_err(of)?);
+        let atomic_write = super::power::atomic_unit(&file);
         Ok(Raw {
             io: io.clone(),
             file,
@@ -85,6 +87,7 @@ impl Raw {
             probed,
             alignment: if capacity % u64::from(SECTOR) == 0 { SECTOR } else { 1 },
             granularity,
+            atomic_write,
             capacity: Cell::new(capacity),
             failed: Cell::new(false),
             can_punch: Cell::new(true),
@@ -126,6 +129,15 @@ impl Raw {
         self.failed.set(true);
         tracing::error!(path = %self.path.display(), %source, "a flush failed: the volume does no more I/O");
         IoError::from_io(op, source).path(&self.path).detail("the flush failed, so the volume has failed")
+    }
+
+    /// The error of a write that was to be durable: it may have failed, or the sync after it. Lack of space is most often the write's, and then
+    /// it comes again without the sync; all else counts as a failed sync.
+    async fn failed_durable_write(&self, at: ByteOffset, from: &Sg, e: IoError) -> IoError {
+        if e.kind == IoErrorKind::NoSpace && self.io.write(&self.file, at.0, from, false).await.is_err() {
+            return e;
+        }
+        self.fail(IoOp::Write, e.source.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EIO))).at(at)
     }
 
     /// An earlier or simultaneous sync may have taken the error that was ours to see.
@@ -202,6 +214,8 @@ impl Volume for Raw {
             read_only: self.read_only,
             discard_granularity: if self.can_punch.get() { self.granularity } else { 0 },
             preferred_io: 4096,
+            atomic_write: self.atomic_write,
+            tells_free: !self.block_device,
         }
     }
 
@@ -232,14 +246,7 @@ impl Volume for Raw {
         if !flags.fua {
             return Err(e);
         }
-        // The write or the sync after it may have failed. Lack of space is most often the write's, and then it comes
-        // again without the sync; all else counts as a failed sync.
-        if e.kind == IoErrorKind::NoSpace && self.io.write(&self.file, at.0, from, false).await.is_err() {
-            return Err(e);
-        }
-        Err(self
-            .fail(IoOp::Write, e.source.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EIO)))
-            .at(at))
+        Err(Box::pin(self.failed_durable_write(at, from, e)).await)
     }
 
     async fn flush(&self) -> Result<()> {
@@ -289,6 +296,10 @@ impl Volume for Raw {
                 depth: 0,
             })
             .collect())
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        if self.block_device { None } else { super::space::free_bytes(&self.io, &self.file).await }
     }
 
     async fn resize(&self, capacity: u64) -> Result<()> {

@@ -236,6 +236,22 @@ impl Backstore {
     }
 }
 
+/// Gives a device that somebody else has made the time limits that `create` would have: with the kernel's half a minute, a restart of the daemon ends in
+/// errors. What has been set by hand stays.
+///
+/// # Errors
+/// The kernel's: it refuses while the device is exported.
+pub fn give_patience(tree: &dyn Tree, hba: u32, name: &str) -> Result<(), ConfigfsError> {
+    let attributes = path_of(hba, name).join("attrib");
+    for (attr, unset) in [("cmd_time_out", "30"), ("qfull_time_out", "-1")] {
+        let attr = attributes.join(attr);
+        if tree.read(&attr).context("read", &attr)?.trim() == unset {
+            tree.write(&attr, &COMMAND_TIMEOUT.to_string()).context("write", &attr)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes a backstore and enables it; on failure nothing is left.
 ///
 /// # Errors

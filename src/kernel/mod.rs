@@ -19,5 +19,8 @@ mod fake;
 #[cfg(test)]
 mod tests;
 
+/// Where sysfs is mounted.
+pub const SYSFS: &str = "/sys";
+
 /// Where the kernel's configfs is mounted.
 pub const CONFIGFS: &str = "/sys/kernel/config";

@@ -59,7 +59,7 @@ fn run(args: &[&str]) -> Result<(), ModuleError> {
 /// # Errors
 /// modprobe's words.
 pub fn load(module: &str) -> Result<(), ModuleError> {
-    if is_loaded(Path::new("/sys"), module) { Ok(()) } else { run(&[module]) }
+    if is_loaded(Path::new(super::SYSFS), module) { Ok(()) } else { run(&[module]) }
 }
 
 /// Mounts configfs, unless it is.

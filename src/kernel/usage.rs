@@ -105,7 +105,7 @@ pub struct Places {
 
 impl Default for Places {
     fn default() -> Self {
-        Places { sysfs: "/sys".into(), proc: "/proc".into(), dev: "/dev".into() }
+        Places { sysfs: super::SYSFS.into(), proc: "/proc".into(), dev: "/dev".into() }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
 //! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
-//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;cachesize=64M`, `;sidecar=PATH`, `;serial=S`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
+//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;cachesize=64M`, `;sidecar=PATH`, `;serial=S`, and the limits' words ([`super::throttle::limits`]), `;iops=500`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
 
@@ -14,6 +14,7 @@ use std::{
 
 use thiserror::Error;
 
+use super::throttle::limits::{Limits, LimitsError};
 use crate::{
     image::Format,
     pi::{Exposure, PiMode, PiType, Transfer},
@@ -47,6 +48,11 @@ pub struct DeviceConfig {
     pub read_only: bool,
     /// Bytes of qcow2 metadata held in memory, for the whole chain; the driver's own measure if it is not given.
     pub cache_size: Option<u64>,
+    /// The LUNs of the daemon that have the same one may be copied between by whoever uses one of them; without it a LUN is
+    /// copied from and to by its own users alone.
+    pub copy_group: Option<String>,
+    /// What its commands are limited to at first.
+    pub limits: Limits,
     /// The sidecar's path, where it isn't beside the image.
     pub sidecar: Option<PathBuf>,
     /// The serial number, unless the kernel's `wwn/vpd_unit_serial` has one.
@@ -76,6 +82,9 @@ pub enum ConfigError {
     /// A setting that stands there twice.
     #[error("{0} is set twice")]
     Twice(&'static str),
+    /// Limits that make no sense.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
     /// A percent sign without two hexadecimal digits after it, or text that is none.
     #[error("{0:?} is not percent-encoded text")]
     Encoding(String),
@@ -96,6 +105,8 @@ impl DeviceConfig {
             transfer: Transfer::Separate,
             read_only: false,
             cache_size: None,
+            copy_group: None,
+            limits: Limits::default(),
             sidecar: None,
             serial: None,
         }
@@ -110,6 +121,7 @@ impl DeviceConfig {
         let image = path(parts.next().unwrap_or_default())?;
         let mut out = DeviceConfig::new(image);
         let (mut exposure, mut transfer) = (None, None);
+        let mut limits: Vec<(String, u64)> = Vec::new();
         for part in parts {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
             match (key, value) {
@@ -139,6 +151,17 @@ impl DeviceConfig {
                     let unknown = |_| ConfigError::Value { key: "cachesize", value: v.to_owned() };
                     once("cachesize", &mut out.cache_size, parse_size(v).map_err(unknown)?)?;
                 }
+                ("copygroup", Some(v)) => {
+                    let group = String::from_utf8(decode(v)?).ok().filter(|g| is_copy_group(g));
+                    let wrong = ConfigError::Value { key: "copygroup", value: v.to_owned() };
+                    once("copygroup", &mut out.copy_group, group.ok_or(wrong)?)?;
+                }
+                (word, Some(v)) if Limits::is_word(word) => {
+                    if limits.iter().any(|(there, _)| there == word) {
+                        return Err(LimitsError::Twice(word.to_owned()).into());
+                    }
+                    limits.push((word.to_owned(), Limits::value(word, v)?));
+                }
                 ("sidecar", Some(v)) => once("sidecar", &mut out.sidecar, path(v)?)?,
                 ("serial", Some(v)) => {
                     let serial = String::from_utf8(decode(v)?)
@@ -151,6 +174,7 @@ impl DeviceConfig {
                 _ => return Err(ConfigError::Unknown(part.to_owned())),
             }
         }
+        out.limits = Limits::of(limits)?;
         out.exposure = exposure.unwrap_or_default();
         out.transfer = transfer.unwrap_or_default();
         if out.pi_mode.is_some() && out.pi.is_none() {
@@ -207,6 +231,12 @@ impl fmt::Display for DeviceConfig {
         if let Some(bytes) = self.cache_size {
             write!(f, ";cachesize={bytes}")?;
         }
+        if let Some(group) = &self.copy_group {
+            write!(f, ";copygroup={}", encode(group.as_bytes()))?;
+        }
+        for (word, value) in self.limits.words() {
+            write!(f, ";{word}={value}")?;
+        }
         if let Some(sidecar) = &self.sidecar {
             write!(f, ";sidecar={}", encode(sidecar.as_os_str().as_bytes()))?;
         }
@@ -215,6 +245,11 @@ impl fmt::Display for DeviceConfig {
         }
         Ok(())
     }
+}
+
+/// Whether that can be the name of a copy group: 1 to 64 printable characters.
+pub fn is_copy_group(name: &str) -> bool {
+    !name.is_empty() && name.len() <= 64 && !name.chars().any(char::is_control)
 }
 
 /// The word for a type, on the command line and in `dev_config`.
@@ -305,11 +340,16 @@ mod tests {
             mode in prop::option::of(prop::sample::select(vec![PiMode::Bitmap, PiMode::Journal])),
             read_only: bool,
             cache_size in prop::option::of(1..1u64 << 50),
+            copy_group in prop::option::of("[a-z;%, é]{1,20}"),
             sidecar in prop::option::of(any_path()),
+            limits in prop::sample::select(vec!["off", "iops=5", "bps_rd=1M,bps_wr=2M,bps_wr_max=3M,iops=5,iops_size=4096"]),
             serial in prop::option::of("\\PC{1,20}|[;%,=\n]{1,5}"),
         ) -> DeviceConfig {
             let pi_mode = mode.filter(|_| pi.is_some());
-            DeviceConfig { image, format, pi, pi_mode, exposure, transfer, read_only, cache_size, sidecar, serial }
+            let limits = limits.parse().unwrap();
+            DeviceConfig {
+                image, format, pi, pi_mode, exposure, transfer, read_only, cache_size, copy_group, limits, sidecar, serial,
+            }
         }
     }
 
@@ -348,6 +388,10 @@ mod tests {
             ("/a;sidecar=b", NotAbsolute("b".into())),
             ("/a;cachesize=0", Value { key: "cachesize", value: "0".into() }),
             ("/a;cachesize=1M;cachesize=1M", Twice("cachesize")),
+            ("/a;copygroup=", Value { key: "copygroup", value: String::new() }),
+            ("/a;copygroup=%0a", Value { key: "copygroup", value: "%0a".into() }),
+            ("/a;iops=5;iops=5", Limits(LimitsError::Twice("iops".into()))),
+            ("/a;iops_max=5", Limits(LimitsError::Without("iops_max".into(), "iops".into()))),
             ("/a;serial=", Value { key: "serial", value: String::new() }),
             ("/a;colour=red", Unknown("colour=red".into())),
             ("/a;", Unknown(String::new())),

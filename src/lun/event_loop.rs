@@ -16,6 +16,7 @@ use tracing::{debug, warn};
 use super::{
     inbox::{Inbox, Message},
     spin::Spinner,
+    throttle::{Cost, Rows, Throttle},
 };
 use crate::{
     ring::{Command, Completion, Entry, Reply, Ring, RingError, reply::TASK_ABORTED},
@@ -42,12 +43,24 @@ pub(super) enum LoopError {
 
 /// What serves the commands and messages of a loop.
 pub(super) trait Service: 'static {
-    /// Executes one command to its end.
-    fn execute(self: Rc<Self>, command: Command) -> impl Future<Output = Completion> + 'static;
+    /// Executes one command to its end, which was taken out of the ring at that moment.
+    fn execute(
+        self: Rc<Self>,
+        command: Command,
+        taken: Instant,
+    ) -> impl Future<Output = Completion> + 'static;
+    /// The limits of the commands.
+    fn throttle(&self) -> &Throttle;
+    /// What a command counts for; nothing for one that is not limited.
+    fn cost(&self, command: &Command) -> Option<Cost>;
     /// What runs beside the commands for as long as the loop does.
     fn background(self: Rc<Self>) -> impl Future<Output = ()> + 'static;
     /// Handles a message other than [`Message::Stop`] and [`Message::Ping`], which are the loop's own.
     fn message(self: Rc<Self>, message: Message, load: Load) -> impl Future<Output = ()> + 'static;
+    /// The loop was told to stop, and ends as soon as nothing runs.
+    fn ending(&self) {}
+    /// No message arrives any more; what runs is waited for.
+    fn ended(&self) {}
 }
 
 /// What the loop knows about its load.
@@ -60,28 +73,41 @@ pub(super) struct Load {
     pub(super) in_flight: usize,
 }
 
+/// A command, the way to answer it, and when it was taken.
+type Taken = (Command, Reply, Instant);
+
 pub(super) struct EventLoop<S> {
     ring: Ring,
     io: Io,
     exec: Executor,
     service: Rc<S>,
     inbox: Inbox,
-    waiting: VecDeque<(Command, Reply)>,
+    /// Those that have to wait for the limits before they may start.
+    held: Rows<Taken>,
+    waiting: VecDeque<Taken>,
     load: Load,
     spinner: Spinner,
 }
 
 impl<S: Service> EventLoop<S> {
-    pub(super) fn new(ring: Ring, io: Io, exec: Executor, service: Rc<S>, inbox: Inbox) -> EventLoop<S> {
+    pub(super) fn new(
+        ring: Ring,
+        io: Io,
+        exec: Executor,
+        service: Rc<S>,
+        inbox: Inbox,
+        polling: bool,
+    ) -> EventLoop<S> {
         EventLoop {
             ring,
             io,
             exec,
             service,
             inbox,
+            held: Rows::new(),
             waiting: VecDeque::new(),
             load: Load::default(),
-            spinner: Spinner::new(),
+            spinner: Spinner::new(polling),
         }
     }
 
@@ -89,8 +115,10 @@ impl<S: Service> EventLoop<S> {
     pub(super) fn run(mut self) -> Result<(), LoopError> {
         let result = self.serve();
         self.inbox.end();
+        self.service.ended();
         if result.is_err() {
             self.ring.close();
+            self.held.take_if(|_| true);
             self.waiting.clear();
         }
         // What is under way reaches the image, answered or not.
@@ -115,6 +143,9 @@ impl<S: Service> EventLoop<S> {
             if !stopping {
                 self.take()?;
             }
+            if !self.held.is_empty() {
+                self.release(stopping);
+            }
             self.start_waiting();
             self.exec.run_ready();
             if self.ring.has_answers() {
@@ -125,7 +156,8 @@ impl<S: Service> EventLoop<S> {
             // Looked at after the turn, which may have swallowed the doorbells of both.
             let more = self.inbox.has_messages() || !stopping && self.can_take() && self.ring.has_entries();
             let startable = !self.waiting.is_empty() && self.exec.tasks() < MAX_RUNNING;
-            if self.exec.has_ready() || more || startable || self.ring.has_answers() {
+            let passable = self.held.may_go(self.service.throttle());
+            if self.exec.has_ready() || more || startable || passable || self.ring.has_answers() {
                 continue;
             }
             if stopping && self.exec.tasks() <= BACKGROUND && self.waiting.is_empty() {
@@ -152,26 +184,36 @@ impl<S: Service> EventLoop<S> {
             }
         }
         self.load.sleeps += 1;
-        self.io.turn(Wait::Event)?;
+        let wait = match self.held.due() {
+            Some(due) => Wait::AtMost(due.saturating_duration_since(Instant::now())),
+            None => Wait::Event,
+        };
+        self.io.turn(wait)?;
         Ok(true)
     }
 
     fn can_take(&self) -> bool {
         // Everything that is in the ring is taken, so that a task management request behind it is seen.
-        self.waiting.len() < 65536
+        self.waiting.len() + self.held.len() < 65536
     }
 
     fn take(&mut self) -> Result<(), RingError> {
-        let mut first = true;
+        // Read once for all that stands in the ring.
+        let mut now = None;
         while self.can_take() {
             let Some((entry, reply)) = self.ring.take_entry()? else { break };
-            if std::mem::take(&mut first) {
+            let now = *now.get_or_insert_with(|| {
                 self.spinner.worked();
-            }
+                Instant::now()
+            });
             match (entry, reply) {
                 (Entry::Command(command), Some(reply)) => {
                     self.load.commands += 1;
-                    self.waiting.push_back((command, reply));
+                    let limited = self.service.throttle().is_on();
+                    match limited.then(|| self.service.cost(&command)).flatten() {
+                        None => self.waiting.push_back((command, reply, now)),
+                        Some(cost) => self.held.push(cost, (command, reply, now), now),
+                    }
                 }
                 (Entry::Tmr(tmr), _) => self.abort(&tmr.ids, tmr.kind),
                 (Entry::Unknown { id, op }, Some(reply)) => {
@@ -184,25 +226,35 @@ impl<S: Service> EventLoop<S> {
         Ok(())
     }
 
+    /// Lets those start whose limits have room; all of them, if the loop stops: to wait here would hold up the stop, and the
+    /// next handler would not know how long they have waited.
+    fn release(&mut self, stopping: bool) {
+        let waiting = &mut self.waiting;
+        let go = |taken| waiting.push_back(taken);
+        self.held.release(self.service.throttle(), stopping, Instant::now(), go);
+    }
+
     fn start_waiting(&mut self) {
         while self.exec.tasks() < MAX_RUNNING {
-            let Some((command, reply)) = self.waiting.pop_front() else { return };
-            let done = self.service.clone().execute(command);
+            let Some((command, reply, taken)) = self.waiting.pop_front() else { return };
+            let done = self.service.clone().execute(command, taken);
             self.exec.spawn(async move { reply.answer(done.await) });
         }
     }
 
     /// Ends those of the commands that have not started. The others run to their end: half of them may be done.
     fn abort(&mut self, ids: &[u16], kind: u8) {
-        let before = self.waiting.len();
-        for (command, reply) in std::mem::take(&mut self.waiting) {
+        let held = self.held.take_if(|(command, ..)| ids.contains(&command.id));
+        let mut aborted = held.len();
+        held.into_iter().for_each(|(_, reply, _)| reply.answer(Completion::status(TASK_ABORTED)));
+        for (command, reply, taken) in std::mem::take(&mut self.waiting) {
             if ids.contains(&command.id) {
                 reply.answer(Completion::status(TASK_ABORTED));
+                aborted += 1;
             } else {
-                self.waiting.push_back((command, reply));
+                self.waiting.push_back((command, reply, taken));
             }
         }
-        let aborted = before - self.waiting.len();
         self.load.aborted += aborted as u64;
         debug!(kind, commands = ids.len(), aborted, "task management request");
     }
@@ -212,7 +264,10 @@ impl<S: Service> EventLoop<S> {
         let mut stop = false;
         for message in self.inbox.take() {
             match message {
-                Message::Stop => stop = true,
+                Message::Stop => {
+                    stop = true;
+                    self.service.ending();
+                }
                 Message::Ping => self.inbox.pong(),
                 other => {
                     let load = Load { in_flight: self.ring.unanswered(), ..self.load };

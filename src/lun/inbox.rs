@@ -10,6 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::SyncSender,
     },
+    time::{Duration, Instant},
 };
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,9 +18,12 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::{
     LunError, Stats,
     events::Watcher,
+    neighbours::{self, Return},
     scrub::{Scrub, ScrubError, ScrubOrder},
+    throttle::limits::Limits,
+    trace::Watching,
 };
-use crate::image::ImageInfo;
+use crate::{image::ImageInfo, scsi::neighbour::Errand};
 
 /// What a LUN's thread can be asked. Each message carries the way back.
 #[derive(Debug)]
@@ -30,32 +34,57 @@ pub(super) enum Message {
     WriteCache(bool, SyncSender<Result<(), LunError>>),
     /// Begin, pause, end … a scrub, or tell of it.
     Scrub(ScrubOrder, SyncSender<Result<Option<Scrub>, ScrubError>>),
+    /// Limit commands so from now on, and after a restart.
+    Limit(Limits, SyncSender<io::Result<()>>),
     /// Tell the counters.
     Stats(SyncSender<Stats>),
     /// Tell of the image and its backing files.
     Describe(SyncSender<Vec<ImageInfo>>),
     /// Tell that one what happens, from now on.
     Watch(Watcher),
+    /// Tell that one of every command that passes.
+    Trace(Watching, SyncSender<()>),
+    /// Do something for a copy that another LUN executes.
+    Errand(Errand, Return),
+    /// Another LUN's answer to the errand of that number.
+    Answered(u64, neighbours::Outcome),
     /// Show that the loop turns: [`Pulse`].
     Ping,
     /// Take no more commands, finish those under way, close the image and end.
     Stop,
 }
 
+/// Messages that the thread has not taken yet.
+#[derive(Debug, Default)]
+struct Unread {
+    queue: VecDeque<Message>,
+    /// When the first of them was sent.
+    since: Option<Instant>,
+}
+
 #[derive(Debug)]
 struct Shared {
-    messages: Mutex<VecDeque<Message>>,
+    messages: Mutex<Unread>,
     waiting: AtomicBool,
     event: OwnedFd,
     /// A [`Pulse`] has asked, and the loop has not answered yet.
     asked: AtomicBool,
-    /// The loop is over, and answers nobody any more.
+    /// The loop is over, and answers nobody any more. Set with the messages locked: none is added afterwards.
     ended: AtomicBool,
 }
 
 impl Shared {
     fn send(&self, message: Message) {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner).push_back(message);
+        {
+            let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.ended.load(Ordering::Acquire) {
+                // Dropped without the lock: its way back may send.
+                drop(messages);
+                return drop(message);
+            }
+            messages.queue.push_back(message);
+            messages.since.get_or_insert_with(Instant::now);
+        }
         self.waiting.store(true, Ordering::Release);
         // EAGAIN would mean 2^64 wake-ups that nobody has read: it is awake.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
@@ -84,6 +113,12 @@ pub(super) fn channel() -> io::Result<(Outbox, Inbox)> {
 impl Outbox {
     pub(super) fn send(&self, message: Message) {
         self.0.send(message);
+    }
+
+    /// How long the thread has left a message lying; a loop that turns takes each at once, however slow its storage is.
+    pub(super) fn silent_for(&self) -> Duration {
+        let messages = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     pub(super) fn pulse(&self) -> Pulse {
@@ -132,6 +167,11 @@ impl Pulse {
 }
 
 impl Inbox {
+    /// A way to send to itself.
+    pub(super) fn outbox(&self) -> Outbox {
+        Outbox(self.0.clone())
+    }
+
     pub(super) fn doorbell(&self) -> io::Result<OwnedFd> {
         self.0.event.try_clone()
     }
@@ -147,7 +187,7 @@ impl Inbox {
 
     pub(super) fn take(&self) -> VecDeque<Message> {
         self.0.waiting.store(false, Ordering::Release);
-        std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner)).queue
     }
 
     /// Answers a [`Message::Ping`].
@@ -155,9 +195,14 @@ impl Inbox {
         self.0.asked.store(false, Ordering::Release);
     }
 
-    /// The loop is over: what comes now has no answer, and none is to be expected.
+    /// The loop is over: what is there and what comes now has no answer, and those who wait for one notice.
     pub(super) fn end(&self) {
-        self.0.ended.store(true, Ordering::Release);
+        let left = {
+            let mut messages = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner);
+            self.0.ended.store(true, Ordering::Release);
+            std::mem::take(&mut *messages)
+        };
+        drop(left);
     }
 }
 

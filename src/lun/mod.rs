@@ -10,12 +10,17 @@ pub mod events;
 mod inbox;
 #[cfg(test)]
 mod loop_tests;
+pub mod measured;
+pub mod neighbours;
 pub mod saved_pages;
 pub mod scrub;
 mod service;
 mod spin;
 mod stack;
 pub mod state_file;
+mod stats;
+pub mod throttle;
+pub mod trace;
 pub mod traffic;
 
 use std::{
@@ -25,19 +30,18 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{RecvTimeoutError, SyncSender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use serde::Serialize;
 use tracing::{error, info, warn};
 
 pub use crate::image::ImageInfo;
 use crate::{
-    image::{CacheCounts, open::OpenError},
-    pi::{self, Exposure, PiOpenError, PiType, Transfer},
+    image::open::OpenError,
+    pi::{Exposure, PiOpenError, Transfer},
     ring::{Device, Ring, RingError},
     sys::{
         exec::Executor,
@@ -51,17 +55,23 @@ use event_loop::{EventLoop, run_to_end};
 use events::Watcher;
 pub use inbox::Pulse;
 use inbox::{Inbox, Message, Outbox};
-use scrub::{Scrub, ScrubError, ScrubOrder, ScrubStatus};
+pub use neighbours::Neighbourhood;
+use scrub::{Scrub, ScrubError, ScrubOrder};
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
-use traffic::Traffic;
+pub use stats::{PublicStats, ScrubSummary, Stats};
+use throttle::limits::Limits;
+use trace::Trace;
 
 /// How often one who waits for an answer looks whether the LUN is still there.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// How long a message may wait for its answer. A resize writes metadata; nothing that is asked takes longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a LUN's thread may leave a message lying before nobody waits for it any more.
+const SILENCE: Duration = Duration::from_secs(5);
 
 /// What a LUN is made of.
 #[derive(Debug)]
@@ -82,6 +92,10 @@ pub struct LunParams {
     pub state_dir: Option<PathBuf>,
     /// The way to the kernel; the best that it permits if not given.
     pub backend: Option<Backend>,
+    /// Look at the ring for a moment before sleeping, where that has been worth it.
+    pub polling: bool,
+    /// The LUNs that it may copy to and from, if its configuration has a copy group.
+    pub neighbourhood: Neighbourhood,
     /// The ring.
     pub device: Device,
 }
@@ -134,6 +148,9 @@ pub enum LunError {
     /// What a scrub was told.
     #[error(transparent)]
     Scrub(#[from] ScrubError),
+    /// Limits hold, and are not kept.
+    #[error("the limits hold now, and could not be saved")]
+    Unsaved(#[source] io::Error),
     /// The thread does not answer.
     #[error("the LUN has not answered for {} seconds", .0.as_secs())]
     Silent(Duration),
@@ -161,6 +178,7 @@ impl LunError {
             | LunError::Ring(_)
             | LunError::Volume(_)
             | LunError::Thread(_)
+            | LunError::Unsaved(_)
             | LunError::Gone(_)
             | LunError::Silent(_) => None,
         }
@@ -176,83 +194,6 @@ pub enum State {
     Stopped,
     /// It has stopped by itself, for this reason. Its commands wait until the kernel gives them up or another handler comes.
     Failed(String),
-}
-
-/// What commands have come to.
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct PublicStats {
-    /// Bytes of data-in given back.
-    pub bytes_in: u64,
-    /// Bytes of data-out taken.
-    pub bytes_out: u64,
-    /// Commands that ended in CHECK CONDITION, unit attentions included.
-    pub check_conditions: u64,
-    /// Commands that ended in another status than GOOD and CHECK CONDITION.
-    pub other_statuses: u64,
-}
-
-/// A LUN's counters since it started.
-#[derive(Debug, Clone, Serialize)]
-pub struct Stats {
-    /// SCSI commands taken from the ring.
-    pub commands: u64,
-    /// Commands that task management took back before they began.
-    pub aborted: u64,
-    /// Batches of answers, each with one kick.
-    pub batches: u64,
-    /// How often the thread slept.
-    pub sleeps: u64,
-    /// Commands under way.
-    pub in_flight: u64,
-    /// The way to the kernel: `io_uring` or `threads`.
-    pub io: String,
-    /// The image's format.
-    pub format: String,
-    /// Bytes.
-    pub capacity_bytes: u64,
-    /// WCE.
-    pub write_cache: bool,
-    /// What commands have come to.
-    #[serde(flatten)]
-    pub counted: PublicStats,
-    /// The same by kind of command.
-    #[serde(skip)]
-    pub traffic: Traffic,
-    /// The type of protection that initiators see now: FORMAT UNIT may have chosen another than the configuration.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub formatted_with: Option<PiType>,
-    /// Protection, where there is any.
-    pub pi: Option<pi::Counters>,
-    /// The metadata caches of a qcow2 image and its backing files.
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub caches: Option<CacheCounts>,
-    /// The scrub under way, or the last one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub scrub: Option<ScrubSummary>,
-}
-
-/// A scrub, in a few words.
-#[derive(Debug, Clone, Serialize)]
-pub struct ScrubSummary {
-    /// How far it is.
-    pub status: ScrubStatus,
-    /// Bytes of the LUN that are behind it.
-    pub done_bytes: u64,
-    /// Blocks that do not match.
-    pub mismatches: u64,
-    /// Blocks that could not be read.
-    pub unreadable: u64,
-}
-
-impl From<Scrub> for ScrubSummary {
-    fn from(scrub: Scrub) -> ScrubSummary {
-        ScrubSummary {
-            status: scrub.status,
-            done_bytes: scrub.progress().0,
-            mismatches: scrub.found.mismatches,
-            unreadable: scrub.found.unreadable,
-        }
-    }
 }
 
 /// What a LUN was started with.
@@ -301,12 +242,39 @@ impl Remote {
         self.ask(Message::Stats)
     }
 
+    /// Asks for the counters, and leaves it to the caller how long to wait for them. Nothing comes from a LUN that ends meanwhile.
+    ///
+    /// # Errors
+    /// That the LUN does not serve.
+    pub fn ask_stats(&self) -> Result<Receiver<Stats>, LunError> {
+        let (back, answer) = sync_channel(1);
+        self.is_there()?;
+        self.outbox.send(Message::Stats(back));
+        Ok(answer)
+    }
+
+    /// Has every command told from now on, until what is given is dropped.
+    ///
+    /// # Errors
+    /// That the LUN does not answer.
+    pub fn trace(&self) -> Result<Trace, LunError> {
+        let (watching, trace) = trace::channel();
+        self.ask(|back| Message::Trace(watching, back))?;
+        Ok(trace)
+    }
+
     /// The image and its backing files, from the top down.
     ///
     /// # Errors
     /// That the LUN does not answer.
     pub fn describe(&self) -> Result<Vec<ImageInfo>, LunError> {
         self.ask(Message::Describe)
+    }
+
+    /// Begins to count how long the thread is silent, unless that is counted already. Who asks many LUNs one after the other does this to all
+    /// of them first, and waits for those that hang at the same time.
+    pub fn knock(&self) {
+        self.outbox.pulse().ask();
     }
 
     /// Tells that one what happens from now on, instead of who was told before.
@@ -330,6 +298,14 @@ impl Remote {
         Ok(self.ask(|back| Message::Scrub(order, back))??)
     }
 
+    /// Limits the commands so from now on, and after a restart until the LUN is deleted.
+    ///
+    /// # Errors
+    /// [`LunError::Unsaved`], then the limits hold and a restart forgets them; or that the LUN does not answer.
+    pub fn limit(&self, limits: Limits) -> Result<(), LunError> {
+        self.ask(|back| Message::Limit(limits, back))?.map_err(LunError::Unsaved)
+    }
+
     fn ask<T>(&self, message: impl FnOnce(SyncSender<T>) -> Message) -> Result<T, LunError> {
         let (back, answer) = sync_channel(1);
         self.is_there()?;
@@ -342,6 +318,10 @@ impl Remote {
                     return Err(LunError::Gone("it has just ended".into()));
                 }
                 Err(RecvTimeoutError::Timeout) => self.is_there()?,
+            }
+            let silent = self.outbox.silent_for();
+            if silent >= SILENCE {
+                return Err(LunError::Silent(silent));
             }
             if Instant::now() >= end {
                 return Err(LunError::Silent(ANSWER_LIMIT));
@@ -409,6 +389,17 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
                 _ => "its thread ended before it served".into(),
             }))
         }
+    }
+}
+
+#[cfg(test)]
+impl Remote {
+    /// One whose thread hangs.
+    pub fn of_nobody() -> Remote {
+        let (outbox, inbox) = inbox::channel().unwrap();
+        std::mem::forget(inbox);
+        let made = Made { config: DeviceConfig::new("/none"), block_size: BlockSize::B512 };
+        Remote { outbox, state: Arc::new(Mutex::new(State::Online)), made: Arc::new(made) }
     }
 }
 
@@ -484,6 +475,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Ok(io) => (io, Executor::new()),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
+    let polling = params.polling;
     if let Err(e) = check_transfer(&params) {
         return refuse(up, e);
     }
@@ -500,7 +492,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Ok((Err(e), _)) => return refuse(up, e),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
-    let lun = Rc::new(Lun::new(&params, stack, &io));
+    let lun = Rc::new(Lun::new(&params, stack, &io, inbox.outbox()));
     let Some(params) = Rc::into_inner(params) else {
         return refuse(up, LunError::Gone("its parameters are still in use".into()));
     };
@@ -519,7 +511,9 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
     if up.send(Ok(())).is_err() {
         warn!("nobody waits for this LUN any more");
     }
-    let served = EventLoop::new(ring, io.clone(), exec.clone(), lun.clone(), inbox).run();
+    let membership = lun.join_neighbours();
+    let served = EventLoop::new(ring, io.clone(), exec.clone(), lun.clone(), inbox, polling).run();
+    drop(membership);
     lun.scrubber().stop();
     let closed = close(&io, &exec, lun.stack().clone());
     match (served, closed) {

@@ -1,25 +1,29 @@
 //! What a LUN's loop serves: commands through the SCSI target over the stack, and messages from outside.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, rc::Rc, time::Instant};
 
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::{
     LunError, LunParams, PublicStats, ScrubSummary, Stats,
     config::DeviceConfig,
     event_loop::{Load, Service},
     events::{Events, JobStatus},
-    inbox::Message,
+    inbox::{Message, Outbox},
+    measured::Measures,
+    neighbours::{Calls, Membership},
     saved_pages::{self, SavedPagesFile},
     scrub::{self, Scrub, ScrubStatus, Scrubber},
     stack::Stack,
     state_file::StateFile,
+    throttle::{self, Cost, Throttle, limits::Limits},
+    trace::Tracer,
     traffic,
 };
 use crate::{
     pi::Exposure,
     ring::{Command, Completion, Once},
-    scsi::{self, Status, Target, TargetConfig},
+    scsi::{self, Status, Target, TargetConfig, neighbour::Undone},
     sys::{exec::join, io::Io},
     volume::Volume,
 };
@@ -31,11 +35,17 @@ pub(super) struct Lun {
     io: Io,
     counted: RefCell<PublicStats>,
     traffic: traffic::Counters,
+    measures: Measures,
+    tracer: Tracer,
+    throttle: Throttle,
+    /// What was set while the LUN was in use.
+    limits_file: Option<StateFile>,
     events: Rc<Events>,
+    calls: Calls,
 }
 
 impl Lun {
-    pub(super) fn new(params: &LunParams, stack: Stack, io: &Io) -> Lun {
+    pub(super) fn new(params: &LunParams, stack: Stack, io: &Io, own: Outbox) -> Lun {
         let stack = Rc::new(stack);
         let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
         let state = |folder| params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial));
@@ -44,13 +54,17 @@ impl Lun {
         let files = stack.image().places().to_vec();
         let events = Rc::new(Events::default());
         let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes(), events.clone());
+        let limits_file = state(throttle::FOLDER);
+        let limits = limits_now(limits_file.as_ref(), params.config.limits);
         let told = events.clone();
+        let calls = Calls::new(params.neighbourhood.clone(), params.config.copy_group.clone(), own, io);
         let config = TargetConfig {
             transfer: (params.config.exposure == Exposure::Initiator).then_some(params.config.transfer),
             saved_pages,
             read_only: params.config.read_only,
             write_cache: params.write_cache,
             on_failure: Some(Box::new(move |error| told.failed(error))),
+            neighbours: Some(Rc::new(calls.clone())),
             ..TargetConfig::new(params.block_size, &serial)
         };
         let target = Target::new(config, stack.clone());
@@ -61,8 +75,18 @@ impl Lun {
             io: io.clone(),
             counted: RefCell::default(),
             traffic: Default::default(),
+            measures: Measures::default(),
+            tracer: Tracer::default(),
+            throttle: Throttle::new(limits),
+            limits_file,
             events,
+            calls,
         }
+    }
+
+    /// Lets the others of its copy group find it, until what is given is dropped.
+    pub(super) fn join_neighbours(&self) -> Option<Membership> {
+        self.calls.join(self.target.designators())
     }
 
     /// Another daemon served it before, and its initiators have not noticed.
@@ -92,6 +116,8 @@ impl Lun {
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
             traffic: self.traffic.get(),
+            throttle: Some(self.throttle.get()).filter(|t| *t != throttle::Throttled::default()),
+            measured: self.measures.get(),
             formatted_with: self.stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
             caches: self.stack.image().caches(),
@@ -110,6 +136,13 @@ impl Lun {
         Ok(())
     }
 
+    /// Other limits from now on; told whether they will be known after a restart.
+    fn limit(&self, limits: Limits) -> std::io::Result<()> {
+        self.throttle.set(limits, Instant::now());
+        info!(%limits, "limits");
+        self.limits_file.as_ref().map_or(Ok(()), |file| file.save(limits, false))
+    }
+
     /// Write-back to write-through: what was acknowledged before is flushed too.
     async fn set_write_cache(&self, on: bool) -> Result<(), LunError> {
         self.target.set_write_cache(on);
@@ -119,6 +152,19 @@ impl Lun {
         info!(on, "write cache");
         Ok(())
     }
+}
+
+/// What was set while the LUN was in use, or else what it was created with.
+fn limits_now(file: Option<&StateFile>, configured: Limits) -> Limits {
+    let saved = file.map_or(Ok(None), StateFile::load::<Limits>).unwrap_or_else(|error| {
+        warn!(%error, "the limits that were set last cannot be read; those that it was created with hold");
+        None
+    });
+    let limits = saved.unwrap_or(configured);
+    if !limits.is_none() {
+        info!(%limits, "limits");
+    }
+    limits
 }
 
 /// A LUN's serial number: the kernel's, or the configuration's, or one that is made of the name, so that it is the same at
@@ -143,13 +189,17 @@ impl scsi::Once for OnlyOnce {
 }
 
 impl Service for Lun {
-    async fn execute(self: Rc<Self>, command: Command) -> Completion {
+    async fn execute(self: Rc<Self>, command: Command, taken: Instant) -> Completion {
         let room = command.data.len();
-        let only_once = command.cdb.first() == Some(&scsi::opcodes::COMPARE_AND_WRITE);
+        let kept = self.tracer.keep(&command.cdb);
+        let only_once = matches!(
+            command.cdb.first(),
+            Some(&(scsi::opcodes::COMPARE_AND_WRITE | scsi::opcodes::EXTENDED_COPY))
+        );
         let once =
             command.once.filter(|_| only_once).map(|once| Rc::new(OnlyOnce(once)) as Rc<dyn scsi::Once>);
         let command = scsi::Command {
-            cdb: command.cdb.iter().copied().collect(),
+            cdb: command.cdb,
             data: command.data,
             bidi: command.bidi,
             dif: command.dif,
@@ -157,6 +207,11 @@ impl Service for Lun {
         };
         let response = self.target.execute(command).await;
         self.traffic.count(&response, room);
+        let took = taken.elapsed();
+        self.measures.count(&response, took);
+        if let Some(cdb) = &kept {
+            self.tracer.tell(cdb, &response, took);
+        }
         let mut counted = self.counted.borrow_mut();
         match response.status {
             Status::Good if response.data_in > 0 => counted.bytes_in += response.data_in as u64,
@@ -174,6 +229,17 @@ impl Service for Lun {
         completion
     }
 
+    fn throttle(&self) -> &Throttle {
+        &self.throttle
+    }
+
+    fn cost(&self, command: &Command) -> Option<Cost> {
+        let (writes, blocks) = scsi::moved_by(&command.cdb)?;
+        let bytes = blocks.0.saturating_mul(self.target.block_size().bytes());
+        // What is beyond the LUN is refused; it is not to be paid for first.
+        Some(Cost { writes, bytes: bytes.min(self.stack.limits().capacity) })
+    }
+
     async fn background(self: Rc<Self>) {
         let scrubs = async {
             match self.stack.protected() {
@@ -181,7 +247,7 @@ impl Service for Lun {
                 None => std::future::pending().await,
             }
         };
-        join(self.target.background(), scrubs).await;
+        join(join(self.target.background(), scrubs), self.calls.watch_the_end()).await;
     }
 
     async fn message(self: Rc<Self>, message: Message, load: Load) {
@@ -199,7 +265,12 @@ impl Service for Lun {
                 let blocks = self.stack.protected().map(|p| p.blocks_now().0);
                 drop(back.send(self.scrubber.order(order, blocks)));
             }
+            Message::Limit(limits, back) => drop(back.send(self.limit(limits))),
             Message::Stats(back) => drop(back.send(self.stats(load))),
+            Message::Trace(watching, back) => {
+                self.tracer.add(watching);
+                let _ = back.send(());
+            }
             Message::Describe(back) => drop(back.send(self.stack.image().describe())),
             Message::Watch(watcher) => {
                 self.events.watch(watcher);
@@ -212,7 +283,19 @@ impl Service for Lun {
                     None => {}
                 }
             }
+            Message::Errand(errand, back) => {
+                back.give(self.target.run_errand(errand).await.map_err(Undone::Failed));
+            }
+            Message::Answered(ticket, outcome) => self.calls.answered(ticket, outcome),
             Message::Stop | Message::Ping => {}
         }
+    }
+
+    fn ending(&self) {
+        self.calls.end_soon();
+    }
+
+    fn ended(&self) {
+        self.calls.hang_up();
     }
 }

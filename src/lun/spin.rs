@@ -17,9 +17,9 @@ pub(super) struct Spinner {
 }
 
 impl Spinner {
-    /// Spins unless this machine has one CPU, where the peer could not run meanwhile.
-    pub(super) fn new() -> Spinner {
-        let enabled = std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
+    /// Spins if it may, unless this machine has one CPU, where the peer could not run meanwhile.
+    pub(super) fn new(polling: bool) -> Spinner {
+        let enabled = polling && std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
         Spinner { gap: LONGEST * 4, dry_since: None, enabled }
     }
 
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     fn after(gaps: &[Duration]) -> Spinner {
-        let mut spinner = Spinner { enabled: true, ..Spinner::new() };
+        let mut spinner = Spinner { enabled: true, ..Spinner::new(true) };
         for gap in gaps {
             spinner.dry_since = Instant::now().checked_sub(*gap);
             spinner.worked();

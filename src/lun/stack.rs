@@ -32,6 +32,7 @@ impl Stack {
             format: config.format,
             lock: true,
             cache_size: config.cache_size,
+            null_size: Some(params.capacity),
         };
         let image = open(io, &config.image, &options).await?;
         image.check_block_size(params.block_size)?;
@@ -101,12 +102,19 @@ impl Volume for Stack {
         layers!(self, v => v.limits())
     }
 
+    // What protection waits for is boxed, so that commands without any have small futures.
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        layers!(self, v => v.read(at, to).await)
+        match self {
+            Stack::Plain(v) => v.read(at, to).await,
+            Stack::Protected(v) => Box::pin(v.read(at, to)).await,
+        }
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
-        layers!(self, v => v.write(at, from, flags).await)
+        match self {
+            Stack::Plain(v) => v.write(at, from, flags).await,
+            Stack::Protected(v) => Box::pin(v.write(at, from, flags)).await,
+        }
     }
 
     async fn flush(&self) -> Result<()> {
@@ -127,6 +135,10 @@ impl Volume for Stack {
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         layers!(self, v => v.resize(capacity).await)
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        layers!(self, v => v.free_bytes().await)
     }
 
     async fn close(&self) -> Result<()> {

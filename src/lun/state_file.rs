@@ -5,13 +5,14 @@
 //! reader sees the old content or the new. The LUN's thread writes it, at start it is read, and `tcmu-dif delete` removes it.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::files;
 
 use crate::scsi::naa_from_serial;
 
@@ -58,10 +59,7 @@ impl StateFile {
     /// # Errors
     /// The file system's.
     pub fn remove(&self) -> io::Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done,
-        }
+        files::remove(&self.path)
     }
 
     /// What was saved last, if anything was.
@@ -91,23 +89,9 @@ impl StateFile {
     /// # Errors
     /// The file system's.
     pub fn save<T: Serialize>(&self, state: T, durable: bool) -> io::Result<()> {
-        let dir = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(dir)?;
+        fs::create_dir_all(self.path.parent().unwrap_or(Path::new(".")))?;
         let content = Content { version: VERSION, serial: self.serial.clone(), state };
-        let beside = self.path.with_extension("json.new");
-        let written = (|| {
-            let mut file = File::create(&beside)?;
-            file.write_all(&serde_json::to_vec(&content)?)?;
-            if durable {
-                file.sync_all()?;
-            }
-            fs::rename(&beside, &self.path)
-        })();
-        if written.is_err() {
-            fs::remove_file(&beside).ok();
-        }
-        written?;
-        if durable { File::open(dir)?.sync_all() } else { Ok(()) }
+        files::replace(&self.path, &serde_json::to_vec(&content)?, durable)
     }
 }
 

@@ -45,7 +45,12 @@ impl Counters {
         let (count, bytes) = match response.kind {
             Some(Kind::Read) => (&mut traffic.read, response.data_in),
             Some(
-                Kind::Write | Kind::WriteAndVerify | Kind::WriteSame | Kind::CompareAndWrite | Kind::OrWrite,
+                Kind::Write
+                | Kind::WriteAtomic
+                | Kind::WriteAndVerify
+                | Kind::WriteSame
+                | Kind::CompareAndWrite
+                | Kind::OrWrite,
             ) => (&mut traffic.write, room),
             Some(Kind::Unmap) => (&mut traffic.unmap, 0),
             Some(Kind::SynchronizeCache) => (&mut traffic.flush, 0),

@@ -32,7 +32,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use self::crash::{Doubt, New};
 use super::{
@@ -74,7 +74,7 @@ pub struct Protection {
 }
 
 /// What the protection of a LUN has seen so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Counters {
     /// Blocks that match their tuple, read or sent by an initiator.
     pub verified: u64,
@@ -365,6 +365,11 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
             capacity: self.capacity.get().0 * size,
             alignment: inner.alignment.max(size as u32),
             read_only: inner.read_only || self.read_only,
+            // A block and the tags that an initiator gave it are one, and in bitmap mode a crash may part them.
+            atomic_write: match (self.checker().tags, self.sidecar.mode()) {
+                (Exposure::Initiator, PiMode::Bitmap) => 0,
+                _ => inner.atomic_write,
+            },
             ..inner
         }
     }
@@ -398,6 +403,10 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         self.put(at, (lba, blocks), from, tuples, flags).await?;
         self.count(|c| c.generated += blocks);
         Ok(())
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        self.volume.free_bytes().await
     }
 
     async fn flush(&self) -> Result<()> {

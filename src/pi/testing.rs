@@ -60,6 +60,8 @@ impl Volume for SimVolume {
             read_only: false,
             discard_granularity: 4096,
             preferred_io: 4096,
+            atomic_write: 0,
+            tells_free: false,
         }
     }
 

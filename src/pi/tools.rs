@@ -28,6 +28,7 @@ use super::{
     tuple::PiType,
 };
 use crate::{
+    files,
     storage::{FileStorage, Storage},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Lba},
@@ -315,10 +316,7 @@ pub async fn rebuild<V: Volume>(
     let stamp = stamp_of(image, sidecar)?;
 
     let unfinished = unfinished_path(sidecar);
-    match std::fs::remove_file(&unfinished) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(file(e)),
-        _ => (),
-    }
+    files::remove(&unfinished).map_err(file)?;
     let storage = create_file(io, &unfinished).await.map_err(file)?;
     let new = NewSidecar { block_size, kind, mode, capacity, format: options.format, stamp };
     let done = fill(volume, storage, new, progress).await;

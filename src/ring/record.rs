@@ -172,12 +172,18 @@ impl fmt::Debug for Once {
     }
 }
 
-/// Bytes of an answer that its slot has room for: that of an unknown operation may be shorter than an answer.
-fn response_len(answer: &Answer, id: RingId) -> Option<usize> {
-    let [a, b, c, d, ..] = answer.response;
-    let slot = u32::from_le_bytes([a, b, c, d]) & !abi::TCMU_OP_MASK;
-    let inside = u64::from(answer.at) + u64::from(slot) <= u64::from(id.cmdr_size);
-    inside.then_some(RESPONSE_LEN.min(slot as usize))
+impl Answer {
+    /// Bytes of its slot.
+    fn slot_len(&self) -> u32 {
+        let [a, b, c, d, ..] = self.response;
+        u32::from_le_bytes([a, b, c, d]) & !abi::TCMU_OP_MASK
+    }
+
+    /// What goes into the ring. The slot of an unknown operation may be shorter than an answer: its header is all that there is
+    /// room for.
+    pub fn bytes(&self) -> &[u8] {
+        &self.response[..RESPONSE_LEN.min(self.slot_len() as usize)]
+    }
 }
 
 struct Tables {
@@ -273,8 +279,9 @@ impl Record {
             }
             let answers = self.batch()?;
             for answer in &answers {
-                let (at, len) = (u64::from(id.cmdr_off) + u64::from(answer.at), response_len(answer, id)?);
-                if tail == from && !ring.write(at, &answer.response[..len]) {
+                let at = u64::from(id.cmdr_off) + u64::from(answer.at);
+                let inside = u64::from(answer.at) + u64::from(answer.slot_len()) <= u64::from(id.cmdr_size);
+                if !inside || tail == from && !ring.write(at, answer.bytes()) {
                     return None;
                 }
             }

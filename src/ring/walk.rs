@@ -401,12 +401,7 @@ impl Ring {
             record.begin(self.published, self.tail, &answers);
         }
         for answer in &answers {
-            // An unknown operation's slot may be shorter than an answer: its header is all that there is room for.
-            let [a, b, c, d, ..] = answer.response;
-            let slot = u32::from_le_bytes([a, b, c, d]) & !abi::TCMU_OP_MASK;
-            let len = answer.response.len().min(slot as usize);
-            let at = u64::from(self.cmdr_off) + u64::from(answer.at);
-            let inside = self.map.write(at, &answer.response[..len]);
+            let inside = self.map.write(u64::from(self.cmdr_off) + u64::from(answer.at), answer.bytes());
             debug_assert!(inside, "slots lie inside the ring");
         }
         self.map.store_release(TAIL, self.tail);

@@ -29,6 +29,11 @@ impl<'a> Cdb<'a> {
         bytes.get(..usize::from(len)).map(Cdb)
     }
 
+    /// A command of 16 bytes, as it is.
+    pub fn whole(bytes: &'a [u8; 16]) -> Cdb<'a> {
+        Cdb(bytes)
+    }
+
     pub fn bytes(self) -> &'a [u8] {
         self.0
     }

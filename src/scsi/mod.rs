@@ -5,13 +5,17 @@
 //! Clauses named here are those of SBC-4 (INCITS 506), SPC-4 (INCITS 513) and SAM-5 (INCITS 515).
 
 mod cdb;
+mod copy_list;
 mod log;
 mod mode;
+mod names;
+pub mod neighbour;
 pub mod opcodes;
 mod protect;
 pub mod sense;
 mod target;
 mod vpd;
 
+pub use names::{moved_by, range_of};
 pub use sense::{Sense, SenseKey, Status};
 pub use target::{Command, Once, Response, SavedPages, Target, TargetConfig, naa_from_serial};

@@ -1,10 +1,11 @@
-//! Mode pages 01, 08, 0A and 1C, and with protection information the application tag subpage 0A/02 (SPC-4 7.5, SBC-4 6.5):
+//! Mode pages 01, 08, 0A and 1C, with protection information the application tag subpage 0A/02, and with thresholds the logical block
+//! provisioning subpage 1C/02 (SPC-4 7.5, SBC-4 6.5):
 //! how they read, which bits an initiator may change, how they are saved.
 //!
 //! All that can change is in [`Settings`]; a page is a function of them, so a MODE SELECT is accepted exactly if some settings
 //! give the bytes it sent.
 
-use super::sense::Sense;
+use super::{log::AVAILABLE, sense::Sense};
 use crate::{units::Lba, volume::AppRange};
 
 /// What initiators can change.
@@ -18,6 +19,17 @@ pub(super) struct Settings {
     pub write_protect: bool,
     /// What there is only where initiators see protection information.
     pub pi: Option<PiSettings>,
+    /// What there is only where the space beneath the volume can be counted.
+    pub threshold: Option<Threshold>,
+}
+
+/// The soft threshold of the available LBA mapping resources (SBC-4 4.7.3.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Threshold {
+    /// ENABLED: initiators are told when it is reached.
+    pub enabled: bool,
+    /// THRESHOLD COUNT: it is reached when so many threshold sets are left, or fewer.
+    pub count: u32,
 }
 
 /// How protection information is treated.
@@ -81,6 +93,8 @@ const CONTROL: u8 = 0x0a;
 const INFORMATIONAL_EXCEPTIONS: u8 = 0x1c;
 /// SUBPAGE CODE of the application tag page, under CONTROL.
 const APPLICATION_TAG: u8 = 0x02;
+/// SUBPAGE CODE of the logical block provisioning page, under INFORMATIONAL EXCEPTIONS.
+const PROVISIONING: u8 = 0x02;
 /// The pages and subpages, in the order in which MODE SENSE returns them all.
 const CODES: &[(u8, u8)] = &[
     (ERROR_RECOVERY, 0),
@@ -88,6 +102,7 @@ const CODES: &[(u8, u8)] = &[
     (CONTROL, 0),
     (CONTROL, APPLICATION_TAG),
     (INFORMATIONAL_EXCEPTIONS, 0),
+    (INFORMATIONAL_EXCEPTIONS, PROVISIONING),
 ];
 /// PAGE CODE of "all pages".
 const ALL: u8 = 0x3f;
@@ -114,6 +129,7 @@ fn page(code: u8, subpage: u8, s: &Settings) -> Option<Vec<u8>> {
         ),
         (CONTROL, APPLICATION_TAG) => return s.pi.map(|p| application_tags(&p)),
         (INFORMATIONAL_EXCEPTIONS, 0) => (12, &[(2, 0x08)]), // DEXCPT
+        (INFORMATIONAL_EXCEPTIONS, PROVISIONING) => return s.threshold.map(provisioning),
         _ => return None,
     };
     let mut out = vec![0; len];
@@ -123,6 +139,22 @@ fn page(code: u8, subpage: u8, s: &Settings) -> Option<Vec<u8>> {
         out[*at] = *value;
     }
     Some(out)
+}
+
+/// Where the one threshold descriptor of the logical block provisioning page begins.
+const THRESHOLD_AT: usize = 16;
+
+/// The logical block provisioning mode page (SBC-4 6.5.9): one soft threshold (THRESHOLD TYPE = 000b) that is reached from above (THRESHOLD
+/// ARMING = 000b), of the available resources (THRESHOLD RESOURCE = 01h). SITUA = 0: nobody here can tell initiators apart.
+fn provisioning(threshold: Threshold) -> Vec<u8> {
+    let mut out = vec![0; THRESHOLD_AT + 8];
+    out[0] = 0x40 | INFORMATIONAL_EXCEPTIONS; // SPF
+    out[1] = PROVISIONING;
+    out[3] = (out.len() - 4) as u8;
+    out[THRESHOLD_AT] = if threshold.enabled { 0x80 } else { 0 };
+    out[THRESHOLD_AT + 1] = AVAILABLE;
+    out[THRESHOLD_AT + 4..].copy_from_slice(&threshold.count.to_be_bytes());
+    out
 }
 
 /// Bytes before the first descriptor of the application tag page, and of a descriptor.
@@ -170,8 +202,9 @@ fn tag_ranges(page: &[u8], capacity: u64) -> Result<[AppRange; TAG_RANGES], usiz
     Err(TAGS_AT + (TAG_RANGES - 1) * TAG_LEN)
 }
 
-/// The bits of a page that can be changed: those in which the pages of opposite settings differ.
-fn changeable(code: u8, subpage: u8, has_pi: bool) -> Option<Vec<u8>> {
+/// The bits of a page that can be changed: those in which the pages of opposite settings differ. `like`: settings that have the same parts.
+fn changeable(code: u8, subpage: u8, like: &Settings) -> Option<Vec<u8>> {
+    let has_pi = like.pi.is_some();
     if (code, subpage) == (CONTROL, APPLICATION_TAG) {
         let mut out = page(code, subpage, &Settings { pi: has_pi.then(PiSettings::default), ..OFF })?;
         for d in out[TAGS_AT..].chunks_mut(TAG_LEN) {
@@ -183,16 +216,21 @@ fn changeable(code: u8, subpage: u8, has_pi: bool) -> Option<Vec<u8>> {
     let [off, on] = [false, true].map(|b| {
         let pi = PiSettings { dpicz: b, ato: b, atmpe: b, rwwp: b, ..PiSettings::default() };
         let pi = has_pi.then_some(pi);
-        page(code, subpage, &Settings { write_cache: b, descriptor_sense: b, write_protect: b, pi })
+        let count = if b { u32::MAX } else { 0 };
+        let threshold = like.threshold.map(|_| Threshold { enabled: b, count });
+        let settings = Settings { write_cache: b, descriptor_sense: b, write_protect: b, pi, threshold };
+        page(code, subpage, &settings)
     });
     let (off, on) = (off?, on?);
     let mut out: Vec<u8> = off.iter().zip(&on).map(|(a, b)| a ^ b).collect();
-    out[..2].copy_from_slice(&off[..2]);
+    // Page code and length are no bits that change.
+    let head = if off[0] & 0x40 != 0 { 4 } else { 2 };
+    out[..head].copy_from_slice(&off[..head]);
     Some(out)
 }
 
 const OFF: Settings =
-    Settings { write_cache: false, descriptor_sense: false, write_protect: false, pi: None };
+    Settings { write_cache: false, descriptor_sense: false, write_protect: false, pi: None, threshold: None };
 
 /// The pages that MODE SENSE asks for, joined. `values` are those of the page control that was asked for, and ignored for
 /// [`Control::Changeable`]; `savable` sets PS. `None` if page or subpage is not supported.
@@ -205,7 +243,7 @@ pub(super) fn sense(
 ) -> Option<Vec<u8>> {
     let one = |code: u8, subpage: u8| {
         let mut page = match control {
-            Control::Changeable => changeable(code, subpage, values.pi.is_some())?,
+            Control::Changeable => changeable(code, subpage, values)?,
             _ => page(code, subpage, values)?,
         };
         if savable && is_savable(code, subpage) {
@@ -225,7 +263,7 @@ pub(super) fn sense(
 }
 
 fn is_savable(code: u8, subpage: u8) -> bool {
-    matches!((code, subpage), (CACHING | CONTROL, 0))
+    matches!((code, subpage), (CACHING | CONTROL, 0) | (INFORMATIONAL_EXCEPTIONS, PROVISIONING))
 }
 
 /// The settings after the pages of a MODE SELECT, which start at byte `base` of its parameter list.
@@ -262,6 +300,12 @@ pub(super) fn select(pages: &[u8], base: usize, now: &Settings) -> Result<Settin
                     pi.rwwp = given[5] & 0x10 != 0;
                 }
             }
+            (INFORMATIONAL_EXCEPTIONS, PROVISIONING) => {
+                settings.threshold = Some(Threshold {
+                    enabled: given[THRESHOLD_AT] & 0x80 != 0,
+                    count: given[THRESHOLD_AT + 4..].iter().fold(0, |n, b| n << 8 | u32::from(*b)),
+                });
+            }
             (CONTROL, APPLICATION_TAG) if given[TAGS_AT..] != current[TAGS_AT..] => {
                 if let Some(pi) = &mut settings.pi {
                     pi.tags = tag_ranges(given, pi.capacity).map_err(wrong)?;
@@ -296,8 +340,7 @@ pub(super) fn restore(bytes: &[u8], defaults: &Settings) -> Option<Settings> {
 mod tests {
     use super::*;
 
-    const DEFAULTS: Settings =
-        Settings { write_cache: true, descriptor_sense: false, write_protect: false, pi: None };
+    const DEFAULTS: Settings = Settings { write_cache: true, ..OFF };
 
     fn with_pi() -> Settings {
         Settings { pi: Some(PiSettings { capacity: 100, ..PiSettings::default() }), ..DEFAULTS }
@@ -336,7 +379,7 @@ mod tests {
         for (settings, code) in cases {
             let page = sense(code, 0, Control::Current, &settings, true).unwrap();
             assert_eq!(select(&page, 4, &settings), Ok(settings));
-            let mask = changeable(code, 0, settings.pi.is_some()).unwrap();
+            let mask = changeable(code, 0, &settings).unwrap();
             for i in 2..page.len() {
                 for bit in 0..8 {
                     let mut changed = page.clone();
@@ -365,9 +408,32 @@ mod tests {
 
     #[test]
     fn saved_pages_come_back() {
-        let changed = Settings { write_cache: false, descriptor_sense: true, write_protect: true, pi: None };
+        let changed = Settings { write_cache: false, descriptor_sense: true, write_protect: true, ..OFF };
         assert_eq!(restore(&save(&changed), &DEFAULTS), Some(changed));
         assert_eq!(restore(b"junk", &DEFAULTS), None);
+    }
+
+    #[test]
+    fn the_threshold_can_be_enabled_and_counted_and_is_saved() {
+        let with = |enabled, count| Settings { threshold: Some(Threshold { enabled, count }), ..DEFAULTS };
+        let off = with(false, 0);
+        let mask = sense(0x1c, 2, Control::Changeable, &off, true).unwrap();
+        assert_eq!(mask[..4], [0xdc, 2, 0, 20]);
+        assert_eq!(mask[4..], [&[0; 12][..], &[0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]].concat());
+        let mut page = sense(0x1c, 2, Control::Current, &off, false).unwrap();
+        assert_eq!(page[16..], [0, 1, 0, 0, 0, 0, 0, 0]);
+        (page[16], page[23]) = (0x80, 9);
+        assert_eq!(select(&page, 4, &off), Ok(with(true, 9)));
+        assert_eq!(restore(&save(&with(true, 9)), &off), Some(with(true, 9)));
+        for (byte, bits) in [(4, 1), (16, 0x08), (16, 1), (17, 3)] {
+            let mut wrong = page.clone();
+            wrong[byte] ^= bits;
+            assert_eq!(select(&wrong, 4, &off), Err(Sense::invalid_parameter(4 + byte as u16)));
+        }
+        assert_eq!(select(&page, 4, &DEFAULTS), Err(Sense::invalid_parameter(4)));
+        assert_eq!(sense(0x1c, 2, Control::Current, &DEFAULTS, false), None);
+        let lens = |sub| sense(0x1c, sub, Control::Current, &off, false).unwrap().len();
+        assert_eq!((lens(0), lens(2), lens(0xff)), (12, 24, 36));
     }
 
     #[test]

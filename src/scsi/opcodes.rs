@@ -10,6 +10,9 @@ use crate::volume::PiType;
 /// The operation code of COMPARE AND WRITE (SBC-4 5.2).
 pub const COMPARE_AND_WRITE: u8 = 0x89;
 
+/// The operation code of EXTENDED COPY (SPC-4 6.4).
+pub const EXTENDED_COPY: u8 = 0x83;
+
 /// What a row runs. The dispatcher matches it without a catch-all arm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // The names are the commands'.
@@ -26,6 +29,7 @@ pub enum Kind {
     ReadCapacity16,
     Read,
     Write,
+    WriteAtomic,
     WriteAndVerify,
     Verify,
     PreFetch,
@@ -44,6 +48,11 @@ pub enum Kind {
     ReportTargetPortGroups,
     ReportSupportedOpcodes,
     ReportSupportedTmf,
+    ExtendedCopy,
+    ReceiveCopyStatus,
+    ReceiveCopyData,
+    ReceiveCopyParameters,
+    ReceiveCopyFailure,
 }
 
 impl Kind {
@@ -54,6 +63,7 @@ impl Kind {
             Kind::FormatUnit
                 | Kind::ModeSelect
                 | Kind::Write
+                | Kind::WriteAtomic
                 | Kind::WriteAndVerify
                 | Kind::Verify
                 | Kind::WriteSame
@@ -61,6 +71,7 @@ impl Kind {
                 | Kind::SanitizeOverwrite
                 | Kind::CompareAndWrite
                 | Kind::OrWrite
+                | Kind::ExtendedCopy
         )
     }
 }
@@ -87,6 +98,8 @@ pub struct Op {
     pub strict: bool,
     /// It needs a thinly provisioned volume (LBPME = 1).
     pub needs_thin: bool,
+    /// It needs a volume that keeps some writes whole when power fails.
+    pub needs_atomic: bool,
     /// It has a protection field (RDPROTECT and its like) in byte 1.
     pub protects: bool,
     /// It needs type 2 protection, whose reference tag it brings.
@@ -100,6 +113,8 @@ pub struct Op {
 pub struct Abilities {
     /// It is thinly provisioned (LBPME = 1).
     pub thin: bool,
+    /// It keeps some writes whole when power fails (MAXIMUM ATOMIC TRANSFER LENGTH is not 0).
+    pub atomic: bool,
     /// It may be formatted with protection information (PROTECT = 1).
     pub protect: bool,
     /// It is formatted with protection information (PROT_EN = 1) of this type.
@@ -117,6 +132,7 @@ const fn op(kind: Kind, usage: &'static [u8]) -> Op {
         while_erasing: false,
         strict: false,
         needs_thin: false,
+        needs_atomic: false,
         protects: false,
         needs_type_2: false,
         long: false,
@@ -138,7 +154,9 @@ impl Op {
     }
 
     fn is_there(&self, has: Abilities) -> bool {
-        (has.thin || !self.needs_thin) && (has.protection == Some(PiType::Type2) || !self.needs_type_2)
+        (has.thin || !self.needs_thin)
+            && (has.atomic || !self.needs_atomic)
+            && (has.protection == Some(PiType::Type2) || !self.needs_type_2)
     }
 
     /// Bytes of the CDB.
@@ -184,6 +202,11 @@ impl Op {
 
     const fn needs_thin(mut self) -> Op {
         self.needs_thin = true;
+        self
+    }
+
+    const fn needs_atomic(mut self) -> Op {
+        self.needs_atomic = true;
         self
     }
 
@@ -253,6 +276,12 @@ pub static TABLE: &[Op] = &[
     op(Kind::Write, &WRITE_32).variable().writes(),
     op(Kind::WriteAndVerify, &WRITE_AND_VERIFY_32).variable().writes(),
     op(Kind::WriteSame, &WRITE_SAME_32).variable().writes(),
+    // Not among those that write: the unit may be the source alone. Errands look at write protection.
+    op(Kind::ExtendedCopy, &[EXTENDED_COPY, 0x00, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
+    op(Kind::ReceiveCopyStatus, &[0x84, 0x00, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
+    op(Kind::ReceiveCopyData, &[0x84, 0x01, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
+    op(Kind::ReceiveCopyParameters, &[0x84, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
+    op(Kind::ReceiveCopyFailure, &[0x84, 0x04, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
     op(Kind::Read, &[0x88, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).protects(),
     op(Kind::CompareAndWrite, &[COMPARE_AND_WRITE, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP, 0])
         .writes()
@@ -264,6 +293,10 @@ pub static TABLE: &[Op] = &[
     op(Kind::PreFetch, &[0x90, 0x02, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]),
     op(Kind::SynchronizeCache, &[0x91, 0x02, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]),
     op(Kind::WriteSame, &[0x93, 0x09, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0]).writes().protects(),
+    op(Kind::WriteAtomic, &[0x9c, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, GROUP, 0])
+        .writes()
+        .protects()
+        .needs_atomic(),
     op(Kind::ReadCapacity16, &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]).action(),
     op(Kind::GetLbaStatus, &[0x9e, 0x12, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]).action(),
     op(Kind::ReportLuns, &[0xa0, 0, F, 0, 0, 0, F, F, F, F, 0, 0]).ignores_attention().while_erasing(),
@@ -394,10 +427,11 @@ pub(super) fn report_one(opcode: u8, one: One, rctd: bool, has: Abilities) -> Op
 mod tests {
     use super::*;
 
-    const THIN: Abilities = Abilities { thin: true, protect: false, protection: None };
-    const FIXED: Abilities = Abilities { thin: false, protect: false, protection: None };
+    const THIN: Abilities = Abilities { thin: true, atomic: false, protect: false, protection: None };
+    const FIXED: Abilities = Abilities { thin: false, atomic: false, protect: false, protection: None };
     /// Everything there is.
-    const FULL: Abilities = Abilities { thin: true, protect: true, protection: Some(PiType::Type2) };
+    const FULL: Abilities =
+        Abilities { thin: true, atomic: true, protect: true, protection: Some(PiType::Type2) };
 
     #[test]
     fn rows_of_one_operation_code_stand_together_and_differ_in_their_service_action() {
@@ -460,14 +494,14 @@ mod tests {
         assert_eq!(report_one(0x9e, One::Opcode, false, THIN), None);
         assert_eq!(report_one(0x9e, One::Action(0x10), true, THIN).unwrap().len(), 4 + 16 + 12);
         assert_eq!(report_one(0x9e, One::Action(0x1f), false, THIN), Some(vec![0, 1, 0, 0]));
-        assert_eq!(report_one(0x83, One::Action(0), false, THIN), Some(vec![0, 1, 0, 0]));
+        assert_eq!(report_one(0x83, One::Action(1), false, THIN), Some(vec![0, 1, 0, 0]));
         assert_eq!(report_one(0x9c, One::Opcode, false, THIN), Some(vec![0, 1, 0, 0]));
     }
 
     #[test]
     fn the_long_forms_are_there_with_type_2_alone_and_the_others_protection_field_without_it() {
         for has in [None, Some(PiType::Type1), Some(PiType::Type2), Some(PiType::Type3)] {
-            let has = Abilities { thin: true, protect: true, protection: has };
+            let has = Abilities { thin: true, atomic: false, protect: true, protection: has };
             let two = has.protection == Some(PiType::Type2);
             for action in 0x09..=0x0d {
                 let found = find(&long_form(action, 0), has);

@@ -43,6 +43,8 @@ pub enum SenseKey {
     UnitAttention = 0x6,
     /// DATA PROTECT.
     DataProtect = 0x7,
+    /// COPY ABORTED.
+    CopyAborted = 0xa,
     /// ABORTED COMMAND.
     AbortedCommand = 0xb,
     /// MISCOMPARE.
@@ -56,10 +58,13 @@ pub struct Asc(pub u8, pub u8);
 #[allow(missing_docs)] // The names are T10's own.
 impl Asc {
     pub const NONE: Asc = Asc(0x00, 0x00);
+    pub const OPERATION_IN_PROGRESS: Asc = Asc(0x00, 0x16);
     pub const MANUAL_INTERVENTION_REQUIRED: Asc = Asc(0x04, 0x03);
     pub const FORMAT_IN_PROGRESS: Asc = Asc(0x04, 0x04);
     pub const SANITIZE_IN_PROGRESS: Asc = Asc(0x04, 0x1b);
+    pub const UNREACHABLE_COPY_TARGET: Asc = Asc(0x08, 0x04);
     pub const WRITE_ERROR: Asc = Asc(0x0c, 0x00);
+    pub const COPY_TARGET_NOT_REACHABLE: Asc = Asc(0x0d, 0x02);
     pub const GUARD_CHECK_FAILED: Asc = Asc(0x10, 0x01);
     pub const APPLICATION_TAG_CHECK_FAILED: Asc = Asc(0x10, 0x02);
     pub const REFERENCE_TAG_CHECK_FAILED: Asc = Asc(0x10, 0x03);
@@ -70,6 +75,12 @@ impl Asc {
     pub const LBA_OUT_OF_RANGE: Asc = Asc(0x21, 0x00);
     pub const INVALID_FIELD_IN_CDB: Asc = Asc(0x24, 0x00);
     pub const INVALID_FIELD_IN_PARAMETER_LIST: Asc = Asc(0x26, 0x00);
+    pub const TOO_MANY_TARGET_DESCRIPTORS: Asc = Asc(0x26, 0x06);
+    pub const UNSUPPORTED_TARGET_DESCRIPTOR: Asc = Asc(0x26, 0x07);
+    pub const TOO_MANY_SEGMENT_DESCRIPTORS: Asc = Asc(0x26, 0x08);
+    pub const UNSUPPORTED_SEGMENT_DESCRIPTOR: Asc = Asc(0x26, 0x09);
+    pub const UNEXPECTED_INEXACT_SEGMENT: Asc = Asc(0x26, 0x0a);
+    pub const INLINE_DATA_LENGTH_EXCEEDED: Asc = Asc(0x26, 0x0b);
     pub const WRITE_PROTECTED: Asc = Asc(0x27, 0x00);
     pub const SOFTWARE_WRITE_PROTECTED: Asc = Asc(0x27, 0x02);
     pub const SPACE_ALLOCATION_FAILED: Asc = Asc(0x27, 0x07);
@@ -79,6 +90,7 @@ impl Asc {
     pub const MEDIUM_FORMAT_CORRUPTED: Asc = Asc(0x31, 0x00);
     pub const FORMAT_COMMAND_FAILED: Asc = Asc(0x31, 0x01);
     pub const SANITIZE_COMMAND_FAILED: Asc = Asc(0x31, 0x03);
+    pub const SOFT_THRESHOLD_REACHED: Asc = Asc(0x38, 0x07);
     pub const SAVING_PARAMETERS_NOT_SUPPORTED: Asc = Asc(0x39, 0x00);
     pub const INTERNAL_TARGET_FAILURE: Asc = Asc(0x44, 0x00);
 }
@@ -100,6 +112,14 @@ pub enum Specific {
     },
     /// PROGRESS INDICATION in 65 536ths.
     Progress(u16),
+    /// SEGMENT POINTER, and the segment's number in COMMAND-SPECIFIC INFORMATION (SPC-4 4.5.2.4.5, 5.17.7.4): what in an EXTENDED COPY
+    /// was to blame.
+    Segment {
+        /// The segment descriptor, counted from 0.
+        segment: u16,
+        /// Byte from the descriptor's start (SD = 1).
+        byte: u16,
+    },
 }
 
 /// What an initiator is told about a failure; turned into bytes by [`Sense::to_bytes`].
@@ -179,6 +199,9 @@ impl Sense {
                 out.extend([0x00, 0x0a, 0x80, 0]);
                 out.extend(information.to_be_bytes());
             }
+            if let Some([high, low]) = self.specific.command_specific() {
+                out.extend([0x01, 0x0a, 0, 0, 0, 0, 0, 0, 0, 0, high, low]);
+            }
             if let Some(specific) = specific {
                 out.extend([0x02, 0x06, 0, 0, specific[0], specific[1], specific[2], 0]);
             }
@@ -187,7 +210,8 @@ impl Sense {
             let information = self.information.and_then(|i| u32::try_from(i).ok());
             out.extend([0x70 | if information.is_some() { 0x80 } else { 0 }, 0, self.key as u8]);
             out.extend(information.unwrap_or(0).to_be_bytes());
-            out.extend([10, 0, 0, 0, 0, self.asc.0, self.asc.1, 0]);
+            let [high, low] = self.specific.command_specific().unwrap_or_default();
+            out.extend([10, 0, 0, high, low, self.asc.0, self.asc.1, 0]);
             out.extend(specific.unwrap_or([0; 3]));
         }
         out
@@ -207,6 +231,18 @@ impl Specific {
                 let [high, low] = n.to_be_bytes();
                 Some([0x80, high, low])
             }
+            Specific::Segment { byte, .. } => {
+                let [high, low] = byte.to_be_bytes();
+                Some([0x80 | 0x20, high, low])
+            }
+        }
+    }
+
+    /// The last two bytes of COMMAND-SPECIFIC INFORMATION, if it says something.
+    fn command_specific(self) -> Option<[u8; 2]> {
+        match self {
+            Specific::Segment { segment, .. } => Some(segment.to_be_bytes()),
+            Specific::None | Specific::Field { .. } | Specific::Progress(_) => None,
         }
     }
 }
@@ -309,6 +345,10 @@ mod tests {
         s.descriptor = true;
         assert_eq!(s.to_bytes()[7..], [8, 2, 6, 0, 0, 0xcf, 0, 1, 0]);
         assert_eq!(Sense::invalid_parameter(0x102).to_bytes()[15..], [0x80, 1, 2]);
+        s.specific = Specific::Segment { segment: 0x0203, byte: 12 };
+        assert_eq!(s.to_bytes()[7..], [20, 1, 10, 0, 0, 0, 0, 0, 0, 0, 0, 2, 3, 2, 6, 0, 0, 0xa0, 0, 12, 0]);
+        s.descriptor = false;
+        assert_eq!(s.to_bytes()[7..], [10, 0, 0, 2, 3, 0x24, 0, 0, 0xa0, 0, 12]);
         assert_eq!(Sense::in_progress(Asc::SANITIZE_IN_PROGRESS, 0x8001).to_bytes()[15..], [0x80, 0x80, 1]);
     }
 

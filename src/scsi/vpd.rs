@@ -1,7 +1,8 @@
-//! What the logical unit says it is: standard INQUIRY data and the vital product data pages 00, 80, 83, 86, B0, B1, B2.
+//! What the logical unit says it is: standard INQUIRY data and the vital product data pages 00, 80, 83, 86, 8F, B0, B1, B2.
 //!
 //! Pure functions of [`Identity`] and [`Geometry`]; the limits that page B0 names are the ones that the target enforces.
 
+use super::{copy_list, neighbour::Designator};
 use crate::units::BlockSize;
 
 /// Who the logical unit is; stable across restarts.
@@ -19,6 +20,18 @@ pub(super) struct Identity {
     pub naa: u64,
 }
 
+impl Identity {
+    /// Those that are the logical unit's own: vendor and serial, NAA.
+    pub fn designators(&self) -> Vec<Designator> {
+        let mut t10 = self.vendor.to_vec();
+        t10.extend(self.serial.bytes().take(240));
+        vec![
+            Designator { code_set: 2, kind: 1, value: t10 }, // ASCII, T10 vendor ID based
+            Designator { code_set: 1, kind: 3, value: self.naa.to_be_bytes().to_vec() }, // binary, NAA
+        ]
+    }
+}
+
 /// What the volume is, in blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Geometry {
@@ -31,6 +44,10 @@ pub(super) struct Geometry {
     pub unmap_granularity: u32,
     /// Blocks of the cheapest I/O.
     pub transfer_granularity: u16,
+    /// Blocks that are written as a whole or not at all, where they are aligned; 0 if even one may be torn.
+    pub atomic: u32,
+    /// The space beneath can be counted, so there are thresholds.
+    pub thresholds: bool,
     /// The volume itself may not be written.
     pub read_only: bool,
 }
@@ -39,6 +56,11 @@ impl Geometry {
     /// log2 of the logical blocks per physical block: 4096 bytes is what file systems, page caches and clusters work in.
     pub fn physical_exponent(&self) -> u8 {
         (12 - self.block_size.shift()) as u8
+    }
+
+    /// THRESHOLD EXPONENT: a threshold set is 1 MiB; 0 without thresholds.
+    pub fn threshold_exponent(&self) -> u8 {
+        if self.thresholds { (THRESHOLD_SET_SHIFT - self.block_size.shift()) as u8 } else { 0 }
     }
 
     /// MAXIMUM TRANSFER LENGTH: 16 MiB.
@@ -58,6 +80,8 @@ impl Geometry {
     }
 }
 
+/// log2 of the bytes of a threshold set.
+pub(super) const THRESHOLD_SET_SHIFT: u32 = 20;
 /// MAXIMUM COMPARE AND WRITE LENGTH, the most that its one-byte field can say.
 pub(super) const MAX_COMPARE_AND_WRITE: u8 = 255;
 /// MAXIMUM UNMAP LBA COUNT.
@@ -79,7 +103,7 @@ pub(super) fn standard(id: &Identity, protect: bool) -> Vec<u8> {
     d[2] = 0x06; // VERSION: SPC-4
     d[3] = 0x02; // RESPONSE DATA FORMAT
     d[4] = 96 - 5;
-    d[5] = 0x10 | u8::from(protect); // TPGS = 01b: REPORT TARGET PORT GROUPS is there, SET is not; PROTECT
+    d[5] = 0x18 | u8::from(protect); // TPGS = 01b: REPORT TARGET PORT GROUPS is there, SET is not; 3PC; PROTECT
     d[7] = 0x02; // CMDQUE
     d[8..16].copy_from_slice(&id.vendor);
     d[16..32].copy_from_slice(&id.product);
@@ -97,6 +121,7 @@ pub(super) fn page(code: u8, id: &Identity, g: &Geometry, protect: bool) -> Opti
         0x80 => id.serial.as_bytes().to_vec(),
         0x83 => designators(id),
         0x86 => extended_inquiry(protect),
+        0x8f => copy_list::third_party_copy(g.block_size),
         0xb0 => block_limits(g),
         0xb1 => characteristics(g),
         0xb2 => provisioning(g),
@@ -108,19 +133,17 @@ pub(super) fn page(code: u8, id: &Identity, g: &Geometry, protect: bool) -> Opti
     Some(out)
 }
 
-const SUPPORTED: &[u8] = &[0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2];
+const SUPPORTED: &[u8] = &[0x00, 0x80, 0x83, 0x86, 0x8f, 0xb0, 0xb1, 0xb2];
 
 /// Device identification (SPC-4 7.8.6): vendor and serial, NAA, and the port.
 fn designators(id: &Identity) -> Vec<u8> {
     let mut out = Vec::new();
-    let mut t10 = id.vendor.to_vec();
-    t10.extend(id.serial.bytes().take(240));
-    for (code_set, kind, value) in [
-        (2, 0x01, &t10[..]),                  // ASCII; logical unit, T10 vendor ID based
-        (1, 0x03, &id.naa.to_be_bytes()[..]), // binary; logical unit, NAA
+    let own = id.designators();
+    let own = own.iter().map(|d| (d.code_set, d.kind, &d.value[..]));
+    for (code_set, kind, value) in own.chain([
         (1, 0x14, &[0, 0, (RELATIVE_PORT >> 8) as u8, RELATIVE_PORT as u8][..]), // target port, relative identifier
         (1, 0x15, &[0, 0, (PORT_GROUP >> 8) as u8, PORT_GROUP as u8][..]),       // target port, group
-    ] {
+    ]) {
         out.extend([code_set, kind, 0, value.len() as u8]);
         out.extend(value);
     }
@@ -153,6 +176,11 @@ fn block_limits(g: &Geometry) -> Vec<u8> {
         put(32, &0x8000_0000u32.to_be_bytes()); // UGAVALID, aligned to LBA 0
     }
     put(36, &g.max_write_same().to_be_bytes());
+    // MAXIMUM ATOMIC TRANSFER LENGTH, ATOMIC ALIGNMENT, ATOMIC TRANSFER LENGTH GRANULARITY: one piece, no more and no less. No
+    // atomic boundary.
+    for at in [44, 48, 52] {
+        put(at, &g.atomic.to_be_bytes());
+    }
     d
 }
 
@@ -167,9 +195,9 @@ fn characteristics(g: &Geometry) -> Vec<u8> {
 }
 
 /// Logical block provisioning (SBC-4 6.6.6): UNMAP and both WRITE SAME unmap, unmapped blocks read as zeros (LBPRZ = 001b), no
-/// anchored blocks, and no thresholds (THRESHOLD EXPONENT = 0).
+/// anchored blocks; thresholds where the space beneath can be counted.
 fn provisioning(g: &Geometry) -> Vec<u8> {
-    if g.thin { vec![0, 0xe4, 0x02, 0] } else { vec![0, 0, 0x00, 0] }
+    if g.thin { vec![g.threshold_exponent(), 0xe4, 0x02, 0] } else { vec![0, 0, 0x00, 0] }
 }
 
 #[cfg(test)]
@@ -193,6 +221,8 @@ mod tests {
             thin,
             unmap_granularity: 128,
             transfer_granularity: 8,
+            atomic: if thin { 8 } else { 0 },
+            thresholds: false,
             read_only: false,
         }
     }
@@ -214,7 +244,7 @@ mod tests {
     #[test]
     fn standard_inquiry_is_spc_4_in_96_bytes() {
         let d = standard(&id(), false);
-        assert_eq!((d.len(), d[0], d[2], d[3], d[4], d[5], d[7]), (96, 0, 6, 2, 91, 0x10, 2));
+        assert_eq!((d.len(), d[0], d[2], d[3], d[4], d[5], d[7]), (96, 0, 6, 2, 91, 0x18, 2));
         assert_eq!(&d[8..36], b"TCMU-DIFDISK            0.1 ");
         assert_eq!(d[58..64], [0x00, 0xa0, 0x04, 0x60, 0x04, 0xc0]);
     }
@@ -233,20 +263,25 @@ mod tests {
         let g = geometry(BlockSize::B4096, false);
         let b0 = page(0xb0, &id(), &g, false).unwrap();
         assert_eq!((b0.len(), b0[3], b0[5]), (64, 0x3c, 255));
-        assert!(b0[20..36].iter().all(|b| *b == 0));
+        assert!(b0[20..36].iter().chain(&b0[44..]).all(|b| *b == 0));
         assert_eq!(page(0xb2, &id(), &g, false).unwrap()[5..7], [0, 0]);
         let g = geometry(BlockSize::B512, true);
         let b0 = page(0xb0, &id(), &g, false).unwrap();
         assert_eq!(b0[8..16], [0, 0, 0x80, 0, 0, 0, 8, 0]);
         assert_eq!(b0[20..36], [0, 0x10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 128, 0x80, 0, 0, 0]);
+        assert_eq!(b0[44..], [0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(page(0xb2, &id(), &g, false).unwrap()[4..8], [0, 0xe4, 2, 0]);
+        for (size, exponent) in [(BlockSize::B512, 11), (BlockSize::B4096, 8)] {
+            let g = Geometry { thresholds: true, ..geometry(size, true) };
+            assert_eq!(page(0xb2, &id(), &g, false).unwrap()[4..8], [exponent, 0xe4, 2, 0]);
+        }
         assert_eq!(page(0xb1, &id(), &g, false).unwrap()[4..9], [0, 1, 0, 0x40, 1]);
     }
 
     #[test]
     fn protection_information_is_claimed_where_initiators_see_it_and_nowhere_else() {
         let g = geometry(BlockSize::B512, true);
-        assert_eq!(standard(&id(), true)[5], 0x11);
+        assert_eq!(standard(&id(), true)[5], 0x19);
         assert_eq!(page(0x86, &id(), &g, true).unwrap()[4..8], [0x3f, 1, 1, 0]);
         assert_eq!(page(0x86, &id(), &g, false).unwrap()[4..8], [0, 1, 1, 0]);
     }

@@ -80,8 +80,10 @@ impl Rig {
             capacity,
             write_cache: true,
             serial: Some(name.into()),
+            neighbourhood: Default::default(),
             state_dir: Some(self.dir.path().join("state")),
             backend: Some(backend_from_env()),
+            polling: true,
             device: kernel.device().unwrap(),
         })
         .unwrap();

@@ -133,14 +133,14 @@ pub fn kinds() -> Vec<Rc<Kind>> {
 }
 
 /// An image and its external data file.
-type Files<T> = (T, Option<T>);
+pub type Files<T> = (T, Option<T>);
 
-fn disks(kind: &Kind, seed: u64, latency: u64) -> Files<Rc<SimDisk>> {
+pub fn disks(kind: &Kind, seed: u64, latency: u64) -> Files<Rc<SimDisk>> {
     let disk = |bytes: &Vec<u8>| SimDisk::new(bytes, seed, latency);
     (disk(&kind.image), kind.data.as_ref().map(disk))
 }
 
-fn cut(disks: &Files<Rc<SimDisk>>, how: Cut, rng: &mut Rng) -> Files<Vec<u8>> {
+pub fn cut(disks: &Files<Rc<SimDisk>>, how: Cut, rng: &mut Rng) -> Files<Vec<u8>> {
     (disks.0.cut(how, rng), disks.1.as_ref().map(|disk| disk.cut(how, rng)))
 }
 
@@ -149,7 +149,7 @@ pub async fn open(disk: &Rc<SimDisk>, under: Option<&[u8]>) -> tcmu_dif::volume:
     open_files(&(disk.clone(), None), under).await
 }
 
-async fn open_files(
+pub async fn open_files(
     (disk, data): &Files<Rc<SimDisk>>,
     under: Option<&[u8]>,
 ) -> tcmu_dif::volume::Result<Qcow2<Rc<SimDisk>>> {

@@ -53,6 +53,8 @@ pub struct SimDisk {
     /// The changing operation that fails, counted down.
     pub fail_in: Cell<Option<u64>>,
     pub failed: Cell<bool>,
+    /// Bytes of an aligned piece that a cut leaves old or new as a whole.
+    pub whole: Cell<u64>,
     /// Operations so far.
     pub steps: Cell<u64>,
 }
@@ -69,6 +71,7 @@ impl SimDisk {
             slow,
             fail_in: Cell::new(None),
             failed: Cell::new(false),
+            whole: Cell::new(SECTOR),
             steps: Cell::new(0),
         };
         let mut state = disk.state.borrow_mut();
@@ -179,10 +182,26 @@ impl SimDisk {
         }
         let mut numbers: Vec<&u64> = state.sectors.keys().collect();
         numbers.sort_unstable();
+        // In a piece that stays whole all sectors are of one time.
+        let mut piece = (u64::MAX, 0);
         for number in numbers {
             let versions = &state.sectors[number];
             let seqs: Vec<u64> = versions.iter().map(|(seq, _)| *seq).collect();
-            let picked = pick(&seqs);
+            let picked = if self.whole.get() == SECTOR {
+                pick(&seqs)
+            } else {
+                let this = number * SECTOR / self.whole.get();
+                if piece.0 != this {
+                    let first = this * self.whole.get() / SECTOR;
+                    let sectors =
+                        (first..first + self.whole.get() / SECTOR).filter_map(|n| state.sectors.get(&n));
+                    let mut all: Vec<u64> = sectors.flatten().map(|(seq, _)| *seq).collect();
+                    all.sort_unstable();
+                    all.dedup();
+                    piece = (this, all[pick(&all)]);
+                }
+                seqs.iter().rposition(|seq| *seq <= piece.1).unwrap_or(0)
+            };
             let at = number * SECTOR;
             if at >= len {
                 continue;
@@ -264,6 +283,10 @@ impl Storage for SimDisk {
 
     fn is_fixed(&self) -> bool {
         false
+    }
+
+    fn atomic_write(&self) -> u32 {
+        self.whole.get() as u32
     }
 }
 

@@ -1,7 +1,9 @@
 //! The SCSI target over a volume in memory: what initiators are promised, command family by command family.
 #![allow(clippy::unwrap_used)] // A test may panic.
 
+mod atomic;
 mod compare;
+mod copy;
 mod erase;
 mod memory;
 mod modes;
@@ -12,3 +14,4 @@ mod provision;
 mod random;
 mod report;
 mod rw;
+mod space;

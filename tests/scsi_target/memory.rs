@@ -46,6 +46,10 @@ pub struct Memory {
     pub limits: RefCell<Limits>,
     pub seen: RefCell<Vec<Seen>>,
     faults: RefCell<Vec<Fault>>,
+    /// What there is beneath it.
+    pub free: Cell<Option<u64>>,
+    /// How often somebody wanted to know.
+    pub asked_free: Cell<usize>,
     /// How often each operation lets the other tasks run.
     pub yields: Cell<usize>,
     /// If not 0: seeds how often instead, up to `yields`.
@@ -63,9 +67,13 @@ impl Memory {
                 read_only: false,
                 discard_granularity: GRANULE as u32,
                 preferred_io: 65536,
+                atomic_write: 4096,
+                tells_free: false,
             }),
             seen: RefCell::default(),
             faults: RefCell::default(),
+            free: Cell::default(),
+            asked_free: Cell::new(0),
             yields: Cell::new(0),
             jitter: Cell::new(0),
         }
@@ -191,6 +199,12 @@ impl Volume for Memory {
         self.mapped.borrow_mut().resize(capacity.div_ceil(GRANULE) as usize, false);
         self.limits.borrow_mut().capacity = capacity;
         Ok(())
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        self.asked_free.set(self.asked_free.get() + 1);
+        self.give_way().await;
+        self.free.get()
     }
 
     async fn close(&self) -> Result<()> {

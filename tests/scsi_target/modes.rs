@@ -210,6 +210,12 @@ fn refuses_writes(b: &Bench, sense: (u8, u8, u8)) {
                 | Kind::ReportTargetPortGroups
                 | Kind::ReportSupportedOpcodes
                 | Kind::ReportSupportedTmf
+                // It may be the source: `lun_copy` has the destination.
+                | Kind::ExtendedCopy
+                | Kind::ReceiveCopyStatus
+                | Kind::ReceiveCopyData
+                | Kind::ReceiveCopyParameters
+                | Kind::ReceiveCopyFailure
         );
         assert_eq!(refused, writes, "{op:?}");
     }

@@ -142,12 +142,14 @@ fn the_listing_of_supported_commands_leads_to_each_of_them() {
             assert_eq!(u16::from(usage[1] & 0x1f), action);
         }
         usage[0] = opcode;
-        assert!(opcodes::find(&usage, Abilities { thin: true, ..Abilities::default() }).is_ok());
+        assert!(
+            opcodes::find(&usage, Abilities { thin: true, atomic: true, ..Abilities::default() }).is_ok()
+        );
     }
     assert_eq!(b.get(&rsoc(4, 0, 0), 65535).sense, INVALID_FIELD);
     assert_eq!(b.get(&rsoc(0, 0, 0), 3).data.len(), 3);
     // DPO and FUA are accepted (DPOFUA = 1), and the usage maps say so.
-    for opcode in [0x28, 0x2a, 0xa8, 0xaa, 0x88, 0x8a, 0x89, 0x8b] {
+    for opcode in [0x28, 0x2a, 0xa8, 0xaa, 0x88, 0x8a, 0x89, 0x8b, 0x9c] {
         assert_eq!(b.get(&rsoc(1, opcode, 0), 64).data[5] & 0x18, 0x18, "{opcode:#x}");
     }
 }

@@ -1,19 +1,36 @@
 //! `cargo xtask deb`: the Debian package, by cargo-deb from `[package.metadata.deb]`.
 //!
-//! Man pages and completions are written by the very binary that goes into the package. An error of lintian's fails the
+//! Man pages and completions are written by the very binary that goes into the package; the SBOM and the licences of what is in it by [`sbom`]. An error of lintian's fails the
 //! chore; what it only warns of is shown.
 
-use crate::{debian, sh};
+use crate::{debian, sbom, sh};
 use anyhow::{Context, Result, bail};
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
-/// Builds the package and prints where it lies.
+/// Builds the package, has lintian look at it, and prints where it lies.
 pub fn main(profile: &str) -> Result<()> {
+    debian::ensure(debian::FOR_PACKAGE)?;
+    let package = build(profile)?;
+    let out = Command::new("lintian")
+        .args(["--fail-on", "error"])
+        .arg(&package)
+        .output()
+        .context("cannot run lintian")?;
+    print!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    if !out.status.success() {
+        bail!("lintian finds errors in {}", package.display());
+    }
+    println!("{}", package.display());
+    Ok(())
+}
+
+/// Builds the package; gives where it lies.
+pub fn build(profile: &str) -> Result<PathBuf> {
     if !sh::on_path("cargo-deb") {
         bail!("cargo-deb is missing; this line installs it:\n  cargo install --locked cargo-deb");
     }
-    debian::ensure(debian::FOR_PACKAGE)?;
     sh::quiet(sh::cargo().args(["build", "--quiet", "--bin", "tcmu-dif", "--profile", profile]))?;
     let folder = if profile == "dev" { "debug" } else { profile };
     let binary = sh::target_dir().join(folder).join("tcmu-dif");
@@ -25,6 +42,7 @@ pub fn main(profile: &str) -> Result<()> {
     }
     fs::create_dir_all(&made).with_context(|| format!("cannot make {}", made.display()))?;
     sh::quiet(Command::new(&binary).arg("packaging-files").arg(&made))?;
+    sbom::main(&made)?;
     let manifest = fs::read_to_string(sh::workspace_root().join("Cargo.toml"))?;
     let date = sh::run("date", ["--utc", "--rfc-email"])?;
     fs::write(made.join("changelog"), changelog(&manifest, date.trim())?)?;
@@ -34,16 +52,7 @@ pub fn main(profile: &str) -> Result<()> {
     let said = sh::quiet(&mut cargo)?;
     let package = said.lines().rfind(|line| line.ends_with(".deb")).map(str::trim);
     let package = package.with_context(|| format!("cargo-deb named no package: {said}"))?;
-    let out = Command::new("lintian")
-        .args(["--fail-on", "error", package])
-        .output()
-        .context("cannot run lintian")?;
-    print!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    if !out.status.success() {
-        bail!("lintian finds errors in {package}");
-    }
-    println!("{package}");
-    Ok(())
+    Ok(PathBuf::from(package))
 }
 
 /// Debian's changelog: one entry for the version of the manifest, which points to ours.

@@ -7,10 +7,26 @@ use crate::sh;
 use anyhow::{Result, bail};
 use std::process::{Command, Stdio};
 
-/// What `cargo xtask test --quick` needs: bindgen's library, the images' second opinion, what installs QEMU's own QMP client, and the
-/// unit's second opinion.
-pub const FOR_TESTS: &[&str] =
-    &["libclang-14-dev", "libisal2", "python3", "python3-pip", "python3-venv", "qemu-utils", "systemd"];
+/// What `cargo xtask test --quick` needs: bindgen's library, the images' second opinion, what installs QEMU's own QMP client, the unit's
+/// second opinion, the metrics' (`promtool`, and the one strict reader of OpenMetrics), a private bus and its clients (`gdbus`, `busctl`), and who reads what is printed for guests: libvirt's
+/// schema (`virt-xml-validate` calls xmllint) and QEMU.
+pub const FOR_TESTS: &[&str] = &[
+    "dbus",
+    "libclang-14-dev",
+    "libglib2.0-bin",
+    "libisal2",
+    "libvirt-clients",
+    "libvirt0",
+    "libxml2-utils",
+    "prometheus",
+    "python3",
+    "python3-pip",
+    "python3-prometheus-client",
+    "python3-venv",
+    "qemu-system-x86",
+    "qemu-utils",
+    "systemd",
+];
 
 /// What the VM needs on top: the emulator, and what builds its artefacts.
 pub const FOR_VM: &[&str] = &[

@@ -1,13 +1,18 @@
-//! Project chores: `cargo xtask test`, `cargo xtask vm`, `cargo xtask ci`, `cargo xtask deb`.
+//! Project chores: `cargo xtask test`, `cargo xtask vm`, `cargo xtask ci`, `cargo xtask bench`, `cargo xtask deb`, `cargo xtask sbom`.
 
+mod bench;
 mod deb;
 mod debian;
 mod emulate;
+mod licences;
+mod metadata;
+mod sbom;
 mod sh;
 mod steps;
 mod vm;
 
 use clap::{Parser, Subcommand};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use vm::Scale;
@@ -60,6 +65,20 @@ enum Chore {
         #[arg(long, default_value = "release")]
         profile: String,
     },
+    /// What the program is made of: an SBOM (CycloneDX) and the licences of everything in it
+    Sbom {
+        /// Where to
+        #[arg(default_value = "target/packaging")]
+        directory: PathBuf,
+    },
+    /// Run the benches, or those named; what follows -- goes to each of them
+    Bench {
+        /// guard, ring, image
+        names: Vec<String>,
+        /// Options of the bench, `--seconds 10` for instance
+        #[arg(last = true)]
+        more: Vec<String>,
+    },
     /// What runs in the guest
     #[command(hide = true)]
     GuestAgent,
@@ -77,6 +96,8 @@ fn main() -> ExitCode {
             emulate::main(&model, &profile, Duration::from_secs(patience))
         }
         Chore::Deb { profile } => deb::main(&profile).map(|()| ExitCode::SUCCESS),
+        Chore::Sbom { directory } => sbom::main(&directory).map(|()| ExitCode::SUCCESS),
+        Chore::Bench { names, more } => bench::main(&names, &more).map(|()| ExitCode::SUCCESS),
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

@@ -4,7 +4,7 @@
 //! `target/test-logs`; of a failing one the end is shown as well. The last line counts: `N passed, N failed`.
 
 use crate::vm::{self, Scale};
-use crate::{debian, sh};
+use crate::{debian, licences, sh};
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -60,7 +60,11 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
 
     let mut done = Vec::new();
-    for step in steps(plan) {
+    if plan.filters.is_empty() {
+        done.push(licences_and_sources(&logs)?);
+    }
+    let (steps, not_run) = steps(plan)?;
+    for step in steps {
         println!("== {}: {}", step.name, sh::shown(&step.command));
         let one = carry_out(step, plan.scale, &logs)?;
         println!("   {} in {:.0} s", verdict(&one), one.time.as_secs_f64());
@@ -73,10 +77,13 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     if with_vm && plan.filters.iter().all(|word| vm::knows(word)) {
         done.push(vm_suite(plan, &logs)?);
     }
-    report(plan, &done)
+    report(plan, &done, &not_run)
 }
 
-fn steps(plan: &Plan) -> Vec<Step> {
+/// A step that this machine cannot run, and what it lacks.
+type NotRun = (&'static str, String);
+
+fn steps(plan: &Plan) -> Result<(Vec<Step>, Vec<NotRun>)> {
     let cargo = |words: &[&str]| {
         let mut command = sh::cargo();
         command.args(words);
@@ -107,6 +114,7 @@ fn steps(plan: &Plan) -> Vec<Step> {
         command
     };
     let mut steps = Vec::new();
+    let mut not_run = Vec::new();
     if plan.filters.is_empty() {
         steps.push(check("formatting", &["fmt", "--all", "--check"]));
         steps.push(check(
@@ -117,13 +125,103 @@ fn steps(plan: &Plan) -> Vec<Step> {
             "bindings are bindgen's",
             cargo(&["test", "-p", "tcmu-sys", "--features", "bindgen"]),
         ));
+        let oldest = rust_version(&fs::read_to_string(sh::workspace_root().join("Cargo.toml"))?)?;
+        match oldest_compiler(&oldest) {
+            Ok(mut command) => {
+                // A folder of its own: it would throw away what the other compiler has built. Macros are built as fast as can be, as they run once.
+                let config = |of: &str| format!("--config=profile.dev.{of}opt-level=0");
+                command.args([
+                    "check",
+                    "--quiet",
+                    "--locked",
+                    "--package=tcmu-dif",
+                    "--package=xtask",
+                    "--lib",
+                    "--bins",
+                ]);
+                command.args([config(""), config("package.\"*\"."), config("build-override.")]);
+                command.arg("--target-dir").arg(sh::target_dir().join(format!("rust-{oldest}")));
+                steps.push(Step { name: "oldest compiler", command, counts: Counts::One });
+            }
+            Err(why) => not_run.push(("oldest compiler", why)),
+        }
+        if sh::on_path("cargo-deny") {
+            steps.push(check("cargo deny", &["deny", "check", "licenses", "bans", "sources"]));
+            match advisories() {
+                true => steps.push(check(
+                    "cargo deny's advisories",
+                    &["deny", "check", "--disable-fetch", "advisories"],
+                )),
+                false => not_run
+                    .push(("cargo deny's advisories", "there is no copy of RustSec's database".to_owned())),
+            }
+        } else {
+            not_run.push(("cargo deny", "it is not installed: cargo install --locked cargo-deny".to_owned()));
+        }
     }
     steps.push(tests("tests on io_uring", suite("uring", &["--workspace"])));
     steps.push(tests("tests on threads", suite("threads", &["--workspace"])));
     if plan.filters.is_empty() {
         steps.push(tests("doc tests", cargo(&["test", "--workspace", "--doc"])));
     }
-    steps
+    Ok((steps, not_run))
+}
+
+/// The oldest compiler that Cargo.toml promises to do with.
+fn rust_version(manifest: &str) -> Result<String> {
+    let manifest: toml::Value = toml::from_str(manifest).context("Cargo.toml")?;
+    let version = manifest.get("workspace").and_then(|w| w.get("package")?.get("rust-version")?.as_str());
+    version.map(str::to_owned).context("Cargo.toml states no rust-version")
+}
+
+/// cargo of that compiler: rustup's, or the one that is here if it is that version. Otherwise what to do.
+fn oldest_compiler(version: &str) -> Result<Command, String> {
+    let is = |said: &str| is_version(said, version);
+    if sh::run("rustc", ["--version"]).is_ok_and(|said| is(&said)) {
+        return Ok(sh::cargo());
+    }
+    let chains = sh::run("rustup", ["toolchain", "list"]).unwrap_or_default();
+    let named =
+        |line: &&str| line.starts_with(&format!("{version}-")) || line.starts_with(&format!("{version}."));
+    let missing =
+        || format!("Rust {version} is not here: rustup toolchain install --profile minimal {version}.0");
+    let chain = chains.lines().find(named).and_then(|line| line.split(' ').next()).ok_or_else(missing)?;
+    // By rustup, and not by what this cargo has told its children to be.
+    let mut command = Command::new("rustup");
+    command.args(["run", chain, "cargo"]).current_dir(sh::workspace_root());
+    for name in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN"] {
+        command.env_remove(name);
+    }
+    Ok(command)
+}
+
+/// Whether `rustc --version` says that it is of that version (`1.90`, whichever patch).
+fn is_version(said: &str, version: &str) -> bool {
+    let release = said.split(' ').nth(1).unwrap_or_default();
+    release == version || release.strip_prefix(version).is_some_and(|rest| rest.starts_with('.'))
+}
+
+/// Whether cargo-deny has fetched RustSec's database at some time.
+fn advisories() -> bool {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let folder = home.and_then(|home| fs::read_dir(home.join("advisory-dbs")).ok());
+    folder.is_some_and(|mut entries| entries.any(|e| e.is_ok_and(|e| e.path().is_dir())))
+}
+
+/// The licences and the sources of all crates, by `deny.toml`.
+fn licences_and_sources(logs: &Path) -> Result<Done> {
+    let name = "licences and sources";
+    println!("== {name}");
+    let started = Instant::now();
+    let log = logs.join("licences-and-sources.log");
+    let (passed, said) = match licences::check() {
+        Ok(crates) => (1, format!("{crates} crates")),
+        Err(error) => (0, format!("{error:#}")),
+    };
+    println!("   {said}");
+    fs::write(&log, format!("{said}\n"))?;
+    Ok(Done { name: name.to_owned(), time: started.elapsed(), passed, failed: 1 - passed, left_out: 0, log })
 }
 
 fn carry_out(mut step: Step, scale: Scale, logs: &Path) -> Result<Done> {
@@ -203,13 +301,16 @@ fn verdict(done: &Done) -> String {
     text
 }
 
-fn report(plan: &Plan, done: &[Done]) -> Result<ExitCode> {
+fn report(plan: &Plan, done: &[Done], not_run: &[NotRun]) -> Result<ExitCode> {
     println!("\n{:<24} {:>8}  result", "step", "time");
     for one in done {
         println!("{:<24} {:>6.0} s  {}", one.name, one.time.as_secs_f64(), verdict(one));
         if one.failed > 0 {
             println!("{:<24} {:>8}  see {}", "", "", one.log.display());
         }
+    }
+    for (name, why) in not_run {
+        println!("{name:<24} {:>8}  NOT RUN: {why}", "-");
     }
     if !plan.vm {
         println!("{:<24} {:>8}  left out by --quick or --no-vm", "VM suite", "-");
@@ -223,6 +324,18 @@ fn report(plan: &Plan, done: &[Done]) -> Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_promised_compiler_is_read_from_the_manifest_and_told_from_others() {
+        let manifest = fs::read_to_string(sh::workspace_root().join("Cargo.toml")).unwrap();
+        let version = rust_version(&manifest).unwrap();
+        assert!(is_version(&format!("rustc {version}.0 (1159e78c4 2025-09-14)\n"), &version));
+        assert!(is_version("rustc 1.90.1 (x 2025-01-01)", "1.90.1"));
+        for other in ["rustc 1.9.0 (x)", "rustc 1.91.0 (x)", "rustc 1.900.0 (x)", ""] {
+            assert!(!is_version(other, "1.90"), "{other}");
+        }
+        assert!(rust_version("[workspace]\n").is_err());
+    }
 
     #[test]
     fn both_runners_summaries_are_counted() {

@@ -5,12 +5,13 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Arguments, done, find, told};
+use super::{Arguments, done, find, throttle, told};
 use crate::{
     control::{Registry, qmp::Error, without_nulls},
     lun::{
         Made, Remote, State, Stats,
         config::pi_word,
+        throttle::limits::Limits,
         traffic::{Count, Traffic},
     },
 };
@@ -20,7 +21,7 @@ type Layers = [crate::lun::ImageInfo];
 
 /// Every LUN, also those that have failed.
 pub(super) fn query_luns(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
-    Ok(luns.all().iter().map(|(name, lun)| lun_info(name, lun)).collect())
+    Ok(luns.all_knocked().iter().map(|(name, lun)| lun_info(name, lun)).collect())
 }
 
 fn lun_info(name: &str, lun: &Remote) -> Value {
@@ -45,6 +46,7 @@ fn lun_info(name: &str, lun: &Remote) -> Value {
         "format": stats.as_ref().map(|s| &s.format), "size": stats.as_ref().map(|s| s.capacity_bytes),
         "write-cache": stats.as_ref().map(|s| s.write_cache), "io": stats.as_ref().map(|s| &s.io),
         "counters": stats.as_ref().map(counters),
+        "throttle": stats.as_ref().and_then(|s| s.throttle.as_ref()).map(throttle::throttled),
     }))
 }
 
@@ -74,16 +76,20 @@ fn image_info(layers: &Layers) -> Option<Value> {
 }
 
 /// The node of one layer; what is beneath the top is never written to.
-fn node(name: String, layers: &Layers, read_only: bool, write_cache: bool) -> Option<Value> {
+fn node(name: String, layers: &Layers, read_only: bool, write_cache: bool, limits: &Limits) -> Option<Value> {
     let top = layers.first()?;
-    Some(without_nulls(json!({
+    let mut node = without_nulls(json!({
         "file": top.path.display().to_string(), "node-name": name, "ro": read_only, "drv": top.format.to_string(),
         "backing_file": layers.get(1).map(|b| b.path.display().to_string()),
         "backing_file_depth": layers.len() - 1, "encrypted": false, "detect_zeroes": "off",
-        "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0, "write_threshold": 0,
+        "write_threshold": 0,
         "cache": { "writeback": write_cache, "direct": false, "no-flush": false },
         "image": image_info(layers),
-    })))
+    }));
+    if let Some(node) = node.as_object_mut() {
+        node.extend(throttle::limits(limits));
+    }
+    Some(node)
 }
 
 /// The nodes of a LUN, from the top down.
@@ -91,13 +97,15 @@ fn nodes(name: &str, lun: &Remote) -> Result<Vec<Value>, Error> {
     let (layers, stats) = (told(lun.describe())?, told(lun.stats())?);
     let named = |i: usize| if i == 0 { name.to_owned() } else { format!("{name}-backing-{i}") };
     let read_only = |i| i > 0 || lun.made().config.read_only;
-    let node = |i| node(named(i), &layers[i..], read_only(i), stats.write_cache);
+    // What is limited are the LUN's commands, whichever file they end in.
+    let limits = |i| stats.throttle.filter(|_| i == 0).unwrap_or_default().limits;
+    let node = |i| node(named(i), &layers[i..], read_only(i), stats.write_cache, &limits(i));
     Ok((0..layers.len()).filter_map(node).collect())
 }
 
 /// LUNs that are up, with what is asked of each: one that goes meanwhile, or has failed, has no image to tell of.
 fn of_each(luns: &Registry, tell: impl Fn(&str, &Remote) -> Result<Vec<Value>, Error>) -> Value {
-    luns.all().iter().filter_map(|(name, lun)| tell(name, lun).ok()).flatten().collect()
+    luns.all_knocked().iter().filter_map(|(name, lun)| tell(name, lun).ok()).flatten().collect()
 }
 
 /// QEMU's BlockInfo of every LUN; one that has failed is there without its image.
@@ -109,7 +117,7 @@ pub(super) fn query_block(luns: &Registry, _: &Arguments) -> Result<Value, Error
             "io-status": if inserted.is_some() { "ok" } else { "failed" }, "inserted": inserted,
         }))
     };
-    Ok(luns.all().iter().map(block).collect())
+    Ok(luns.all_knocked().iter().map(block).collect())
 }
 
 /// QEMU's BlockDeviceInfo of every image and backing file.

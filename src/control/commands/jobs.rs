@@ -52,7 +52,7 @@ pub(super) fn set_speed(luns: &Registry, args: &Arguments) -> Result<Value, Erro
 /// The jobs under way.
 pub(super) fn query_jobs(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
     let mut jobs = Vec::new();
-    for (name, lun) in luns.all() {
+    for (name, lun) in luns.all_knocked() {
         // A LUN that has just gone, or has no protection, has none.
         if let Ok(Some(scrub)) = lun.scrub(ScrubOrder::Query)
             && scrub.is_under_way()
@@ -72,7 +72,7 @@ pub(super) fn query_pi(luns: &Registry, args: &Arguments) -> Result<Value, Error
     match args.maybe_text("device") {
         Some(device) => Ok(json!([protection(device, &find(luns, device)?)?])),
         // One that has failed has no protection to tell of; `query-luns` says that it failed.
-        None => Ok(luns.all().iter().filter_map(|(name, lun)| protection(name, lun).ok()).collect()),
+        None => Ok(luns.all_knocked().iter().filter_map(|(name, lun)| protection(name, lun).ok()).collect()),
     }
 }
 

@@ -2,7 +2,10 @@
 //!
 //! A run is reserved once: its content made zeros, its refcounts set to 1, one sync for both. From then on a cluster of the
 //! pool can be linked without any barrier: whatever subset of later writes a power cut leaves, the cluster is counted, and it holds zeros or what the
-//! guest wrote. What a crash leaves of a run is a leak of at most [`MOST_BYTES`].
+//! guest wrote. What a crash leaves of the pool is a leak of at most one and a half times [`MOST_BYTES`].
+//!
+//! Whoever finds the pool half empty after its write fills it again, before it answers. Those beside it go on taking meanwhile, so that a
+//! guest with several writes in flight seldom waits for that sync.
 //!
 //! A cluster that the guest has no more use for is not free at once: the table that referred to it may come back after a power
 //! cut, and a read that looked it up may still be on its way. It waits until a sync has covered its unlinking and everybody who
@@ -27,8 +30,14 @@ const MOST_WAITING: usize = 4096;
 #[derive(Default)]
 pub(super) struct Pool {
     runs: VecDeque<Clusters>,
+    /// Clusters in them.
+    left: u64,
+    /// With fewer than so many it is time for more.
+    low: u64,
     /// Bytes reserved the last time.
     step: u64,
+    /// Nobody need fill it before it is empty: somebody is at it, or found little room.
+    filling: bool,
 }
 
 /// Clusters that are unlinked and still counted.
@@ -52,7 +61,14 @@ impl Pool {
             *first += taken.1;
             *count -= taken.1;
         }
+        self.left -= taken.1;
         Some(taken)
+    }
+
+    fn add(&mut self, runs: Vec<Clusters>) {
+        self.left += runs.iter().map(|(_, count)| count).sum::<u64>();
+        self.low = self.left / 2;
+        self.runs.extend(runs);
     }
 }
 
@@ -146,17 +162,41 @@ impl<S: Storage> Qcow2<S> {
         if !self.pool.borrow().runs.is_empty() {
             return Ok(());
         }
+        let enough = match self.fill_pool(op).await {
+            Err(e) if e.kind == IoErrorKind::NoSpace => {
+                let little = self.reserve_little(op, e).await?;
+                self.pool.borrow_mut().add(little);
+                false
+            }
+            result => result.map(|()| true)?,
+        };
+        self.pool.borrow_mut().filling = !enough;
+        Ok(())
+    }
+
+    /// Whether it is time to fill the pool, and nobody does.
+    pub(super) fn pool_is_low(&self) -> bool {
+        let pool = self.pool.borrow();
+        !pool.filling && pool.left < pool.low
+    }
+
+    /// Fills the pool before it is empty. Where that fails it is for the one to hear who finds it empty; until then nobody tries again.
+    pub(super) async fn reserve_ahead(&self, op: IoOp) {
+        self.pool.borrow_mut().filling = true;
+        let _space = self.space.lock().await;
+        let filled = self.fill_pool(op).await.is_ok();
+        self.pool.borrow_mut().filling = !filled;
+    }
+
+    async fn fill_pool(&self, op: IoOp) -> Result<()> {
         self.free_waiting(op).await?;
         let most = (self.size.get() / MOST_OF_DISK).min(MOST_BYTES);
         let step = (self.pool.borrow().step * 2).max(FIRST_BYTES).min(most);
         let want = (step >> self.geometry.cluster_bits).clamp(4, 16384);
-        let runs = match self.reserve_runs(op, want).await {
-            Err(e) if e.kind == IoErrorKind::NoSpace => self.reserve_little(op, e).await?,
-            result => result?,
-        };
+        let runs = self.reserve_runs(op, want).await?;
         let mut pool = self.pool.borrow_mut();
         pool.step = step;
-        pool.runs.extend(runs);
+        pool.add(runs);
         Ok(())
     }
 
@@ -213,7 +253,7 @@ impl<S: Storage> Qcow2<S> {
         }
         let _space = self.space.lock().await;
         self.free_waiting(op).await?;
-        let mut runs: Vec<Clusters> = self.pool.borrow_mut().runs.drain(..).collect();
+        let mut runs: Vec<Clusters> = std::mem::take(&mut *self.pool.borrow_mut()).runs.into();
         runs.sort_unstable();
         for run in &runs {
             self.change_refcounts(op, *run, false).await?;

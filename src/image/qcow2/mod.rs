@@ -15,6 +15,7 @@
 //! (`tcmu-dif image check -r leaks` returns it); a clean [`Volume::close`] returns it.
 
 mod alloc;
+mod at_once;
 mod barrier;
 mod bitmaps;
 mod cache;
@@ -78,6 +79,12 @@ use crate::{
 pub const CACHE_SIZE: u64 = 36 << 20;
 /// One byte in so many is for refcounts, which only new clusters need.
 const REFCOUNT_SHARE: u64 = 9;
+
+/// What L2 tables have of that many bytes, and what refcount blocks have.
+fn cache_shares(bytes: u64) -> (u64, u64) {
+    let refcounts = bytes / REFCOUNT_SHARE;
+    (bytes - refcounts, refcounts)
+}
 
 /// An open qcow2 image.
 pub struct Qcow2<S: Storage = FileStorage> {
@@ -190,8 +197,8 @@ impl<S: Storage> Qcow2<S> {
 
     /// Bounds the metadata held in memory, and tells where looks at them are counted: at L2 tables, at refcount blocks.
     pub fn set_caches(&mut self, bytes: u64, counters: &[CacheCounter; 2]) {
-        let refcounts = bytes / REFCOUNT_SHARE;
-        self.l2.limit(bytes - refcounts);
+        let (l2, refcounts) = cache_shares(bytes);
+        self.l2.limit(l2);
         self.refcounts.limit(refcounts);
         self.l2.count_in(counters[0].clone());
         self.refcounts.count_in(counters[1].clone());
@@ -200,6 +207,19 @@ impl<S: Storage> Qcow2<S> {
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         self.geometry.cluster()
+    }
+
+    /// A write in place is as whole as the file's. One that needs a new place is linked when its data are durable, or the guest saw zeros and
+    /// the new place holds zeros: so it is as whole, within one entry's cluster or subcluster. Clusters smaller than a page share pages
+    /// with anything.
+    fn atomic_write(&self) -> u32 {
+        const PAGE: u64 = 4096;
+        let g = &self.geometry;
+        if g.cluster() < PAGE {
+            return 0;
+        }
+        let unit = if g.extended_l2 { 1 << g.unit_bits() } else { PAGE };
+        self.data().atomic_write().min(unit.min(PAGE) as u32)
     }
 
     fn io_error(&self, op: IoOp, e: std::io::Error) -> IoError {
@@ -307,6 +327,21 @@ impl<S: Storage> Qcow2<S> {
         done
     }
 
+    async fn read_any(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        self.check_alive(IoOp::Read)?;
+        let _inside = self.readers.enter().await;
+        self.check_range(IoOp::Read, at, to.len() as u64)?;
+        self.read_range(at.0, to).await.map_err(|e| e.at(at))
+    }
+
+    async fn write_any(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        self.check_range(IoOp::Write, at, from.len() as u64)?;
+        let change = self.change(IoOp::Write).await?;
+        let done = self.write_inside(at, from, flags).await;
+        change.finish();
+        done.map_err(|e| e.at(at))
+    }
+
     async fn write_inside(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         // It may have had to wait while the disk became shorter.
         self.check_range(IoOp::Write, at, from.len() as u64)?;
@@ -333,22 +368,23 @@ impl<S: Storage> Volume for Qcow2<S> {
             read_only: self.read_only,
             discard_granularity: self.geometry.cluster() as u32,
             preferred_io: self.geometry.cluster() as u32,
+            atomic_write: self.atomic_write(),
+            tells_free: !self.data().is_fixed(),
         }
     }
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        self.check_alive(IoOp::Read)?;
-        let _inside = self.readers.enter().await;
-        self.check_range(IoOp::Read, at, to.len() as u64)?;
-        self.read_range(at.0, to).await.map_err(|e| e.at(at))
+        match self.read_at_once(at, to) {
+            Some(reading) => reading.await,
+            None => Box::pin(self.read_any(at, to)).await,
+        }
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
-        self.check_range(IoOp::Write, at, from.len() as u64)?;
-        let change = self.change(IoOp::Write).await?;
-        let done = self.write_inside(at, from, flags).await;
-        change.finish();
-        done.map_err(|e| e.at(at))
+        match self.write_at_once(at, from, flags) {
+            Some(writing) => writing.await,
+            None => Box::pin(self.write_any(at, from, flags)).await,
+        }
     }
 
     async fn flush(&self) -> Result<()> {
@@ -390,6 +426,10 @@ impl<S: Storage> Volume for Qcow2<S> {
         let _inside = self.readers.enter().await;
         self.check_range(IoOp::Map, at, len)?;
         Box::pin(self.extents(at.0, len)).await.map_err(|e| e.at(at))
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        self.data().free_bytes().await
     }
 
     async fn resize(&self, capacity: u64) -> Result<()> {

@@ -7,10 +7,11 @@ use std::{
 };
 
 use super::{
-    Backing, CACHE_SIZE, HeaderError, Qcow2, REFCOUNT_SHARE, Storage,
+    Backing, CACHE_SIZE, HeaderError, Qcow2, Storage,
     alloc::Pool,
     barrier::{Barrier, Epochs},
     cache::{Cache, OffsetSet},
+    cache_shares,
     gate::Gate,
     header::{BITMAPS, CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
     layout::{Geometry, be32},
@@ -94,6 +95,7 @@ impl<S: Storage> Qcow2<S> {
             return Err(corrupt(format!("{what}; {next}")));
         }
 
+        let (l2_share, refcount_share) = cache_shares(CACHE_SIZE);
         Ok(Qcow2 {
             storage,
             data,
@@ -107,10 +109,10 @@ impl<S: Storage> Qcow2<S> {
             file_len: Cell::new(file_len),
             l1: RefCell::new(l1),
             l1_at: Cell::new(header.l1_offset),
-            l2: Cache::new(g.slice(), CACHE_SIZE - CACHE_SIZE / REFCOUNT_SHARE),
+            l2: Cache::new(g.slice(), l2_share),
             refcount_table: RefCell::new(refcount_table),
             refcount_table_at: Cell::new(header.refcount_table_offset),
-            refcounts: Cache::new(g.slice(), CACHE_SIZE / REFCOUNT_SHARE),
+            refcounts: Cache::new(g.slice(), refcount_share),
             tables: RefCell::new(tables),
             fixed: RefCell::new(fixed),
             barrier: Barrier::default(),

@@ -8,9 +8,12 @@ use std::{
     rc::Rc,
 };
 
-use crate::sys::{
-    io::{Fallocate, Io},
-    mem::{Buffer, Sg},
+use crate::{
+    image::{power::atomic_unit, space::free_bytes},
+    sys::{
+        io::{Fallocate, Io},
+        mem::{Buffer, Sg},
+    },
 };
 
 /// A file as the driver needs it. Operations may be in flight side by side; those that overlap are ordered by the driver.
@@ -32,6 +35,14 @@ pub trait Storage {
     async fn set_size(&self, len: u64) -> io::Result<()>;
     /// Whether the length is given by the device and cannot be set.
     fn is_fixed(&self) -> bool;
+    /// Bytes that it may still grow by, if that is known.
+    async fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// Bytes of an aligned piece that power loss leaves old or new as a whole ([`crate::volume::Limits::atomic_write`]).
+    fn atomic_write(&self) -> u32 {
+        0
+    }
 }
 
 /// A regular file or a block device, through a thread's I/O.
@@ -39,6 +50,7 @@ pub struct FileStorage {
     io: Io,
     file: Rc<File>,
     device: bool,
+    atomic_write: u32,
 }
 
 /// Zeros are written in pieces of this size where the file system cannot make them.
@@ -51,7 +63,8 @@ impl FileStorage {
     /// What `fstat` says.
     pub fn new(io: &Io, file: Rc<File>) -> io::Result<FileStorage> {
         let device = file.metadata()?.file_type().is_block_device();
-        Ok(FileStorage { io: io.clone(), file, device })
+        let atomic_write = atomic_unit(&file);
+        Ok(FileStorage { io: io.clone(), file, device, atomic_write })
     }
 
     async fn write_zeros(&self, at: u64, len: u64) -> io::Result<()> {
@@ -117,6 +130,14 @@ impl Storage for FileStorage {
     fn is_fixed(&self) -> bool {
         self.device
     }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        if self.device { None } else { free_bytes(&self.io, &self.file).await }
+    }
+
+    fn atomic_write(&self) -> u32 {
+        self.atomic_write
+    }
 }
 
 impl<S: Storage> Storage for Rc<S> {
@@ -150,5 +171,13 @@ impl<S: Storage> Storage for Rc<S> {
 
     fn is_fixed(&self) -> bool {
         (**self).is_fixed()
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        (**self).free_bytes().await
+    }
+
+    fn atomic_write(&self) -> u32 {
+        (**self).atomic_write()
     }
 }

@@ -48,6 +48,9 @@ impl<S: Storage> Qcow2<S> {
             let _at_work = self.epochs.enter();
             self.write_parts(op, at, from).await?;
         }
+        if self.pool_is_low() {
+            Box::pin(self.reserve_ahead(op)).await;
+        }
         self.relieve(op).await
     }
 
@@ -110,11 +113,16 @@ impl<S: Storage> Qcow2<S> {
         }
     }
 
-    pub(super) async fn write_in_place(&self, op: IoOp, host: u64, from: &Sg) -> Result<()> {
+    /// Whether a range of the file that guest's data are to go to (not empty) has clusters of metadata.
+    pub(super) fn touches_metadata(&self, host: u64, len: u64) -> bool {
         let g = &self.geometry;
-        let first = g.index(host);
-        let last = g.index(host + from.len() as u64 - 1);
-        if self.data.is_none() && (first..=last).any(|c| self.is_metadata(c)) {
+        self.data.is_none() && (g.index(host)..=g.index(host + len - 1)).any(|c| self.is_metadata(c))
+    }
+
+    pub(super) async fn write_in_place(&self, op: IoOp, host: u64, from: &Sg) -> Result<()> {
+        if self.touches_metadata(host, from.len() as u64) {
+            let g = &self.geometry;
+            let (first, last) = (g.index(host), g.index(host + from.len() as u64 - 1));
             Box::pin(self.check_not_metadata(op, first, last - first + 1)).await?;
         }
         self.data().write(host, from).await.map_err(|e| self.io_error(op, e))

@@ -163,10 +163,10 @@ unsafe fn dot_products<const SIZE: usize, const COPY: bool>(
     let (mut sum0, mut sum1) = (_mm256_setzero_si256(), _mm256_setzero_si256());
     let mut at = 0;
     while at < SIZE {
-        _mm_prefetch::<_MM_HINT_T0>(from0.wrapping_add(at + AHEAD).cast());
-        _mm_prefetch::<_MM_HINT_T0>(from1.wrapping_add(at + AHEAD).cast());
-        // SAFETY: both lines are inside the blocks, and inside the table, which is aligned.
+        // SAFETY: both lines are inside the blocks, and inside the table, which is aligned. A prefetch may be of any address.
         unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(from0.wrapping_add(at + AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_T0>(from1.wrapping_add(at + AHEAD).cast());
             let weight = _mm256_load_si256(weights.add(at / 32));
             sum0 = line::<COPY>(sum0, from0.add(at), to0.wrapping_add(at), weight);
             sum1 = line::<COPY>(sum1, from1.add(at), to1.wrapping_add(at), weight);
@@ -193,9 +193,9 @@ unsafe fn dot_product<const SIZE: usize, const COPY: bool>(from: *const u8, to: 
     let (mut sum0, mut sum1) = (_mm256_setzero_si256(), _mm256_setzero_si256());
     let mut at = 0;
     while at < SIZE {
-        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at + AHEAD).cast());
         // SAFETY: as in `dot_products`.
         unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at + AHEAD).cast());
             let (weight0, weight1) =
                 (_mm256_load_si256(weights.add(at / 32)), _mm256_load_si256(weights.add(at / 32 + 1)));
             sum0 = line::<COPY>(sum0, from.add(at), to.wrapping_add(at), weight0);

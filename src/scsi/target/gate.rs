@@ -32,7 +32,8 @@ impl Gate {
             self.counted.set(self.counted.get() + 1);
             return Pass::Counted(self);
         }
-        Pass::Ranged { guard: self.lock.shared(start, len).await }
+        // Seldom, so boxed: every command's future is as large as what it may wait for.
+        Pass::Ranged { guard: Box::pin(self.lock.shared(start, len)).await }
     }
 
     /// Waits until nobody works on any of these blocks, and keeps everybody off them until the guard is dropped.

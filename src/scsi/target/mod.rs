@@ -6,6 +6,7 @@
 //! kernel keeps.
 
 mod compare;
+mod copy;
 mod erase;
 mod gate;
 mod modes;
@@ -13,6 +14,7 @@ mod protect;
 mod provision;
 mod report;
 mod rw;
+mod space;
 
 use std::{
     cell::{Cell, RefCell},
@@ -26,7 +28,8 @@ use tracing::{debug, warn};
 
 use super::{
     cdb::{Cdb, Range, VARIABLE_LENGTH},
-    mode::{self, PiSettings, Settings},
+    mode::{self, PiSettings, Settings, Threshold},
+    neighbour::Neighbours,
     opcodes::{self, Abilities, Kind, NotFound, Op},
     sense::{self, Asc, Failure, Sense, SenseBytes, SenseKey, Status},
     vpd::{Geometry, Identity},
@@ -45,14 +48,14 @@ use gate::Gate;
 #[derive(Debug, Clone, Default)]
 pub struct Command {
     /// The command descriptor block.
-    pub cdb: SmallVec<[u8; 16]>,
+    pub cdb: SmallVec<[u8; 32]>,
     /// The data-out buffer, or room for data-in, whichever the command has.
     pub data: Sg,
     /// The second buffer of a bidirectional command. No supported command has one.
     pub bidi: Sg,
     /// Protection information that travels beside the data: a tuple for each block, if the kernel passes it on.
     pub dif: Sg,
-    /// For COMPARE AND WRITE, if there is a memory that outlives this process.
+    /// For COMPARE AND WRITE and EXTENDED COPY, if there is a memory that outlives this process.
     pub once: Option<Rc<dyn Once>>,
 }
 
@@ -128,6 +131,8 @@ pub struct TargetConfig {
     pub power_on: bool,
     /// Told of every failure of the volume, as it happens.
     pub on_failure: Option<OnFailure>,
+    /// The logical units that EXTENDED COPY may reach beside this one; without it none.
+    pub neighbours: Option<Rc<dyn Neighbours>>,
 }
 
 impl TargetConfig {
@@ -147,6 +152,7 @@ impl TargetConfig {
             saved_pages: None,
             power_on: true,
             on_failure: None,
+            neighbours: None,
         }
     }
 }
@@ -180,8 +186,11 @@ pub struct Target<V: Volume> {
     saved: Option<Box<dyn SavedPages>>,
     saved_settings: Cell<Settings>,
     on_failure: Option<OnFailure>,
+    neighbours: Option<Rc<dyn Neighbours>>,
+    copies: copy::Copies,
     attentions: RefCell<VecDeque<Asc>>,
     gate: Gate,
+    space: Cell<space::Seen>,
     medium: Cell<Medium>,
     jobs: RefCell<VecDeque<erase::Job>>,
     jobs_added: Notify,
@@ -199,11 +208,13 @@ impl<V: Volume> Target<V> {
             serial: config.serial.chars().filter(|c| (' '..='~').contains(c)).take(252).collect(),
             naa: config.naa,
         };
+        let geometry = geometry(config.block_size, &volume.limits());
         let defaults = Settings {
             write_cache: config.write_cache,
             descriptor_sense: false,
             write_protect: false,
             pi: config.transfer.map(|_| PiSettings::default()),
+            threshold: geometry.thresholds.then(Threshold::default),
         };
         let loaded = config.saved_pages.as_ref().and_then(|s| s.load());
         let settings = match &loaded {
@@ -216,7 +227,7 @@ impl<V: Volume> Target<V> {
         let attentions =
             if config.power_on { VecDeque::from([Asc::POWER_ON_OR_RESET]) } else { VecDeque::new() };
         Target {
-            geometry: Cell::new(geometry(config.block_size, &volume.limits())),
+            geometry: Cell::new(geometry),
             volume,
             identity,
             block_size: config.block_size,
@@ -229,9 +240,12 @@ impl<V: Volume> Target<V> {
             defaults,
             saved: config.saved_pages,
             on_failure: config.on_failure,
+            neighbours: config.neighbours,
+            copies: copy::Copies::default(),
             saved_settings: Cell::new(settings),
             attentions: RefCell::new(attentions),
             gate: Gate::default(),
+            space: Cell::default(),
             medium: Cell::new(Medium::Ready),
             jobs: RefCell::default(),
             jobs_added: Notify::new(),
@@ -321,7 +335,17 @@ impl<V: Volume> Target<V> {
         let cdb = Cdb::new(&command.cdb, op.cdb_len())
             .ok_or(Sense::invalid_field(command.cdb.len().min(usize::from(u16::MAX)) as u16, 7))?;
         self.admit(op, cdb)?;
-        let data_in = self.dispatch(op.kind, cdb, command).await?;
+        // Nearly all commands are these two. What the others may wait for is boxed: it would make the future of every command as large
+        // as the largest of them, and futures are copied.
+        let done = match op.kind {
+            Kind::Read => self.read(cdb, command).await,
+            Kind::Write => self.write(cdb, command).await,
+            kind => Box::pin(self.dispatch(kind, cdb, command)).await,
+        };
+        if op.writes && self.is_time_for_space() {
+            Box::pin(self.look_at_space()).await;
+        }
+        let data_in = done?;
         if !op.kind.takes_data_out() && data_in < command.data.len() {
             // The buffer lies in memory that earlier commands have used, and a transport may hand all of it on.
             command.data.fill(data_in, command.data.len() - data_in, 0);
@@ -333,6 +357,7 @@ impl<V: Volume> Target<V> {
     fn abilities(&self) -> Abilities {
         Abilities {
             thin: self.geometry.get().thin,
+            atomic: self.geometry.get().atomic > 0,
             protect: self.transfer.is_some(),
             protection: self.protection(),
         }
@@ -356,13 +381,16 @@ impl<V: Volume> Target<V> {
             }
         }
         self.medium.get().admit(op)?;
-        if op.writes {
-            if self.read_only || self.geometry.get().read_only {
-                return Err(Sense::new(SenseKey::DataProtect, Asc::WRITE_PROTECTED).into());
-            }
-            if self.settings.get().write_protect {
-                return Err(Sense::new(SenseKey::DataProtect, Asc::SOFTWARE_WRITE_PROTECTED).into());
-            }
+        if op.writes { self.is_writable() } else { Ok(()) }
+    }
+
+    /// Write protection, of the medium and by the initiators' wish.
+    fn is_writable(&self) -> Result<(), Failure> {
+        if self.read_only || self.geometry.get().read_only {
+            return Err(Sense::new(SenseKey::DataProtect, Asc::WRITE_PROTECTED).into());
+        }
+        if self.settings.get().write_protect {
+            return Err(Sense::new(SenseKey::DataProtect, Asc::SOFTWARE_WRITE_PROTECTED).into());
         }
         Ok(())
     }
@@ -381,6 +409,7 @@ impl<V: Volume> Target<V> {
             Kind::ReadCapacity16 => self.read_capacity_16(cdb, command),
             Kind::Read => self.read(cdb, command).await,
             Kind::Write => self.write(cdb, command).await,
+            Kind::WriteAtomic => self.write_atomic(cdb, command).await,
             Kind::WriteAndVerify => self.write_and_verify(cdb, command).await,
             Kind::Verify => self.verify(cdb, command).await,
             Kind::PreFetch => self.pre_fetch(cdb).await,
@@ -391,7 +420,7 @@ impl<V: Volume> Target<V> {
             Kind::SanitizeOverwrite => self.sanitize_overwrite(cdb, command).await,
             Kind::SanitizeBlockErase => self.sanitize_block_erase(cdb).await,
             Kind::SanitizeExitFailureMode => self.sanitize_exit_failure_mode(cdb),
-            Kind::LogSense => self.log_sense(cdb, command),
+            Kind::LogSense => self.log_sense(cdb, command).await,
             Kind::CompareAndWrite => self.compare_and_write(cdb, command).await,
             Kind::OrWrite => self.or_write(cdb, command).await,
             Kind::GetLbaStatus => self.get_lba_status(cdb, command).await,
@@ -399,6 +428,12 @@ impl<V: Volume> Target<V> {
             Kind::ReportTargetPortGroups => self.report_target_port_groups(cdb, command),
             Kind::ReportSupportedOpcodes => self.report_supported_opcodes(cdb, command),
             Kind::ReportSupportedTmf => self.report_supported_tmf(cdb, command),
+            // Seldom, and large: not a part of every command's future.
+            Kind::ExtendedCopy => Box::pin(self.extended_copy(cdb, command)).await,
+            Kind::ReceiveCopyStatus => self.receive_copy_status(cdb, command),
+            Kind::ReceiveCopyData => self.receive_copy_data(cdb, command),
+            Kind::ReceiveCopyParameters => self.receive_copy_parameters(cdb, command),
+            Kind::ReceiveCopyFailure => self.receive_copy_failure(cdb, command),
         }
     }
 
@@ -479,6 +514,8 @@ fn geometry(block_size: BlockSize, limits: &Limits) -> Geometry {
         thin: limits.discard_granularity > 0,
         unmap_granularity: blocks_of(limits.discard_granularity).max(1),
         transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, most) as u16,
+        atomic: blocks_of(limits.atomic_write),
+        thresholds: limits.tells_free && limits.discard_granularity > 0,
         read_only: limits.read_only,
     }
 }

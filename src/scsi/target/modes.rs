@@ -134,6 +134,9 @@ impl<V: Volume> Target<V> {
         if let Some(pi) = settings.pi {
             *self.app_ranges.borrow_mut() = pi.ranges().collect();
         }
+        if old.threshold != settings.threshold {
+            self.space.take();
+        }
         if old.write_cache && !settings.write_cache {
             // Every write that was begun with the cache on has ended when the flush begins.
             drop(self.gate.hold(0, u64::MAX).await);

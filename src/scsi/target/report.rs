@@ -121,15 +121,16 @@ impl<V: Volume> Target<V> {
         self.reply(command, &out, u64::from(cdb.u32(6)))
     }
 
-    pub(super) fn log_sense(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn log_sense(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
         if cdb.u8(1) & 0x03 != 0 {
             return Err(Sense::invalid_field(1, 1).into()); // PPC, SP
         }
         let code = cdb.u8(2) & 0x3f;
-        if log::page(code, cdb.u8(3), 0).is_none() {
+        if log::page(code, cdb.u8(3), 0, None).is_none() {
             return Err(Sense::invalid_field(2, 5).into());
         }
-        let data = log::page(code, cdb.u8(3), cdb.u16(5)).ok_or(Sense::invalid_field(5, 7))?;
+        let available = self.available_sets().await.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let data = log::page(code, cdb.u8(3), cdb.u16(5), available).ok_or(Sense::invalid_field(5, 7))?;
         self.reply(command, &data, u64::from(cdb.u16(7)))
     }
 

@@ -1,10 +1,13 @@
-//! READ, WRITE, PRE-FETCH, SYNCHRONIZE CACHE (SBC-4 5.13 to 5.16, 5.32, 5.41 and their 6-, 12- and 16-byte kin).
+//! READ, WRITE, WRITE ATOMIC, PRE-FETCH, SYNCHRONIZE CACHE (SBC-4 5.13 to 5.16, 5.32, 5.41, 5.44 and their 6-, 12- and 16-byte kin).
 
-use super::{Command, Failure, Outcome, Target};
+use super::{Command, Failure, Outcome, Target, protect::Asked};
 use crate::{
-    scsi::cdb::Cdb,
+    scsi::{
+        cdb::{Cdb, Range},
+        sense::Sense,
+    },
     sys::mem::Buffer,
-    units::ByteOffset,
+    units::{Blocks, ByteOffset, Lba},
     volume::{Volume, WriteFlags},
 };
 
@@ -19,6 +22,23 @@ impl<V: Volume> Target<V> {
         let asked = self.asked(cdb, range.lba)?;
         let fua = cdb.bytes().len() > 6 && cdb.flag(3);
         let (at, len) = self.transfer(range)?;
+        if asked.kind.is_some() || fua || len == 0 || len != command.data.len() as u64 {
+            return Box::pin(self.read_any(range, (at, len), fua, command, asked)).await;
+        }
+        let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
+        self.volume.read(at, &command.data).await.map_err(|e| self.failure(e))?;
+        Ok(len as usize)
+    }
+
+    /// [`Target::read`] with protection information, with FUA, or into a buffer of another length.
+    async fn read_any(
+        &self,
+        range: Range,
+        (at, len): (ByteOffset, u64),
+        fua: bool,
+        command: &Command,
+        asked: Asked,
+    ) -> Outcome {
         // A buffer that is too short gets what fits: the rest is the initiator's residual.
         let give = len.min(command.data.len() as u64);
         if give == 0 && (len == 0 || !asked.travels()) {
@@ -63,9 +83,58 @@ impl<V: Volume> Target<V> {
         if len == 0 {
             return Ok(0);
         }
+        if asked.kind.is_some() || len != command.data.len() as u64 {
+            return Box::pin(self.write_any(range, at, fua, command, asked)).await;
+        }
+        let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
+        let flags = self.write_flags(fua);
+        self.volume.write(at, &command.data, flags).await.map_err(|e| self.failure(e))?;
+        Ok(0)
+    }
+
+    /// [`Target::write`] with protection information, or from a buffer of another length.
+    async fn write_any(
+        &self,
+        range: Range,
+        at: ByteOffset,
+        fua: bool,
+        command: &Command,
+        asked: Asked,
+    ) -> Outcome {
         let sent = self.sent(command, &asked, range.lba, range.blocks.0, range.length_at)?;
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
         self.store(at, &sent.data, sent.tuples, self.write_flags(fua), &asked, 0).await?;
+        Ok(0)
+    }
+
+    /// One aligned piece of the medium, as long as VPD page B0 says: all of it is written or nothing, whoever reads meanwhile and whenever power
+    /// fails (SBC-4 4.29, 5.44).
+    ///
+    /// Nobody else is at the piece, nor at the rest of its page, and the flush has brought what was there before to the medium: so the host has
+    /// no write of that page under way into which the new data could slip half.
+    pub(super) async fn write_atomic(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+        let range = Range { lba: Lba(cdb.u64(2)), blocks: Blocks(u64::from(cdb.u16(12))), length_at: 12 };
+        let asked = self.asked_to_write(cdb, range.lba)?;
+        let (at, len) = self.place(range.lba, range.blocks.0)?;
+        let geometry = self.geometry.get();
+        let piece = u64::from(geometry.atomic);
+        if cdb.u16(10) != 0 {
+            return Err(Sense::invalid_field(10, 7).into()); // ATOMIC BOUNDARY: none is supported
+        }
+        if len == 0 {
+            return Ok(0);
+        }
+        if range.blocks.0 > piece || !range.blocks.0.is_multiple_of(piece) {
+            return Err(Sense::invalid_field(range.length_at, 7).into());
+        }
+        if !range.lba.0.is_multiple_of(piece) {
+            return Err(Sense::invalid_field(2, 7).into());
+        }
+        let sent = self.sent(command, &asked, range.lba, range.blocks.0, range.length_at)?;
+        let page = 1 << geometry.physical_exponent();
+        let _guard = self.gate.hold(range.lba.0 / page * page, page).await;
+        self.volume.flush().await.map_err(|e| self.failure(e))?;
+        self.store(at, &sent.data, sent.tuples, self.write_flags(cdb.flag(3)), &asked, 0).await?;
         Ok(0)
     }
 

@@ -195,10 +195,15 @@ impl Io {
 
     /// Reads until `to` is full or the file ends; gives the bytes read.
     pub async fn read(&self, file: &Rc<File>, at: u64, to: &Sg) -> io::Result<usize> {
-        let mut done = self.read_some(file, at, to).await?;
+        let done = self.read_some(file, at, to).await?;
         if done == to.len() || done == 0 {
             return Ok(done);
         }
+        // Seldom, so boxed: the future of every read is as large as what it may wait for.
+        Box::pin(self.read_on(file, at, to, done)).await
+    }
+
+    async fn read_on(&self, file: &Rc<File>, at: u64, to: &Sg, mut done: usize) -> io::Result<usize> {
         loop {
             let n = self.read_some(file, at + done as u64, &to.slice(done, to.len() - done)).await?;
             done += n;
@@ -217,7 +222,21 @@ impl Io {
 
     /// Writes all of `from`; with `dsync` it is on stable storage at the end, with the metadata needed to read it.
     pub async fn write(&self, file: &Rc<File>, at: u64, from: &Sg, dsync: bool) -> io::Result<()> {
-        let mut done = self.start(Request::Write { at, dsync }, Some(file), from).await?;
+        let done = self.start(Request::Write { at, dsync }, Some(file), from).await?;
+        match done == from.len() {
+            true => Ok(()),
+            false => Box::pin(self.write_on(file, at, from, dsync, done)).await,
+        }
+    }
+
+    async fn write_on(
+        &self,
+        file: &Rc<File>,
+        at: u64,
+        from: &Sg,
+        dsync: bool,
+        mut done: usize,
+    ) -> io::Result<()> {
         while done < from.len() {
             let rest = from.slice(done, from.len() - done);
             let n = self.start(Request::Write { at: at + done as u64, dsync }, Some(file), &rest).await?;

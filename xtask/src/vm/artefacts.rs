@@ -39,8 +39,10 @@ const GUEST_PACKAGES: &[&str] = &[
     "sdparm",
     "sg3-utils",
     "strace",
+    "systemd",
     "targetcli-fb",
     "tcmu-runner",
+    "udev",
     "util-linux",
 ];
 

@@ -60,8 +60,19 @@ pub struct Lab {
     pub accel: Accel,
     /// Programs for the guest's `/usr/local/bin`.
     pub programs: Vec<PathBuf>,
+    /// tcmu-dif's Debian package, if there is one: the guest's `/host/tcmu-dif.deb`.
+    pub package: Option<PathBuf>,
     /// Where the logs go; a folder for each boot.
     pub logs: PathBuf,
+}
+
+/// The guest's process 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// A script that mounts what a test needs.
+    Script,
+    /// systemd.
+    Systemd,
 }
 
 /// A VM.
@@ -133,6 +144,10 @@ impl RunDir {
             fs::copy(program, bin.join(name))
                 .with_context(|| format!("cannot give {} to the guest", program.display()))?;
         }
+        if let Some(package) = &lab.package {
+            fs::copy(package, dir.0.join("share/tcmu-dif.deb"))
+                .context("cannot give the package to the guest")?;
+        }
         fs::copy(&lab.artefacts.module, dir.0.join("share/target_core_user.ko"))
             .context("cannot give the module to the guest")?;
         for part in ["vmlinux", "initramfs"] {
@@ -163,7 +178,7 @@ impl Drop for RunDir {
 
 impl Guest {
     /// Boots a VM that has until `limit` from now; `name` is that of its folder of logs.
-    pub fn boot(lab: &Lab, name: &str, limit: Duration) -> Result<Self> {
+    pub fn boot(lab: &Lab, init: Init, name: &str, limit: Duration) -> Result<Self> {
         let logs = lab.logs.join(name);
         if logs.exists() {
             fs::remove_dir_all(&logs)?;
@@ -171,7 +186,7 @@ impl Guest {
         fs::create_dir_all(&logs)?;
         let mut attempt = 1;
         loop {
-            match Self::boot_once(lab, &logs, limit) {
+            match Self::boot_once(lab, init, &logs, limit) {
                 // Under translation the kernel's patching of its own code can trip over itself (an int3 that nobody
                 // owns) before it reaches user space: that is the emulator's, and nothing of ours has run by then.
                 Err(error) if attempt < BOOT_ATTEMPTS => {
@@ -186,13 +201,14 @@ impl Guest {
         }
     }
 
-    fn boot_once(lab: &Lab, logs: &Path, limit: Duration) -> Result<Self> {
+    fn boot_once(lab: &Lab, init: Init, logs: &Path, limit: Duration) -> Result<Self> {
         let dir = RunDir::new(lab)?;
         let socket = dir.path().join("agent.sock");
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
         listener.set_nonblocking(true)?;
-        let mut command = qemu::machine(lab.accel, &lab.artefacts, dir.path(), "", MEMORY_MIB);
+        let words = if init == Init::Systemd { qemu::SYSTEMD } else { "" };
+        let mut command = qemu::machine(lab.accel, &lab.artefacts, dir.path(), words, MEMORY_MIB);
         qemu::with_channel(&mut command, &socket);
         let console = logs.join("console.log");
         command
@@ -226,6 +242,24 @@ impl Guest {
             echo: false,
             notes: Vec::new(),
         })
+    }
+
+    /// Reboots a guest whose process 1 is systemd; gives back when it is up again. What its disks hold stays.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.sh("systemctl --no-block reboot")?;
+        let until = Instant::now() + BOOT_LIMIT * patience();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("the guest did not come up again within {} s ({TIME_IS_OVER})", BOOT_LIMIT.as_secs());
+            }
+            self.channel.set_read_timeout(Some(left))?;
+            let frame = Frame::read_from(&mut self.channel)
+                .with_context(|| format!("the guest did not come up again ({TIME_IS_OVER})"))?;
+            if frame.tag == Tag::Hello {
+                return Ok(());
+            }
+        }
     }
 
     /// The folder with this boot's logs.

@@ -130,7 +130,10 @@ pub fn test(
     }
     // The reference tests need no tcmu-dif: they can be run before it builds.
     let own = tests.iter().any(|test| !test.name.starts_with("reference."));
-    let lab = lab(own.then(|| profile.to_owned()).as_ref())?;
+    let mut lab = lab(own.then(|| profile.to_owned()).as_ref())?;
+    if tests.iter().any(|test| suite::init_of(test.name) == guest::Init::Systemd) {
+        lab.package = Some(crate::deb::build(profile)?);
+    }
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     suite::run(&lab, &tests, scale, bless, lanes.unwrap_or(processors.min(2)))
 }
@@ -144,7 +147,7 @@ fn lab(profile: Option<&String>) -> Result<Lab> {
         Some(profile) => vec![build(profile)?],
         None => Vec::new(),
     };
-    Ok(Lab { artefacts, accel, programs, logs: sh::target_dir().join("vm-logs") })
+    Ok(Lab { artefacts, accel, programs, package: None, logs: sh::target_dir().join("vm-logs") })
 }
 
 /// Builds tcmu-dif as cargo's `profile` says.
@@ -170,7 +173,7 @@ fn run(
     let script = if words == ["-"] { std::io::read_to_string(std::io::stdin())? } else { words.join(" ") };
     let limit = Duration::from_secs(timeout);
     let name = format!("run.{}", std::process::id());
-    let mut guest = Guest::boot(lab, &name, limit + Duration::from_secs(5))?;
+    let mut guest = Guest::boot(lab, guest::Init::Script, &name, limit + Duration::from_secs(5))?;
     for file in files {
         let name = file.file_name().unwrap_or_default();
         std::fs::copy(file, guest.share().join(name))

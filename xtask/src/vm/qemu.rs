@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on";
 
+/// The word with which systemd is the guest's process 1; such a guest can be rebooted.
+pub const SYSTEMD: &str = "systemd systemd.unit=multi-user.target";
+
 /// How the guest's processors are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accel {
@@ -86,13 +89,17 @@ fn base(accel: Accel, artefacts: &Artefacts, words: &str, memory_mib: u32) -> Co
     let mut qemu = Command::new("setpriv");
     qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
         .args(accel.args())
-        .args(["-smp", "2", "-nographic", "-nodefaults", "-no-reboot"])
+        .args(["-smp", "2", "-nographic", "-nodefaults"])
         .args(["-m", &memory_mib.to_string()])
         .arg("-kernel")
         .arg(&artefacts.kernel)
         .arg("-initrd")
         .arg(&artefacts.initramfs)
         .args(["-append", &format!("{KERNEL_WORDS} {words}")]);
+    if words != SYSTEMD {
+        // What panics ends, and is not tried for ever.
+        qemu.arg("-no-reboot");
+    }
     qemu
 }
 

@@ -1,5 +1,30 @@
 # Process 1 of the guest: mounts what a test needs, and then either serves the host or gives a person a shell.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+if grep -qw systemd /proc/cmdline; then
+    # systemd mounts the rest. tcmu-dif is to come from its package.
+    mount -t ext4 /dev/vdb /scratch
+    cp /host/bin/xtask /usr/local/bin/
+    cat > /etc/systemd/system/guest-agent.service <<'END'
+[Unit]
+Description=Runs the host's scripts
+After=multi-user.target
+
+[Service]
+Environment=HOME=/root LANG=C.UTF-8
+WorkingDirectory=/root
+ExecStart=/usr/local/bin/xtask guest-agent
+# What a script has left running is the script's affair.
+KillMode=process
+
+[Install]
+WantedBy=multi-user.target
+END
+    mkdir -p /etc/systemd/system/multi-user.target.wants
+    ln -sf ../guest-agent.service /etc/systemd/system/multi-user.target.wants/
+    # A test begins without the other daemon, as every test does.
+    ln -sf /dev/null /etc/systemd/system/tcmu-runner.service
+    exec /lib/systemd/systemd
+fi
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
 mkdir -p /dev/shm /dev/pts /run/lock

@@ -3,6 +3,7 @@
 //! A test is a function that drives a [`Guest`]. [`runner`] gives each a VM and tells how it went.
 
 mod conformance;
+mod copy;
 mod data;
 mod fabric;
 mod fault;
@@ -16,10 +17,12 @@ mod readme;
 mod reference;
 mod refuse;
 mod runner;
+mod service;
+mod tools;
 
 pub use runner::{Tally, run};
 
-use super::guest::Guest;
+use super::guest::{Guest, Init};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::PathBuf;
@@ -98,17 +101,25 @@ pub fn all() -> Vec<&'static Test> {
         fabric::TESTS,
         lifecycle::TESTS,
         conformance::TESTS,
+        copy::TESTS,
         pi::TESTS,
         pi_guest::TESTS,
+        service::TESTS,
+        tools::TESTS,
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// Tests that take minutes each, or have not been green from end to end yet (`pi.differential-lio`): run at full scale, or when
+/// The process 1 that a test's guest has.
+pub fn init_of(name: &str) -> Init {
+    if name.starts_with("service") { Init::Systemd } else { Init::Script }
+}
+
+/// Tests that take minutes each, or have not been green from end to end yet (`pi.differential-lio`, `service.upgrade`): run at full scale, or when
 /// they are named.
-const LONG: &[&str] = &["pi.guest-", "pi.differential-lio"];
+const LONG: &[&str] = &["pi.guest-", "pi.differential-lio", "service.upgrade", "tools.targetcli"];
 
 fn is_long(test: &Test) -> bool {
     LONG.iter().any(|part| test.name.starts_with(part))

@@ -155,7 +155,7 @@ impl Suite<'_> {
                 guest.set_deadline(limit);
                 guest
             }
-            None => Guest::boot(self.lab, test.group.unwrap_or(test.name), limit)?,
+            None => Guest::boot(self.lab, super::init_of(test.name), test.group.unwrap_or(test.name), limit)?,
         };
         let mut context =
             Run { guest: &mut guest, scale: self.scale, bless: self.bless, files: self.files.clone() };

@@ -1,21 +1,22 @@
-//! What the commands know about LUNs: the kernel's objects and the daemon's state, brought together.
+//! What is known about LUNs: the kernel's objects and the daemon's state, brought together.
 
 use std::{
     fs::File,
     io,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use serde::Serialize;
 
-use super::{CliError, args::Cli, require_root};
+use super::{Refusal, require_root};
 use crate::{
     daemon::rundir::{LunState, Phase, RunDir, TURNS},
     kernel::{
+        SYSFS,
         backstore::{self, Backstore, COMMAND_TIMEOUT, ConfigfsError},
         fabric::{self, Disk, Export, Fabric},
-        names::Name,
+        names::{Name, Wwn},
         tree::{Real, Tree},
     },
     lun::{
@@ -25,34 +26,41 @@ use crate::{
     pi::{Exposure, Transfer},
 };
 
-/// sysfs, as it is.
-pub const SYSFS: &str = "/sys";
-
 /// How long one waits for another who works on the same LUN.
 const TURN_PATIENCE: Duration = Duration::from_secs(120);
 
-/// Where the commands look.
+/// Where to look.
+#[derive(Debug, Clone)]
 pub struct Places {
     /// configfs.
     pub tree: Real,
+    /// Where it is mounted.
+    pub configfs: PathBuf,
     /// The daemon's directory.
     pub run: RunDir,
+    /// The directory of what has to be there after a reboot.
+    pub state_dir: PathBuf,
 }
 
 impl Places {
-    /// As the command line has them.
-    pub fn of(cli: &Cli) -> Places {
-        Places { tree: Real::at(&cli.configfs), run: RunDir::at(&cli.run_dir) }
+    /// Those with configfs, the daemon's directory and the one for reboots there.
+    pub fn at(configfs: &Path, run_dir: &Path, state_dir: &Path) -> Places {
+        Places {
+            tree: Real::at(configfs),
+            configfs: configfs.to_owned(),
+            run: RunDir::at(run_dir),
+            state_dir: state_dir.to_owned(),
+        }
     }
 
     /// The number of the daemon.
     ///
     /// # Errors
     /// If there is none.
-    pub fn daemon(&self) -> Result<i32, CliError> {
-        let found = self.run.daemon().map_err(|e| CliError::from("daemon", self.run.path().display(), &e))?;
+    pub fn daemon(&self) -> Result<i32, Refusal> {
+        let found = self.run.daemon().map_err(|e| Refusal::from("daemon", self.run.path().display(), &e))?;
         found.ok_or_else(|| {
-            CliError::new("daemon", "", "it isn't running")
+            Refusal::new("daemon", "", "it isn't running")
                 .then("start it: tcmu-dif daemon (as root, in the foreground)")
         })
     }
@@ -61,9 +69,9 @@ impl Places {
     ///
     /// # Errors
     /// The file system's.
-    pub fn state(&self, command: &str, name: &str) -> Result<Option<LunState>, CliError> {
+    pub fn state(&self, command: &str, name: &str) -> Result<Option<LunState>, Refusal> {
         let read = || if self.run.daemon()?.is_some() { self.run.read(name) } else { Ok(None) };
-        read().map_err(|e| CliError::from(command, name, &e))
+        read().map_err(|e| Refusal::from(command, name, &e))
     }
 
     /// Waits until nobody else makes or takes down a LUN of that name; others wait while the value lives. Two that tried the
@@ -71,15 +79,15 @@ impl Places {
     ///
     /// # Errors
     /// If another takes longer than two minutes.
-    pub fn turn(&self, command: &str, name: &Name) -> Result<Option<File>, CliError> {
+    pub fn turn(&self, command: &str, name: &Name) -> Result<Option<File>, Refusal> {
         if require_root(command).is_err() {
             // Who may not change anything takes nobody's turn; what else is wrong is said first.
             return Ok(None);
         }
         let turn = self.run.turn(name.as_str(), TURN_PATIENCE);
-        match turn.map_err(|e| CliError::from(command, name, &e))? {
+        match turn.map_err(|e| Refusal::from(command, name, &e))? {
             Some(turn) => Ok(Some(turn)),
-            None => Err(CliError::new(
+            None => Err(Refusal::new(
                 command,
                 name,
                 "another create or delete has been at work on it for two minutes",
@@ -95,10 +103,10 @@ impl Places {
     ///
     /// # Errors
     /// If there is none.
-    pub fn lun(&self, command: &str, name: &Name) -> Result<Backstore, CliError> {
+    pub fn lun(&self, command: &str, name: &Name) -> Result<Backstore, Refusal> {
         let found = self.find(command, name)?;
         found.ok_or_else(|| {
-            CliError::new(command, name, "no such LUN").then("see which there are: tcmu-dif list")
+            Refusal::new(command, name, "no such LUN").then("see which there are: tcmu-dif list")
         })
     }
 
@@ -106,7 +114,7 @@ impl Places {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn find(&self, command: &str, name: &Name) -> Result<Option<Backstore>, CliError> {
+    pub fn find(&self, command: &str, name: &Name) -> Result<Option<Backstore>, Refusal> {
         backstore::find(&self.tree, SUBTYPE, name.as_str()).map_err(|e| refused(command, name, &e))
     }
 
@@ -114,15 +122,15 @@ impl Places {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn exports(&self, command: &str, backstore: &Backstore) -> Result<Vec<ExportView>, CliError> {
+    pub fn exports(&self, command: &str, backstore: &Backstore) -> Result<Vec<ExportView>, Refusal> {
         let exports = fabric::of(&self.tree, backstore).map_err(|e| refused(command, &backstore.name, &e))?;
         Ok(exports.iter().map(|e| view(&self.tree, e)).collect())
     }
 }
 
 /// What the kernel refused, as the administrator reads it.
-pub fn refused(command: &str, name: impl std::fmt::Display, e: &ConfigfsError) -> CliError {
-    CliError::new(command, name, format!("the kernel refused: {}", chain(e)))
+pub fn refused(command: &str, name: impl std::fmt::Display, e: &ConfigfsError) -> Refusal {
+    Refusal::new(command, name, format!("the kernel refused: {}", chain(e)))
         .then("look at the kernel's messages: dmesg")
 }
 
@@ -158,20 +166,20 @@ pub fn view(tree: &dyn Tree, export: &Export) -> ExportView {
 
 /// An export with that disk.
 pub fn view_of(export: &Export, disk: Option<&Disk>) -> ExportView {
-    let vhost = export.kind() == Some(Fabric::Vhost);
+    let guest = (export.kind() == Some(Fabric::Vhost)).then(|| Wwn::new(&export.target).ok()).flatten();
     let dev = |name: Option<&String>| name.map(|n| format!("/dev/{n}"));
     ExportView {
         fabric: export.fabric.clone(),
         wwn: export.target.clone(),
         device: dev(disk.and_then(|d| d.block.as_ref())),
         sg: dev(disk.and_then(|d| d.sg.as_ref())),
-        libvirt: vhost.then(|| libvirt(&export.target)),
-        qemu: vhost.then(|| qemu(&export.target)),
+        libvirt: guest.as_ref().map(libvirt),
+        qemu: guest.as_ref().map(qemu),
     }
 }
 
-/// libvirt's XML for a vhost target.
-fn libvirt(wwn: &str) -> String {
+/// libvirt's XML for a vhost target, to stand in a domain's `<devices>`. libvirt takes just names of the form `naa.…`, as a [`Wwn`] is.
+fn libvirt(wwn: &Wwn) -> String {
     format!(
         "<hostdev mode='subsystem' type='scsi_host' managed='no'>\n  \
          <source protocol='vhost' wwpn='{wwn}'/>\n</hostdev>"
@@ -179,7 +187,7 @@ fn libvirt(wwn: &str) -> String {
 }
 
 /// QEMU's arguments for a vhost target.
-fn qemu(wwn: &str) -> String {
+fn qemu(wwn: &Wwn) -> String {
     format!("-device vhost-scsi-pci,wwpn={wwn}")
 }
 
@@ -283,4 +291,36 @@ pub fn wait_until_closed(places: &Places, name: &str, hba: Option<u32>) -> io::R
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn export(fabric: &str, target: &str) -> Export {
+        let word = str::to_owned;
+        Export {
+            fabric: word(fabric),
+            target: word(target),
+            tpg: word("tpgt_1"),
+            lun: word("lun_0"),
+            link: word("vm1"),
+        }
+    }
+
+    #[test]
+    fn a_guest_s_words_are_there_for_vhost_targets_with_a_name_that_libvirt_takes_and_for_no_others() {
+        let view = view_of(&export("vhost", "naa.50014055a675866c"), None);
+        assert_eq!(view.qemu.as_deref(), Some("-device vhost-scsi-pci,wwpn=naa.50014055a675866c"));
+        assert!(view.libvirt.is_some_and(|xml| xml.contains("wwpn='naa.50014055a675866c'")));
+        for (fabric, target) in [
+            ("loopback", "naa.50014055a675866c"),
+            ("iscsi", "iqn.2003-01.org.example:vm1"),
+            ("vhost", "iqn.2003-01.org.example:vm1"),
+            ("vhost", "naa.5001'/>"),
+        ] {
+            let view = view_of(&export(fabric, target), None);
+            assert_eq!((view.libvirt, view.qemu), (None, None), "{fabric} {target}");
+        }
+    }
 }

@@ -1,0 +1,160 @@
+//! How long a LUN's commands took and with what sense they failed: counted on its thread, in cells, without a lock, and without an
+//! allocation but for the first of each sense.
+
+use std::{
+    cell::{Cell, RefCell},
+    time::Duration,
+};
+
+use crate::scsi::{Response, Sense, opcodes::Kind};
+
+/// Buckets of a histogram. Bucket `i` holds what took more than 2^(i-1) and at most 2^i microseconds, the first also what is shorter,
+/// the last all that is longer.
+pub const BUCKETS: usize = 26;
+
+/// What commands of one kind took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Histogram {
+    /// Commands, by how long they took.
+    pub buckets: [u64; BUCKETS],
+    /// What all took together.
+    pub sum: Duration,
+}
+
+impl Histogram {
+    /// What bucket `i` holds at most, in microseconds; nothing for the last, which has no limit.
+    pub fn limit(bucket: usize) -> Option<u64> {
+        (bucket + 1 < BUCKETS).then(|| 1 << bucket)
+    }
+
+    /// Commands in all buckets.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    fn bucket(nanoseconds: u64) -> usize {
+        let beyond = nanoseconds.saturating_sub(1) / 1000;
+        ((u64::BITS - beyond.leading_zeros()) as usize).min(BUCKETS - 1)
+    }
+}
+
+/// The codes of a sense: key, ASC and ASCQ.
+pub type SenseCodes = (u8, u8, u8);
+
+/// What was measured, by the commands' names; kinds and senses that did not occur are left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Measured {
+    /// From when a command was taken out of the ring until it was answered. [`UNKNOWN`] are those that are not supported.
+    pub latencies: Vec<(&'static str, Histogram)>,
+    /// Commands that ended in CHECK CONDITION, unit attentions included.
+    pub senses: Vec<(SenseCodes, u64)>,
+}
+
+/// The name of all commands that are not supported.
+pub const UNKNOWN: &str = "unknown";
+
+struct Cells {
+    buckets: [Cell<u64>; BUCKETS],
+    nanoseconds: Cell<u64>,
+}
+
+/// The counters: a row for each [`Kind`], and one for what is none.
+pub(super) struct Measures {
+    rows: [Cells; Kind::COUNT + 1],
+    senses: RefCell<Vec<(SenseCodes, u64)>>,
+}
+
+impl Default for Measures {
+    fn default() -> Measures {
+        let row = |_| Cells { buckets: std::array::from_fn(|_| Cell::new(0)), nanoseconds: Cell::new(0) };
+        Measures { rows: std::array::from_fn(row), senses: RefCell::default() }
+    }
+}
+
+fn add(cell: &Cell<u64>, more: u64) {
+    cell.set(cell.get().wrapping_add(more));
+}
+
+impl Measures {
+    /// Counts a command that has ended after `took`.
+    pub(super) fn count(&self, response: &Response, took: Duration) {
+        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        let row = &self.rows[response.kind.map_or(Kind::COUNT, |kind| kind as usize)];
+        add(&row.buckets[Histogram::bucket(nanoseconds)], 1);
+        add(&row.nanoseconds, nanoseconds);
+        if let Some(sense) = &response.sense {
+            self.count_sense(sense);
+        }
+    }
+
+    #[cold]
+    fn count_sense(&self, sense: &Sense) {
+        let codes = (sense.key as u8, sense.asc.0, sense.asc.1);
+        let mut senses = self.senses.borrow_mut();
+        match senses.iter_mut().find(|(known, _)| *known == codes) {
+            Some((_, count)) => *count += 1,
+            // As many as the target's code can say: a few dozen.
+            None => senses.push((codes, 1)),
+        }
+    }
+
+    pub(super) fn get(&self) -> Measured {
+        let names = Kind::ALL.iter().map(|kind| kind.name()).chain([UNKNOWN]);
+        let histogram = |row: &Cells| Histogram {
+            buckets: std::array::from_fn(|i| row.buckets[i].get()),
+            sum: Duration::from_nanos(row.nanoseconds.get()),
+        };
+        let all = names.zip(self.rows.iter().map(histogram));
+        let mut senses = self.senses.borrow().clone();
+        senses.sort_unstable();
+        Measured { latencies: all.filter(|(_, h)| h.count() > 0).collect(), senses }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::{SenseKey, Status, sense::Asc};
+
+    fn response(kind: Option<Kind>, sense: Option<Sense>) -> Response {
+        let status = if sense.is_some() { Status::CheckCondition } else { Status::Good };
+        Response { status, sense, data_in: 0, gives_data: false, kind }
+    }
+
+    #[test]
+    fn a_bucket_holds_what_took_at_most_its_limit() {
+        for bucket in 0..BUCKETS - 1 {
+            let limit = Histogram::limit(bucket).unwrap() * 1000;
+            assert_eq!(Histogram::bucket(limit), bucket);
+            assert_eq!(Histogram::bucket(limit + 1), bucket + 1);
+        }
+        assert_eq!((Histogram::bucket(0), Histogram::bucket(u64::MAX)), (0, BUCKETS - 1));
+        assert_eq!(Histogram::limit(BUCKETS - 1), None);
+    }
+
+    #[test]
+    fn commands_are_counted_by_kind_and_failures_by_their_codes() {
+        let measures = Measures::default();
+        assert_eq!(measures.get(), Measured::default());
+        let failed = Some(Sense::new(SenseKey::AbortedCommand, Asc::GUARD_CHECK_FAILED));
+        measures.count(&response(Some(Kind::Read), None), Duration::from_micros(3));
+        measures.count(&response(Some(Kind::Read), failed), Duration::from_micros(5));
+        measures.count(&response(Some(Kind::Write), failed), Duration::from_secs(3600));
+        let invalid = Some(Sense::new(SenseKey::IllegalRequest, Asc::INVALID_OPERATION_CODE));
+        measures.count(&response(None, invalid), Duration::ZERO);
+        let got = measures.get();
+        let names: Vec<_> = got.latencies.iter().map(|(name, h)| (*name, h.count(), h.sum)).collect();
+        assert_eq!(
+            names,
+            [
+                ("READ", 2, Duration::from_micros(8)),
+                ("WRITE", 1, Duration::from_secs(3600)),
+                (UNKNOWN, 1, Duration::ZERO)
+            ]
+        );
+        let read = got.latencies[0].1.buckets;
+        assert_eq!((read[1], read[2], read[3]), (0, 1, 1));
+        assert_eq!(got.latencies[1].1.buckets[BUCKETS - 1], 1);
+        assert_eq!(got.senses, [((5, 0x20, 0), 1), ((0xb, 0x10, 1), 2)]);
+    }
+}

@@ -1,0 +1,102 @@
+//! What a LUN's counters come to, as those who ask are told.
+
+use serde::Serialize;
+
+use super::{
+    measured::Measured,
+    scrub::{Scrub, ScrubStatus},
+    throttle::Throttled,
+    traffic::Traffic,
+};
+use crate::{
+    image::CacheCounts,
+    pi::{self, PiType},
+};
+
+/// What commands have come to.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct PublicStats {
+    /// Bytes of data-in given back.
+    pub bytes_in: u64,
+    /// Bytes of data-out taken.
+    pub bytes_out: u64,
+    /// Commands that ended in CHECK CONDITION, unit attentions included.
+    pub check_conditions: u64,
+    /// Commands that ended in another status than GOOD and CHECK CONDITION.
+    pub other_statuses: u64,
+}
+
+/// A LUN's counters since it started.
+#[derive(Debug, Clone, Serialize)]
+pub struct Stats {
+    /// SCSI commands taken from the ring.
+    pub commands: u64,
+    /// Commands that task management took back before they began.
+    pub aborted: u64,
+    /// Batches of answers, each with one kick.
+    pub batches: u64,
+    /// How often the thread slept.
+    pub sleeps: u64,
+    /// Commands under way.
+    pub in_flight: u64,
+    /// The way to the kernel: `io_uring` or `threads`.
+    pub io: String,
+    /// The image's format.
+    pub format: String,
+    /// Bytes.
+    pub capacity_bytes: u64,
+    /// WCE.
+    pub write_cache: bool,
+    /// What commands have come to.
+    #[serde(flatten)]
+    pub counted: PublicStats,
+    /// The same by kind of command.
+    #[serde(skip)]
+    pub traffic: Traffic,
+    /// Limits and what they have come to, if there are any or were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<Throttled>,
+    /// How long commands took, and with what sense they failed.
+    #[serde(skip)]
+    pub measured: Measured,
+    /// The type of protection that initiators see now: FORMAT UNIT may have chosen another than the configuration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub formatted_with: Option<PiType>,
+    /// Protection, where there is any.
+    pub pi: Option<pi::Counters>,
+    /// The metadata caches of a qcow2 image and its backing files.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub caches: Option<CacheCounts>,
+    /// The scrub under way, or the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubSummary>,
+}
+
+/// A scrub, in a few words.
+#[derive(Debug, Clone, Serialize)]
+pub struct ScrubSummary {
+    /// How far it is.
+    pub status: ScrubStatus,
+    /// Bytes of the LUN that are behind it.
+    pub done_bytes: u64,
+    /// Bytes of the LUN that it looks at.
+    #[serde(skip)]
+    pub total_bytes: u64,
+    /// Blocks that do not match.
+    pub mismatches: u64,
+    /// Blocks that could not be read.
+    pub unreadable: u64,
+}
+
+impl From<Scrub> for ScrubSummary {
+    fn from(scrub: Scrub) -> ScrubSummary {
+        let (done_bytes, total_bytes) = scrub.progress();
+        ScrubSummary {
+            status: scrub.status,
+            done_bytes,
+            total_bytes,
+            mismatches: scrub.found.mismatches,
+            unreadable: scrub.found.unreadable,
+        }
+    }
+}

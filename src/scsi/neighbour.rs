@@ -1,0 +1,87 @@
+//! Another logical unit, as a copy between two of them reaches it: who it is, what it can be asked, and what it answers.
+//!
+//! The target that executes EXTENDED COPY knows of others by these traits alone. Whoever owns the targets says which of them
+//! may be reached, and carries questions and answers across: they hold nothing that is bound to a thread.
+
+use std::{future::Future, pin::Pin, rc::Rc};
+
+use super::sense::Failure;
+use crate::units::{BlockSize, Lba};
+
+/// A designation descriptor of a logical unit (SPC-4 7.8.6.1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Designator {
+    /// CODE SET.
+    pub code_set: u8,
+    /// DESIGNATOR TYPE.
+    pub kind: u8,
+    /// DESIGNATOR.
+    pub value: Vec<u8>,
+}
+
+/// What a logical unit is asked to do for a copy.
+#[derive(Debug)]
+pub enum Errand {
+    /// Say what it is.
+    Describe,
+    /// Read blocks; their protection information is checked, if there is any.
+    Read {
+        /// The first.
+        lba: Lba,
+        /// How many.
+        blocks: u64,
+    },
+    /// Write whole blocks, with protection information made for them.
+    Write {
+        /// The first.
+        lba: Lba,
+        /// What they are to hold.
+        data: Vec<u8>,
+    },
+}
+
+/// What it answers.
+#[derive(Debug)]
+pub enum Answer {
+    /// To [`Errand::Describe`].
+    Described {
+        /// Size of its blocks.
+        block_size: BlockSize,
+        /// How many it has.
+        blocks: u64,
+    },
+    /// To [`Errand::Read`].
+    Data(Vec<u8>),
+    /// To [`Errand::Write`].
+    Written,
+}
+
+/// Why an errand came to nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Undone {
+    /// There is nobody, or nobody who answers. A write may have been done, or may be yet.
+    Unreachable,
+    /// It would have told an initiator this.
+    Failed(Failure),
+}
+
+/// The answer to an errand, when it is there.
+pub type Answering = Pin<Box<dyn Future<Output = Result<Answer, Undone>>>>;
+
+/// Another logical unit.
+pub trait Neighbour {
+    /// A number that is its own among all neighbours.
+    fn number(&self) -> u64;
+
+    /// Sends an errand. The future may be dropped; the errand may be done all the same.
+    fn ask(&self, errand: Errand) -> Answering;
+}
+
+/// Those that a logical unit may reach.
+pub trait Neighbours {
+    /// All that have this designator; not the one that asks.
+    fn named(&self, who: &Designator) -> Vec<Rc<dyn Neighbour>>;
+
+    /// Whether a copy should come to its end early, since the logical unit goes away.
+    fn should_end(&self) -> bool;
+}

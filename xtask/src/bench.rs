@@ -1,0 +1,38 @@
+//! `cargo xtask bench [NAME…]`: the benches, one after another, each a table in the terminal and a JSON file under `target/bench/`.
+//!
+//! Nothing is judged: a bench says what it measured, and docs/performance.md what was to be reached. Build first, so that no compiler runs beside.
+
+use crate::sh;
+use anyhow::{Context, Result, bail};
+use std::fs;
+
+/// Those that there are, in the order in which they run.
+const BENCHES: &[&str] = &["guard", "ring", "image"];
+
+/// Runs those benches, or all.
+///
+/// # Errors
+/// A name that is none, a build that fails, a bench that fails.
+pub(crate) fn main(wanted: &[String], more: &[String]) -> Result<()> {
+    if let Some(name) = wanted.iter().find(|name| !BENCHES.contains(&name.as_str())) {
+        bail!("there is no bench {name}: choose of {}", BENCHES.join(", "));
+    }
+    let chosen = BENCHES.iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == *name));
+    let directory = sh::target_dir().join("bench");
+    fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    let built = sh::cargo().args(["bench", "--package=tcmu-dif", "--benches", "--no-run"]).status()?;
+    if !built.success() {
+        bail!("the benches do not build");
+    }
+    for name in chosen {
+        let file = directory.join(format!("{name}.json"));
+        println!("\n== {name} ({})", file.display());
+        let mut command = sh::cargo();
+        command.args(["bench", "--quiet", "--package=tcmu-dif", "--bench", name, "--", "--json"]);
+        let status = command.arg(&file).args(more).status()?;
+        if !status.success() {
+            bail!("the bench {name} failed: {status}");
+        }
+    }
+    Ok(())
+}
