@@ -269,7 +269,7 @@ fn scrub(run: &mut Run<'_>) -> Result<()> {
     let status = |guest: &mut Guest| guest.json("timeout 60 tcmu-dif scrub look --status --json");
     guest
         .sh("for _ in $(seq 150); do
-                 tcmu-dif scrub look --status --json | grep -q '\"read_bytes\": 0,' || exit 0; sleep 0.2
+                 grep -q '\"read_bytes\": 0,' <(tcmu-dif scrub look --status --json) || exit 0; sleep 0.2
              done; exit 1")
         .context("the scrub does not begin")?;
     guest.sh("timeout 60 tcmu-dif scrub look --pause")?;
@@ -280,7 +280,7 @@ fn scrub(run: &mut Run<'_>) -> Result<()> {
     super::lun::stop_daemon(guest, "KILL")?;
     start_daemon(guest, "auto")?;
     guest.sh(
-        "for _ in $(seq 150); do tcmu-dif show look --json | grep -q '\"state\": \"online\"' && exit 0; sleep 0.2; done; exit 1",
+        "for _ in $(seq 150); do grep -q '\"state\": \"online\"' <(tcmu-dif show look --json) && exit 0; sleep 0.2; done; exit 1",
     )?;
     let after = status(guest)?;
     for key in ["status", "next_lba", "verified", "started_ms"] {

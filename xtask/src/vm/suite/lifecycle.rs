@@ -140,11 +140,11 @@ fn many(run: &mut Run<'_>) -> Result<()> {
         &format!(
             "cd /scratch/many
              for n in $(seq {LUNS}); do
-                 disk=$(grep -o '/dev/sd[a-z]*' $n.json | head -n 1)
+                 disk=$(grep -o -m 1 '/dev/sd[a-z]*' $n.json)
                  printf '%-4096s' \"LUN $n\" | dd of=$disk bs=4096 seek=3 oflag=direct status=none
              done
              for n in $(seq {LUNS}); do
-                 dd if=$n.raw bs=4096 skip=3 count=1 status=none | grep -q \"^LUN $n \" || {{ echo $n.raw holds another; exit 1; }}
+                 grep -q \"^LUN $n \" <(dd if=$n.raw bs=4096 skip=3 count=1 status=none) || {{ echo $n.raw holds another; exit 1; }}
              done"
         ),
     )?;

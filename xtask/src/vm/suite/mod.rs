@@ -181,6 +181,20 @@ mod tests {
         }
     }
 
+    /// The guest's scripts run with `pipefail`: a reader that leaves early ends what writes to it by SIGPIPE, by chance, and
+    /// that is then the script's failure. `grep -q WORD <(command)` has no such chance.
+    #[test]
+    fn no_script_pipes_into_a_reader_that_leaves_early() {
+        let rooms = fs::read_dir(crate::sh::workspace_root().join("xtask/src/vm/suite")).unwrap();
+        for room in rooms.map(|room| room.unwrap().path()) {
+            let text = fs::read_to_string(&room).unwrap();
+            for (at, line) in text.lines().enumerate() {
+                let leaves = ["| grep -q", "| grep -m", "| head "].iter().any(|reader| line.contains(reader));
+                assert!(!leaves || line.contains(".any(|reader|"), "{}:{}: {line}", room.display(), at + 1);
+            }
+        }
+    }
+
     #[test]
     fn a_word_selects_by_part_of_the_name_and_an_unknown_one_is_an_error() {
         let one = select(&["reference.fileio".to_owned()], Scale::Quick).unwrap();

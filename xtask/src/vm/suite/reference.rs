@@ -111,8 +111,8 @@ mkdir -p /run/dbus /etc/tcmu /var/log
 setsid tcmu-runner > /scratch/tcmu-runner.out 2>&1 < /dev/null &
 echo $! > /run/tcmu-runner.pid
 for _ in $(seq 100); do
-    dbus-send --system --print-reply --dest=org.kernel.TCMUService1 /org/kernel/TCMUService1 \
-        org.freedesktop.DBus.Introspectable.Introspect 2>/dev/null | grep -q qcow && exit 0
+    grep -q qcow <(dbus-send --system --print-reply --dest=org.kernel.TCMUService1 /org/kernel/TCMUService1 \
+        org.freedesktop.DBus.Introspectable.Introspect 2>/dev/null) && exit 0
     sleep 0.2
 done
 cat /scratch/tcmu-runner.out /var/log/tcmu-runner.log >&2

@@ -70,7 +70,7 @@ fn wait_online(guest: &mut Guest, name: &str) -> Result<Value> {
     guest
         .sh(&format!(
             "for _ in $(seq 300); do
-                 tcmu-dif show {name} --json 2>/dev/null | grep -q '\"state\": *\"online\"' && exit 0; sleep 0.2
+                 grep -q '\"state\": *\"online\"' <(tcmu-dif show {name} --json 2>/dev/null) && exit 0; sleep 0.2
              done
              tcmu-dif list; journalctl --no-pager -u tcmu-dif | tail -n 40; exit 1"
         ))
@@ -123,11 +123,10 @@ fn package(run: &mut Run<'_>) -> Result<()> {
         "e2fsck -fn {device} && mount -o ro {device} /mnt && (cd /mnt && sha256sum --check --quiet /root/sums) && umount /mnt"
     ))?;
     // READY came after the LUN: whoever is ordered after the service finds the disk.
-    let said = guest.sh(
-        "journalctl -b -u tcmu-dif -o cat --no-pager | grep -oE 'declared, and made|ready: ' | head -n 2",
-    )?;
+    let said =
+        guest.sh("grep -oE 'declared, and made|ready: ' <(journalctl -b -u tcmu-dif -o cat --no-pager)")?;
     ensure!(
-        said.lines().eq(["declared, and made", "ready: "]),
+        said.lines().take(2).eq(["declared, and made", "ready: "]),
         "the service was ready before its LUN: {said}"
     );
 
@@ -139,8 +138,8 @@ fn package(run: &mut Run<'_>) -> Result<()> {
     ensure!(names(guest)?.is_empty(), "a LUN is left");
     assert_image_clean(guest, "/scratch/vm1.qcow2", "qcow2", true)?;
     guest.sh("printf 'image = \"/scratch/vm1.qcow2\"\\nnonsense = 1\\n' > /etc/tcmu-dif/luns.d/vm2.toml; systemctl reload tcmu-dif
-              for _ in $(seq 100); do journalctl -u tcmu-dif LUN=vm2 --no-pager | grep -q 'line 2: unknown field' && break; sleep 0.2; done
-              journalctl -u tcmu-dif LUN=vm2 --no-pager | grep -q 'line 2: unknown field'
+              for _ in $(seq 100); do grep -q 'line 2: unknown field' <(journalctl -u tcmu-dif LUN=vm2 --no-pager) && break; sleep 0.2; done
+              grep -q 'line 2: unknown field' <(journalctl -u tcmu-dif LUN=vm2 --no-pager)
               rm /etc/tcmu-dif/luns.d/vm2.toml; mv /root/vm1.toml /etc/tcmu-dif/luns.d/; systemctl reload tcmu-dif")?;
     wait_online(guest, "vm1").map(drop)
 }
@@ -236,7 +235,7 @@ fn watchdog(run: &mut Run<'_>) -> Result<()> {
              [ $now != 0 ] && [ $now != $pid ] && systemctl is-active --quiet tcmu-dif && break; sleep 0.2
          done
          [ $now != $pid ] && systemctl is-active --quiet tcmu-dif
-         journalctl -u tcmu-dif --no-pager | grep -qi 'watchdog timeout'")?;
+         grep -qi 'watchdog timeout' <(journalctl -u tcmu-dif --no-pager)")?;
     let log = guest.kernel_log_since(&mark)?;
     end_load(guest, &log)?;
     guest

@@ -47,8 +47,8 @@ fn start_bus(guest: &mut Guest) -> Result<()> {
 fn wait_for_service(guest: &mut Guest) -> Result<()> {
     guest
         .sh("for _ in $(seq 100); do
-                 dbus-send --system --print-reply --dest=org.kernel.TCMUService1 /org/kernel/TCMUService1 \
-                     org.freedesktop.DBus.ObjectManager.GetManagedObjects 2>/dev/null | grep -q TCMUService1/dif && exit 0
+                 grep -q TCMUService1/dif <(dbus-send --system --print-reply --dest=org.kernel.TCMUService1 \
+                     /org/kernel/TCMUService1 org.freedesktop.DBus.ObjectManager.GetManagedObjects 2>/dev/null) && exit 0
                  sleep 0.3
              done
              tail -n 20 /scratch/daemon.log >&2; exit 1")
