@@ -13,6 +13,7 @@ mod lifecycle;
 mod lun;
 mod pi;
 mod pi_guest;
+mod qmp;
 mod readme;
 mod reference;
 mod refuse;
@@ -100,6 +101,7 @@ pub fn all() -> Vec<&'static Test> {
         fault::TESTS,
         fabric::TESTS,
         lifecycle::TESTS,
+        qmp::TESTS,
         conformance::TESTS,
         copy::TESTS,
         pi::TESTS,

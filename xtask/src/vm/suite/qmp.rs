@@ -1,0 +1,178 @@
+//! A LUN's life over the QMP socket: made, resized and taken down without the command line, by a client of a few lines of Python.
+
+use super::super::guest::Guest;
+use super::initiator::geometry;
+use super::lun::{
+    assert_image_clean, assert_nothing_left, create_on_loopback, daemon_pid, delete, show, start_daemon,
+};
+use super::{Run, Test};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+pub const TESTS: &[Test] = &[Test {
+    name: "lifecycle.qmp",
+    promise: "over QMP a LUN is made, grows while a file system on it is in use, is not deleted in use, shrinks if it is raw, and outlives quit",
+    limit: 300,
+    group: None,
+    run: life,
+}];
+
+/// `qmp.py COMMAND…` executes each and prints the answers as a JSON array; `qmp.py --events` prints each event as a line, until the daemon ends.
+const CLIENT: &str = r#"
+import json, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.settimeout(90)
+s.connect("/run/tcmu-dif/qmp.sock")
+lines = s.makefile("rw")
+assert "QMP" in json.loads(lines.readline())
+def ask(command):
+    lines.write(json.dumps(command) + "\n"); lines.flush()
+    while "event" in (answer := json.loads(lines.readline())): pass
+    return answer
+assert ask({"execute": "qmp_capabilities"}) == {"return": {}}
+if sys.argv[1:] == ["--events"]:
+    s.settimeout(None)
+    print("listening", flush=True)
+    for line in lines: print(line, end="", flush=True)
+else:
+    print(json.dumps([ask(json.loads(command)) for command in sys.argv[1:]]))
+"#;
+
+/// Sends commands over one connection; gives their answers, `{"return": …}` or `{"error": …}`.
+pub fn qmp(guest: &mut Guest, commands: &[Value]) -> Result<Vec<Value>> {
+    std::fs::write(guest.share().join("qmp.py"), CLIENT)?;
+    let words: Vec<String> = commands.iter().map(|command| format!("'{command}'")).collect();
+    let answers = guest.json(&format!("python3 /host/qmp.py {}", words.join(" ")))?;
+    serde_json::from_value(answers).context("the answers are no list")
+}
+
+/// One command, which must succeed.
+fn execute(guest: &mut Guest, name: &str, arguments: Value) -> Result<Value> {
+    let mut answers = qmp(guest, &[json!({ "execute": name, "arguments": arguments })])?;
+    ensure!(answers.len() == 1 && answers[0].get("return").is_some(), "{name}: {answers:?}");
+    Ok(answers[0]["return"].take())
+}
+
+/// One command, which must be refused in words with this part.
+fn refused(guest: &mut Guest, name: &str, arguments: Value, words: &str) -> Result<()> {
+    let answers = qmp(guest, &[json!({ "execute": name, "arguments": arguments })])?;
+    let error = &answers[0]["error"];
+    let desc = error["desc"].as_str().unwrap_or_default();
+    ensure!(error["class"].is_string() && desc.contains(words), "{name}: no {words:?} in {answers:?}");
+    Ok(())
+}
+
+/// The disk that `lun-add` names.
+fn disk_of(added: &Value) -> Result<String> {
+    let device = added["exports"][0]["device"].as_str();
+    Ok(device.with_context(|| format!("no disk in {added}"))?.to_owned())
+}
+
+fn life(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    qmp(guest, &[])?;
+    guest.sh("setsid python3 /host/qmp.py --events > /tmp/events.txt 2>&1 < /dev/null &
+         for _ in $(seq 100); do grep -q listening /tmp/events.txt && exit 0; sleep 0.1; done; exit 1")?;
+
+    let image = "/scratch/q.qcow2";
+    let order = json!({ "device": "q", "image": image, "size": 64 << 20, "format": "qcow2", "pi": "type1", "export": ["loopback"] });
+    let added = execute(guest, "lun-add", order)?;
+    let device = disk_of(&added)?;
+    ensure!(geometry(guest, &device)? == (64 << 20, 512), "the disk is not what was ordered");
+    refused(
+        guest,
+        "lun-add",
+        json!({ "device": "q2", "image": "/scratch/nothing.raw" }),
+        "/scratch/nothing.raw",
+    )?;
+
+    // It grows under a file system that is being written to, and the file system after it.
+    guest.sh(&format!(
+        "mkfs.ext4 -q -F {device} && mkdir -p /mnt && mount -t ext4 {device} /mnt
+         dd if=/dev/urandom of=/mnt/before bs=1M count=16 status=none && sync && sha256sum /mnt/before > /tmp/sums
+         cd /tmp; setsid fio --name=load --directory=/mnt --size=8M --rw=randrw --bs=4k --direct=1 --ioengine=libaio --iodepth=8 \
+             --time_based --runtime=8 --output=/tmp/load.txt > /dev/null 2>&1 < /dev/null &
+         echo $! > /tmp/load.pid; sleep 2; kill -0 $(cat /tmp/load.pid)"
+    ))?;
+    let mark = guest.mark()?;
+    refused(guest, "block_resize", json!({ "device": "q", "size": (128 << 20) + 1 }), "multiple")?;
+    execute(guest, "block_resize", json!({ "device": "q", "size": 128 << 20 }))?;
+    guest.sh(
+        "for _ in $(seq 150); do kill -0 $(cat /tmp/load.pid) 2>/dev/null || exit 0; sleep 0.2; done; exit 1",
+    )?;
+    let load = guest.sh("cat /tmp/load.txt")?;
+    ensure!(load.contains("err= 0"), "the load met an error:\n{load}");
+    let log = guest.kernel_log_since(&mark)?;
+    ensure!(
+        log.contains("Capacity data has changed"),
+        "the initiator heard no unit attention 2Ah/09h:\n{log}"
+    );
+    ensure!(geometry(guest, &device)?.0 == 128 << 20, "the initiator sees no new capacity");
+    guest.sh(&format!(
+        "resize2fs {device} && dd if=/dev/urandom of=/mnt/after bs=1M count=32 status=none && sha256sum /mnt/after >> /tmp/sums && sync
+         echo 3 > /proc/sys/vm/drop_caches; sha256sum --check --quiet /tmp/sums"
+    ))?;
+
+    // Deleting a disk in use is refused, and changes nothing.
+    refused(guest, "lun-del", json!({ "device": "q" }), "is mounted on /mnt")?;
+    guest.sh("echo 3 > /proc/sys/vm/drop_caches; sha256sum --check --quiet /tmp/sums; umount /mnt")?;
+    guest.sh(&format!("e2fsck -fn {device}"))?;
+
+    // The daemon quits under a write, which waits for the next.
+    let pid = daemon_pid(guest)?;
+    guest.sh(&format!("dd if=/dev/urandom of=/tmp/tail bs=1M count=4 status=none; dd if=/tmp/tail of={device} bs=1M seek=92 oflag=direct status=none"))?;
+    ensure!(qmp(guest, &[json!({ "execute": "quit" })])? == [json!({ "return": {} })]);
+    guest
+        .sh(&format!("for _ in $(seq 300); do [ -e /proc/{pid} ] || exit 0; sleep 0.1; done; exit 1"))
+        .context("the daemon did not end after quit")?;
+    guest.sh(&format!(
+        "setsid dd if=/tmp/tail of={device} bs=1M seek=124 oflag=direct status=none > /tmp/dd.txt 2>&1 < /dev/null &
+         echo $! > /tmp/dd.pid; sleep 1; kill -0 $(cat /tmp/dd.pid)"
+    ))?;
+    start_daemon(guest, "auto")?;
+    guest.sh(&format!(
+        "for _ in $(seq 300); do [ -e /proc/$(cat /tmp/dd.pid) ] || break; sleep 0.1; done
+         [ ! -e /proc/$(cat /tmp/dd.pid) ] && [ ! -s /tmp/dd.txt ]
+         cmp -n $((4 << 20)) /tmp/tail <(dd if={device} bs=1M skip=124 count=4 iflag=direct status=none)"
+    ))?;
+
+    // A qcow2 image is not shrunk in use, and the refusal names what does it; a raw one is.
+    refused(
+        guest,
+        "block_resize",
+        json!({ "node-name": "q", "size": 96 << 20 }),
+        "tcmu-dif image resize --shrink",
+    )?;
+    ensure!(geometry(guest, &device)?.0 == 128 << 20, "a refused resize has changed the disk");
+    let order = json!({ "device": "r", "image": "/scratch/r.raw", "size": 64 << 20, "format": "raw", "pi": "type1", "export": ["loopback"] });
+    let added = execute(guest, "lun-add", order)?;
+    let raw = disk_of(&added)?;
+    guest.sh(&format!("dd if=/tmp/tail of={raw} bs=1M seek=28 oflag=direct status=none"))?;
+    execute(guest, "block_resize", json!({ "node-name": "r", "size": 32 << 20 }))?;
+    ensure!(geometry(guest, &raw)?.0 == 32 << 20, "the initiator sees the old capacity");
+    ensure!(show(guest, "r")?["capacity_bytes"] == 32u64 << 20);
+    guest.sh(&format!(
+        "[ $(stat -c %s /scratch/r.raw) = $((32 << 20)) ]
+         cmp -n $((4 << 20)) /tmp/tail <(dd if={raw} bs=1M skip=28 iflag=direct status=none)"
+    ))?;
+    let blocks = execute(guest, "query-block", json!({}))?;
+    let block = blocks.as_array().into_iter().flatten().find(|b| b["device"] == "r");
+    ensure!(block.is_some_and(|b| b["inserted"]["image"]["virtual-size"] == 32u64 << 20), "{blocks}");
+    execute(guest, "lun-del", json!({ "device": "r" }))?;
+    assert_image_clean(guest, "/scratch/r.raw", "raw", true)?;
+
+    let deleted = execute(guest, "lun-del", json!({ "device": "q" }))?;
+    ensure!(deleted.is_object(), "{deleted}");
+    refused(guest, "lun-del", json!({ "device": "q" }), "q")?;
+    assert_nothing_left(guest)?;
+    assert_image_clean(guest, image, "qcow2", true)?;
+    let events = guest.sh("cat /tmp/events.txt")?;
+    let order = ["LUN_ADDED", "SHUTDOWN", "LUN_REMOVED"];
+    let seen: Vec<&str> = order.into_iter().filter(|name| events.contains(name)).collect();
+    ensure!(seen == order && events.contains("host-qmp-quit"), "not all events came:\n{events}");
+
+    // What QMP has taken down, the command line takes up.
+    create_on_loopback(guest, "q", &format!("--image {image} --pi type1"))?;
+    delete(guest, "q")
+}
