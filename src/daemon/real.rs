@@ -23,6 +23,10 @@ use crate::{
 /// How long a device's node may take to come up.
 const NODE_PATIENCE: Duration = Duration::from_secs(5);
 
+/// What is to be known where another process has a device's ring.
+const HELD: &str = "nothing, if an earlier daemon's process cannot end because its storage does not answer (`ps -C tcmu-dif -L -o pid,stat,wchan`): \
+                    the LUN goes on when the storage does";
+
 /// The kernel's devices, served by real LUNs.
 #[derive(Debug, Clone)]
 pub struct RealHost {
@@ -146,15 +150,21 @@ impl Host for RealHost {
             next: Some("create the device with hw_block_size=512 or 4096".to_owned()),
         })?;
         Uio::default().wait_for_node(device, NODE_PATIENCE).map_err(io)?;
-        let mut ring = Device::open_uio(&device.node, device.map_size).map_err(io)?;
+        let mut ring = Device::open_uio(&device.node, device.map_size).map_err(|e| match e.kind() {
+            std::io::ErrorKind::ResourceBusy => Failure { next: Some(HELD.to_owned()), ..io(e) },
+            _ => io(e),
+        })?;
         match self.record(device) {
             Ok((file, instance)) => ring = ring.with_record(file, instance),
             // It serves all the same; only a crash would be noticed.
             Err(e) => warn!(lun = %device.name.name, "no in-flight record can be kept: {e}"),
         }
         self.give_back_unknown(device, &ring)?;
+        let tree = Real::at(&self.configfs);
+        if let Err(e) = backstore::hear_task_management(&tree, device.name.hba, &device.name.name) {
+            warn!(lun = %device.name.name, "commands that initiators give up are executed all the same: {}", chain(&e));
+        }
         if !identity.enabled || identity.serial.is_empty() {
-            let tree = Real::at(&self.configfs);
             if let Err(e) = backstore::give_patience(&tree, device.name.hba, &device.name.name) {
                 warn!(lun = %device.name.name, "the kernel's time limits stay as they are: {}", chain(&e));
             }

@@ -252,6 +252,19 @@ pub fn give_patience(tree: &dyn Tree, hba: u32, name: &str) -> Result<(), Config
     Ok(())
 }
 
+/// Has the kernel put task management (ABORT TASK, LUN RESET) into the device's ring: `tmr_notification`, which is off unless somebody turns
+/// it on. A kernel before 5.9 has no such attribute, and tells of none.
+///
+/// # Errors
+/// The kernel's.
+pub fn hear_task_management(tree: &dyn Tree, hba: u32, name: &str) -> Result<(), ConfigfsError> {
+    let attr = path_of(hba, name).join("attrib/tmr_notification");
+    match tree.write(&attr, "1") {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written.context("write", &attr),
+    }
+}
+
 /// Makes a backstore and enables it; on failure nothing is left.
 ///
 /// # Errors

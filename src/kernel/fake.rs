@@ -78,6 +78,7 @@ impl Fake {
             attr("attrib/cmd_ring_size_mb", "8");
             attr("attrib/cmd_time_out", "30");
             attr("attrib/qfull_time_out", "-1");
+            attr("attrib/tmr_notification", "0");
             attr("attrib/emulate_write_cache", "0");
             attr("wwn/vpd_unit_serial", "T10 VPD Unit Serial Number: ");
             attr("statistics/scsi_dev/indx", "7");

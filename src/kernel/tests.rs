@@ -52,6 +52,18 @@ fn what_was_created_is_read_back() {
 }
 
 #[test]
+fn the_kernel_tells_of_task_management_where_it_can() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    let attr = Path::new("target/core/user_0/vm1/attrib/tmr_notification");
+    assert_eq!(tree.read(attr).unwrap(), "0");
+    backstore::hear_task_management(&tree, 0, "vm1").unwrap();
+    assert_eq!(tree.read(attr).unwrap(), "1");
+    // A kernel that has no such attribute is as good.
+    backstore::hear_task_management(&tree, 7, "none").unwrap();
+}
+
+#[test]
 fn every_step_that_fails_leaves_the_tree_as_it_was() {
     let tree = Fake::new();
     build(&tree, "before").unwrap();
