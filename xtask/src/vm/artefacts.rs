@@ -25,7 +25,9 @@ const RELEASE: &str = "bookworm";
 const GUEST_PACKAGES: &[&str] = &[
     "bash",
     "cpio",
+    "curl",
     "dbus",
+    "dmsetup",
     "e2fsprogs",
     "fio",
     "iproute2",

@@ -5,6 +5,7 @@
 mod conformance;
 mod copy;
 mod data;
+mod device;
 mod fabric;
 mod fault;
 mod initiator;
@@ -99,6 +100,7 @@ pub fn all() -> Vec<&'static Test> {
         readme::TESTS,
         data::TESTS,
         fault::TESTS,
+        device::TESTS,
         fabric::TESTS,
         lifecycle::TESTS,
         qmp::TESTS,
@@ -116,7 +118,7 @@ pub fn all() -> Vec<&'static Test> {
 
 /// The process 1 that a test's guest has.
 pub fn init_of(name: &str) -> Init {
-    if name.starts_with("service") { Init::Systemd } else { Init::Script }
+    if ["service.", "docs."].iter().any(|room| name.starts_with(room)) { Init::Systemd } else { Init::Script }
 }
 
 /// Tests that take minutes each, or have not been green from end to end yet (`pi.differential-lio`, `service.upgrade`): run at full scale, or when
