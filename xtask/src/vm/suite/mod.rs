@@ -6,6 +6,7 @@ mod conformance;
 mod copy;
 mod data;
 mod device;
+mod docs;
 mod fabric;
 mod fault;
 mod initiator;
@@ -20,6 +21,7 @@ mod reference;
 mod refuse;
 mod runner;
 mod service;
+mod shown;
 mod tools;
 
 pub use runner::{Tally, run};
@@ -109,6 +111,7 @@ pub fn all() -> Vec<&'static Test> {
         pi::TESTS,
         pi_guest::TESTS,
         service::TESTS,
+        docs::TESTS,
         tools::TESTS,
     ]
     .into_iter()
