@@ -164,10 +164,10 @@ impl Host for RealHost {
         if let Err(e) = backstore::hear_task_management(&tree, device.name.hba, &device.name.name) {
             warn!(lun = %device.name.name, "commands that initiators give up are executed all the same: {}", chain(&e));
         }
-        if !identity.enabled || identity.serial.is_empty() {
-            if let Err(e) = backstore::give_patience(&tree, device.name.hba, &device.name.name) {
-                warn!(lun = %device.name.name, "the kernel's time limits stay as they are: {}", chain(&e));
-            }
+        if (!identity.enabled || identity.serial.is_empty())
+            && let Err(e) = backstore::give_patience(&tree, device.name.hba, &device.name.name)
+        {
+            warn!(lun = %device.name.name, "the kernel's time limits stay as they are: {}", chain(&e));
         }
         let handle = lun::start(LunParams {
             name: device.name.name.clone(),
