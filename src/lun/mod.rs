@@ -7,6 +7,8 @@
 pub mod config;
 mod event_loop;
 pub mod events;
+#[cfg(feature = "fault-points")]
+mod fault_points;
 mod inbox;
 #[cfg(test)]
 mod loop_tests;

@@ -190,6 +190,8 @@ impl scsi::Once for OnlyOnce {
 
 impl Service for Lun {
     async fn execute(self: Rc<Self>, command: Command, taken: Instant) -> Completion {
+        #[cfg(feature = "fault-points")]
+        super::fault_points::meet(&command.cdb);
         let room = command.data.len();
         let kept = self.tracer.keep(&command.cdb);
         let only_once = matches!(

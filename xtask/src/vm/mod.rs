@@ -128,9 +128,15 @@ pub fn test(
     if names.is_empty() && tests.len() < suite::all().len() {
         println!("{} long tests are left out; full scale runs them", suite::all().len() - tests.len());
     }
+    // Before the true one, which then takes its place in cargo's folder again.
+    let faulty = match tests.iter().any(|test| test.name == suite::NEEDS_FAULT_POINTS) {
+        true => Some(build_with_fault_points(profile)?),
+        false => None,
+    };
     // The reference tests need no tcmu-dif: they can be run before it builds.
     let own = tests.iter().any(|test| !test.name.starts_with("reference."));
     let mut lab = lab(own.then(|| profile.to_owned()).as_ref())?;
+    lab.programs.extend(faulty);
     if tests.iter().any(|test| suite::init_of(test.name) == guest::Init::Systemd) {
         lab.package = Some(crate::deb::build(profile)?);
     }
@@ -152,8 +158,21 @@ fn lab(profile: Option<&String>) -> Result<Lab> {
 
 /// Builds tcmu-dif as cargo's `profile` says.
 fn build(profile: &str) -> Result<PathBuf> {
+    build_with(profile, &[])
+}
+
+/// Builds the tcmu-dif that panics when it is told to, and puts it aside under a name of its own.
+fn build_with_fault_points(profile: &str) -> Result<PathBuf> {
+    let built = build_with(profile, &["--features", "fault-points"])?;
+    let aside = sh::target_dir().join("tcmu-dif-fault-points");
+    std::fs::copy(&built, &aside).with_context(|| format!("cannot write {}", aside.display()))?;
+    Ok(aside)
+}
+
+fn build_with(profile: &str, more: &[&str]) -> Result<PathBuf> {
     let status = sh::cargo()
         .args(["build", "--quiet", "--bin", "tcmu-dif", "--profile", profile])
+        .args(more)
         .status()
         .context("cannot run cargo")?;
     if !status.success() {

@@ -202,7 +202,7 @@ fn write16(lba: u64, blocks: u32, durable: bool) -> [u8; 16] {
 }
 
 /// Waits until `list` gives a LUN that state.
-fn wait_for(guest: &mut Guest, name: &str, state: &str) -> Result<()> {
+pub fn wait_for(guest: &mut Guest, name: &str, state: &str) -> Result<()> {
     guest
         .sh(&format!(
             "for _ in $(seq 300); do grep -q '\"state\": *\"{state}\"' <(tcmu-dif show {name} --json) && exit 0; sleep 0.2; done

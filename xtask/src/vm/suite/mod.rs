@@ -13,6 +13,7 @@ mod initiator;
 mod iscsi;
 mod lifecycle;
 mod lun;
+mod panic;
 mod pi;
 mod pi_guest;
 mod qmp;
@@ -24,6 +25,7 @@ mod service;
 mod shown;
 mod tools;
 
+pub use panic::NAME as NEEDS_FAULT_POINTS;
 pub use runner::{Tally, run};
 
 use super::guest::{Guest, Init};
@@ -103,6 +105,7 @@ pub fn all() -> Vec<&'static Test> {
         data::TESTS,
         fault::TESTS,
         device::TESTS,
+        panic::TESTS,
         fabric::TESTS,
         lifecycle::TESTS,
         qmp::TESTS,
@@ -124,9 +127,10 @@ pub fn init_of(name: &str) -> Init {
     if ["service.", "docs."].iter().any(|room| name.starts_with(room)) { Init::Systemd } else { Init::Script }
 }
 
-/// Tests that take minutes each, or have not been green from end to end yet (`pi.differential-lio`, `service.upgrade`): run at full scale, or when
+/// Tests that take minutes each, or a build of their own, or have not been green from end to end yet (`pi.differential-lio`, `service.upgrade`): run at full scale, or when
 /// they are named.
-const LONG: &[&str] = &["pi.guest-", "pi.differential-lio", "service.upgrade", "tools.targetcli"];
+const LONG: &[&str] =
+    &["pi.guest-", "pi.differential-lio", "service.upgrade", "tools.targetcli", panic::NAME];
 
 fn is_long(test: &Test) -> bool {
     LONG.iter().any(|part| test.name.starts_with(part))
