@@ -127,10 +127,16 @@ pub fn init_of(name: &str) -> Init {
     if ["service.", "docs."].iter().any(|room| name.starts_with(room)) { Init::Systemd } else { Init::Script }
 }
 
-/// Tests that take minutes each, or a build of their own, or have not been green from end to end yet (`pi.differential-lio`, `service.upgrade`): run at full scale, or when
-/// they are named.
-const LONG: &[&str] =
-    &["pi.guest-", "pi.differential-lio", "service.upgrade", "tools.targetcli", panic::NAME];
+/// Tests that take minutes each, or wait out a stop time, or need a build of their own, or have not been green from end to end yet
+/// (`pi.differential-lio`, `service.upgrade`): run at full scale, or when they are named.
+const LONG: &[&str] = &[
+    "pi.guest-",
+    "pi.differential-lio",
+    "service.upgrade",
+    "tools.targetcli",
+    "fault.hung-device",
+    panic::NAME,
+];
 
 fn is_long(test: &Test) -> bool {
     LONG.iter().any(|part| test.name.starts_with(part))
