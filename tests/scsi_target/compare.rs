@@ -1,5 +1,7 @@
 //! VERIFY, WRITE AND VERIFY, COMPARE AND WRITE, ORWRITE.
 
+use std::rc::Rc;
+
 use tcmu_dif::{
     sys::mem::Buffer,
     units::BlockSize,
@@ -191,4 +193,34 @@ fn or_write_sets_bits_and_concurrent_ones_lose_none() {
     b.settle();
     assert!(answers.iter().all(|a| a.borrow().as_ref().unwrap().sense == GOOD));
     assert_eq!(b.medium(100, 8), vec![0xff; 8 * 512]);
+}
+
+/// What the in-flight record promises a successor: the blocks may hold what was written, or a part of it.
+#[test]
+fn a_compare_and_write_that_was_cut_off_is_compared_again_only_if_it_had_not_begun_to_write() {
+    let b = Bench::new(BlockSize::B512);
+    let (old, new) = (b.pattern(1, 8), b.pattern(2, 8));
+    let both = [old.clone(), new.clone()].concat();
+    b.put(40, &old);
+
+    // Cut off while it reads: nothing is marked, and another's data are a miscompare still.
+    let mark = Rc::new(Mark::default());
+    b.volume().fail(IoOp::Read, 40 * 512, IoErrorKind::Failed);
+    assert_ne!(b.send_once(&caw(40, 8, 0), &both, &mark).sense, GOOD);
+    b.volume().mend();
+    assert!(!mark.0.get());
+    b.put(40, &new);
+    assert_eq!(b.send_once(&caw(40, 8, 0), &both, &mark).sense, MISCOMPARE);
+    assert!(!mark.0.get());
+
+    // Cut off while it writes: it had compared, half of it is on the medium, and it is brought to its end.
+    b.put(40, &old);
+    b.volume().fail(IoOp::Write, 40 * 512, IoErrorKind::Failed);
+    assert_ne!(b.send_once(&caw(40, 8, 0), &both, &mark).sense, GOOD);
+    b.volume().mend();
+    assert!(mark.0.get());
+    b.put(40, &new[..4 * 512]);
+    assert_eq!(b.send(&caw(40, 8, 0), &both).sense, MISCOMPARE, "one without the mark");
+    assert_eq!(b.send_once(&caw(40, 8, 0), &both, &mark).sense, GOOD);
+    assert_eq!(b.medium(40, 8), new);
 }

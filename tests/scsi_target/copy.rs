@@ -1,12 +1,9 @@
 //! EXTENDED COPY within one logical unit over a volume in memory: what does not need a second one. `tests/lun_copy.rs` has the rest.
 
-use std::{
-    cell::{Cell, RefCell},
-    rc::Rc,
-};
+use std::rc::Rc;
 
 use tcmu_dif::{
-    scsi::{Command, Once, naa_from_serial},
+    scsi::naa_from_serial,
     sys::mem::{Buffer, Sg},
     units::BlockSize,
     volume::{IoErrorKind, IoOp},
@@ -39,51 +36,20 @@ fn status(b: &Bench, id: u8) -> Answer {
     b.get(&[0x84, 0, id, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0], 64)
 }
 
-#[derive(Debug, Default)]
-struct Mark(Cell<bool>);
-
-impl Once for Mark {
-    fn is_marked(&self) -> bool {
-        self.0.get()
-    }
-
-    fn mark(&self) {
-        self.0.set(true);
-    }
-}
-
-/// Executes a copy with a memory of having begun.
-fn copy_once(b: &Bench, list: &[u8], mark: &Rc<Mark>) -> Answer {
-    let data = Buffer::from_slice(list).sg();
-    let command = Command {
-        cdb: xcopy(list.len()).as_slice().into(),
-        data: data.clone(),
-        bidi: Sg::new(),
-        dif: Sg::new(),
-        once: Some(mark.clone()),
-    };
-    let out = Rc::new(RefCell::new(None));
-    let (slot, target) = (out.clone(), b.target.clone());
-    b.exec.spawn(async move { *slot.borrow_mut() = Some(target.execute(command).await) });
-    b.settle();
-    let response = out.borrow_mut().take().unwrap();
-    answer(response, &data)
-}
-
 #[test]
 fn a_copy_that_was_cut_off_is_begun_again_unless_it_would_read_what_it_has_written() {
     let b = Bench::new(BlockSize::B512);
     b.put(0, &b.pattern(1, 64));
     let mark = Rc::new(Mark::default());
     for _ in 0..2 {
-        assert_eq!(copy_once(&b, &list(1, 64, 0, 64), &mark).sense, GOOD);
+        assert_eq!(b.send_once(&xcopy(76), &list(1, 64, 0, 64), &mark).sense, GOOD);
     }
     assert!(!mark.0.get());
     let overlapping = list(1, 64, 0, 8);
-    assert_eq!(copy_once(&b, &overlapping, &mark).sense, GOOD);
+    assert_eq!(b.send_once(&xcopy(76), &overlapping, &mark).sense, GOOD);
     assert!(mark.0.get() && b.medium(8, 64) == b.pattern(1, 64));
     b.volume().take_seen();
-    assert_eq!(copy_once(&b, &overlapping, &mark).sense, (0xa, 0, 0));
+    assert_eq!(b.send_once(&xcopy(76), &overlapping, &mark).sense, (0xa, 0, 0));
     assert_eq!(b.volume().take_seen(), []);
 }
 

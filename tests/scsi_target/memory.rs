@@ -8,7 +8,7 @@ use std::{
 
 use tcmu_dif::{
     scsi::{
-        Command, Response, Target, TargetConfig,
+        Command, Once, Response, Target, TargetConfig,
         opcodes::{Op, TABLE},
     },
     sys::{
@@ -239,6 +239,20 @@ pub fn answer(response: Response, data: &Sg) -> Answer {
     Answer { status: response.status as u8, sense, information, data, response }
 }
 
+/// A command's memory of having begun, as the in-flight record keeps it.
+#[derive(Debug, Default)]
+pub struct Mark(pub Cell<bool>);
+
+impl Once for Mark {
+    fn is_marked(&self) -> bool {
+        self.0.get()
+    }
+
+    fn mark(&self) {
+        self.0.set(true);
+    }
+}
+
 /// A target over a volume in memory, past its first unit attention.
 #[derive(Clone)]
 pub struct Bench {
@@ -276,17 +290,27 @@ impl Bench {
 
     /// Executes a command on that buffer.
     pub fn execute(&self, cdb: &[u8], data: &Sg) -> Answer {
-        let out = self.spawn(cdb, data);
+        self.finish(&self.spawn(cdb, data))
+    }
+
+    /// Executes a command with those bytes, and with a memory of having begun.
+    pub fn send_once(&self, cdb: &[u8], bytes: &[u8], mark: &Rc<Mark>) -> Answer {
+        self.finish(&self.begin(cdb, &Buffer::from_slice(bytes).sg(), Some(mark.clone())))
+    }
+
+    fn finish(&self, out: &RefCell<Option<Answer>>) -> Answer {
         self.settle();
-        let answer = out.borrow_mut().take();
-        answer.expect("the command ends when nothing else can run")
+        out.take().expect("the command ends when nothing else can run")
     }
 
     /// Begins a command.
     pub fn spawn(&self, cdb: &[u8], data: &Sg) -> Rc<RefCell<Option<Answer>>> {
+        self.begin(cdb, data, None)
+    }
+
+    fn begin(&self, cdb: &[u8], data: &Sg, once: Option<Rc<dyn Once>>) -> Rc<RefCell<Option<Answer>>> {
         let out = Rc::new(RefCell::new(None));
-        let command =
-            Command { cdb: cdb.into(), data: data.clone(), bidi: Sg::new(), dif: Sg::new(), once: None };
+        let command = Command { cdb: cdb.into(), data: data.clone(), bidi: Sg::new(), dif: Sg::new(), once };
         let (slot, target, data) = (out.clone(), self.target.clone(), data.clone());
         self.exec.spawn(async move {
             let response = target.execute(command).await;
