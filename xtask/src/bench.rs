@@ -2,12 +2,15 @@
 //!
 //! Nothing is judged: a bench says what it measured, and docs/performance.md what was to be reached. Build first, so that no compiler runs beside.
 
-use crate::sh;
+use crate::{sh, vm};
 use anyhow::{Context, Result, bail};
 use std::fs;
 
 /// Those that there are, in the order in which they run.
-const BENCHES: &[&str] = &["guard", "ring", "image"];
+const BENCHES: &[&str] = &["guard", "ring", "image", VM];
+
+/// The one that is no program of cargo's, but a boot of the VM.
+const VM: &str = "vm";
 
 /// Runs those benches, or all.
 ///
@@ -17,21 +20,32 @@ pub(crate) fn main(wanted: &[String], more: &[String]) -> Result<()> {
     if let Some(name) = wanted.iter().find(|name| !BENCHES.contains(&name.as_str())) {
         bail!("there is no bench {name}: choose of {}", BENCHES.join(", "));
     }
-    let chosen = BENCHES.iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == *name));
+    let chosen: Vec<_> =
+        BENCHES.iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == *name)).collect();
     let directory = sh::target_dir().join("bench");
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    let built = sh::cargo().args(["bench", "--package=tcmu-dif", "--benches", "--no-run"]).status()?;
-    if !built.success() {
-        bail!("the benches do not build");
+    if chosen.iter().any(|name| **name != VM) {
+        let built = sh::cargo().args(["bench", "--package=tcmu-dif", "--benches", "--no-run"]).status()?;
+        if !built.success() {
+            bail!("the benches do not build");
+        }
     }
     for name in chosen {
         let file = directory.join(format!("{name}.json"));
         println!("\n== {name} ({})", file.display());
-        let mut command = sh::cargo();
-        command.args(["bench", "--quiet", "--package=tcmu-dif", "--bench", name, "--", "--json"]);
-        let status = command.arg(&file).args(more).status()?;
-        if !status.success() {
-            bail!("the bench {name} failed: {status}");
+        match *name {
+            VM => {
+                let found = vm::bench(more).context("the bench vm failed")?;
+                fs::write(&file, format!("{found:#}\n")).with_context(|| file.display().to_string())?;
+            }
+            name => {
+                let mut command = sh::cargo();
+                command.args(["bench", "--quiet", "--package=tcmu-dif", "--bench", name, "--", "--json"]);
+                let status = command.arg(&file).args(more).status()?;
+                if !status.success() {
+                    bail!("the bench {name} failed: {status}");
+                }
+            }
         }
     }
     Ok(())

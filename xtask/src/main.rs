@@ -73,7 +73,7 @@ enum Chore {
     },
     /// Run the benches, or those named; what follows -- goes to each of them
     Bench {
-        /// guard, ring, image
+        /// guard, ring, image, vm
         names: Vec<String>,
         /// Options of the bench, `--seconds 10` for instance
         #[arg(last = true)]

@@ -4,6 +4,7 @@
 
 mod agent;
 mod artefacts;
+mod bench;
 mod cache;
 mod guest;
 mod module;
@@ -109,6 +110,11 @@ pub fn main(action: Action) -> Result<ExitCode> {
         }
         Action::Shell { bare, profile } => shell(&lab((!bare).then_some(&profile))?),
     }
+}
+
+/// Runs the bench in the VM on tcmu-dif as released; gives back what is to be kept.
+pub fn bench(more: &[String]) -> Result<serde_json::Value> {
+    bench::run(&lab(Some(&"release".to_owned()))?, more)
 }
 
 /// Whether a VM test's name contains `word`.
