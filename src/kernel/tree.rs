@@ -96,11 +96,15 @@ impl Real {
     }
 
     fn entries(&self, path: &Path) -> io::Result<Vec<fs::DirEntry>> {
-        match fs::read_dir(self.root.join(path)) {
-            Ok(entries) => entries.collect(),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(e) => Err(e),
-        }
+        if_there(fs::read_dir(self.root.join(path)))?.into_iter().flatten().collect()
+    }
+}
+
+/// What was found, if it was there.
+fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
     }
 }
 
@@ -137,7 +141,7 @@ impl Tree for Real {
     fn dirs(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut out = Vec::new();
         for entry in self.entries(path)? {
-            if entry.file_type()?.is_dir() {
+            if if_there(entry.file_type())?.is_some_and(|t| t.is_dir()) {
                 out.extend(entry.file_name().into_string().ok());
             }
         }
@@ -148,8 +152,9 @@ impl Tree for Real {
     fn links(&self, path: &Path) -> io::Result<Vec<(String, PathBuf)>> {
         let mut out = Vec::new();
         for entry in self.entries(path)? {
-            if entry.file_type()?.is_symlink() {
-                let target = fs::read_link(entry.path())?;
+            if if_there(entry.file_type())?.is_some_and(|t| t.is_symlink()) {
+                // One that somebody removes at this moment is not there.
+                let Some(target) = if_there(fs::read_link(entry.path()))? else { continue };
                 out.extend(entry.file_name().into_string().ok().map(|name| (name, target)));
             }
         }
@@ -159,5 +164,32 @@ impl Tree for Real {
 
     fn is_dir(&self, path: &Path) -> bool {
         self.root.join(path).is_dir()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // A test may panic.
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn what_others_remove_meanwhile_is_left_out_of_a_list_and_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Real::at(dir.path());
+        let away = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !away.load(Ordering::Relaxed) {
+                    let names: Vec<PathBuf> = (0..32).map(|n| n.to_string().into()).collect();
+                    names.iter().for_each(|link| tree.link(Path::new("target"), link).unwrap());
+                    names.iter().for_each(|link| tree.unlink(link).unwrap());
+                }
+            });
+            let lists: Result<Vec<_>, _> = (0..2000).map(|_| tree.links(Path::new(""))).collect();
+            away.store(true, Ordering::Relaxed);
+            assert!(lists.unwrap().iter().any(|links| !links.is_empty()));
+        });
     }
 }

@@ -308,10 +308,10 @@ impl Guest {
                 (false, None) => "was ended by a signal".to_owned(),
             };
             bail!(
-                "in the guest this {how}:\n{}\nstandard output:\n{}\nstandard error:\n{}",
+                "in the guest this {how}:\n{}\nstandard error:\n{}\nstandard output:\n{}",
                 indented(script, 30),
-                indented(&output.stdout, 30),
-                indented(&output.stderr, 30)
+                indented(&output.stderr, 30),
+                indented(&output.stdout, 30)
             );
         }
         Ok(output.stdout.trim_end_matches('\n').to_owned())

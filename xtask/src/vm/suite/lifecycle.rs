@@ -148,7 +148,10 @@ fn many(run: &mut Run<'_>) -> Result<()> {
              done"
         ),
     )?;
-    guest.sh_within(limit, &format!("seq {LUNS} | xargs -P {LUNS} -I N timeout 200 tcmu-dif delete mN"))?;
+    guest.sh_within(
+        limit,
+        &format!("seq {LUNS} | xargs -P {LUNS} -I N timeout 200 tcmu-dif delete mN > /dev/null"),
+    )?;
     ensure!(names(guest)?.is_empty());
     ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
     assert_nothing_left(guest)
