@@ -26,6 +26,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["list"],
         &["show"],
         &["resize"],
+        &["throttle"],
         &["scrub"],
         &["trace"],
         &["image"],

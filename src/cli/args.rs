@@ -63,6 +63,11 @@ pub enum Command {
     Show(Show),
     /// Change a LUN's size while it is in use
     Resize(Resize),
+    /// Show a LUN's limits and what they have cost, or change them while it is in use
+    ///
+    /// Given limits replace all that there were. They hold at once, also for commands that wait, and outlive a restart of the daemon,
+    /// until the LUN is deleted.
+    Throttle(Throttle),
     /// Make images and look at them
     #[command(subcommand)]
     Image(Image),
@@ -175,6 +180,20 @@ pub struct SupportBundle {
     /// The new file; tcmu-dif-support-SECONDS.tar.gz in the current directory if not given
     #[arg(long, value_name = "FILE.tar.gz")]
     pub output: Option<PathBuf>,
+}
+
+/// `throttle`.
+#[derive(Debug, Args)]
+pub struct Throttle {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The limits from now on, in the words of create --throttle: iops=500,bps=100M; off for none
+    #[arg(value_parser = order::limits)]
+    pub limits: Option<Limits>,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// `trace`.

@@ -27,6 +27,7 @@ mod scrub;
 mod show;
 mod size;
 mod support_bundle;
+mod throttle;
 mod top;
 mod trace;
 
@@ -90,6 +91,7 @@ fn run(cli: &Cli) -> Done {
         Command::Image(args) => image::run(args),
         Command::Pi(args) => pi::run(args),
         Command::Scrub(args) => scrub::run(cli, args),
+        Command::Throttle(args) => throttle::run(cli, args),
         Command::Top(args) => top::run(cli, args),
         Command::SupportBundle(args) => support_bundle::run(cli, args),
         Command::Trace(args) => trace::run(cli, args),

@@ -11,10 +11,7 @@ use super::{
 };
 use crate::{
     control::{Registry, qmp::Error},
-    lun::throttle::{
-        Throttled,
-        limits::{ALL, Limits},
-    },
+    lun::throttle::{Throttled, limits::Limits},
 };
 
 /// Those of QEMU's BlockIOThrottle, without its groups.
@@ -37,9 +34,7 @@ pub(super) fn set(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
 
 /// Limits, as QEMU's BlockDeviceInfo has them: the rates always, the rest where it is set.
 pub(super) fn limits(limits: &Limits) -> Map<String, Value> {
-    let mut out: Map<String, Value> = ALL.iter().map(|(word, ..)| ((*word).to_owned(), 0.into())).collect();
-    out.extend(limits.words().map(|(word, value)| (word, value.into())));
-    out
+    limits.in_full().into_iter().map(|(word, value)| (word, value.into())).collect()
 }
 
 /// Limits and what has come of them.

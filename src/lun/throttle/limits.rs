@@ -188,6 +188,11 @@ impl Limits {
         each.chain([(SIZE.to_owned(), self.iops_size)]).filter(|(_, value)| *value > 0)
     }
 
+    /// As QEMU's BlockIOThrottle has them, by their words: the rates always, the rest where it is set.
+    pub fn in_full(&self) -> BTreeMap<String, u64> {
+        ALL.iter().map(|(word, ..)| ((*word).to_owned(), 0)).chain(self.words()).collect()
+    }
+
     fn check(&self) -> Result<(), LimitsError> {
         for total in [0, 3] {
             let is_set = |r: Rate| r.rate > 0 || r.max > 0;
