@@ -45,13 +45,13 @@ fn limits_are_set_all_anew_shown_and_taken_away() {
     assert_eq!(set["limits"], limits);
     assert_eq!(shown(dir, &["vm1"])["limits"], limits);
     // What was not named again is gone.
-    assert_eq!(shown(dir, &["vm1", "iops_wr=10"])["limits"], json!({ "iops_wr": 10 }));
-    for _ in 0..12 {
+    assert_eq!(shown(dir, &["vm1", "iops_wr=1"])["limits"], json!({ "iops_wr": 1 }));
+    for _ in 0..4 {
         assert_eq!(guest.write(0, &[7; 512]), 0);
     }
     let out = throttle(dir, &["vm1"]);
     let said = String::from_utf8(out.stdout).unwrap();
-    assert!(said.contains("iops_wr=10") && said.contains("waiting"), "{said}");
+    assert!(said.contains("iops_wr=1") && said.contains("waiting"), "{said}");
     assert!(shown(dir, &["vm1"])["delayed"].as_u64() > Some(0));
     assert_eq!(shown(dir, &["vm1", "off"])["limits"], json!({}));
 }

@@ -89,6 +89,9 @@ fn read(lun: &Value) -> Result<(Limits, Cost), String> {
     let cost = serde_json::from_value(throttle.clone()).map_err(|e| e.to_string())?;
     let words = throttle.as_object().into_iter().flatten();
     let words = words.filter(|(word, _)| Limits::is_word(word));
-    let set = words.filter_map(|(word, value)| Some((word.clone(), value.as_u64()?)));
+    let number =
+        |value: &Value, word| value.as_u64().ok_or_else(|| format!("{word} is {value}, and no number"));
+    let set = words.map(|(word, value)| Ok((word.clone(), number(value, word)?)));
+    let set = set.collect::<Result<Vec<_>, String>>()?;
     Ok((Limits::of(set).map_err(|e| e.to_string())?, cost))
 }
