@@ -8,15 +8,14 @@
 #![allow(clippy::unwrap_used)] // A bench may panic.
 
 use std::{
-    cell::Cell,
     fmt::Write as _,
     fs::File,
     path::{Path, PathBuf},
-    process::Command,
     rc::Rc,
     time::{Duration, Instant},
 };
 
+use images::qemu_img;
 use serde_json::json;
 use tcmu_dif::{
     image::{
@@ -24,18 +23,15 @@ use tcmu_dif::{
         create::create_raw,
         open::{OpenOptions, open},
     },
-    sys::{
-        self,
-        exec::Executor,
-        io::{Io, Wait},
-        mem::Buffer,
-    },
+    sys::{self, io::Io, mem::Buffer},
     units::ByteOffset,
     volume::{Volume, WriteFlags},
 };
 
 #[path = "../tests/common/huge.rs"]
 mod huge;
+#[path = "common/images.rs"]
+mod images;
 
 const BLOCK: u64 = 4096;
 const SIZE: u64 = 256 << 20;
@@ -160,13 +156,6 @@ impl Files {
     }
 }
 
-fn qemu_img(args: &[&str]) -> String {
-    let out = Command::new("qemu-img").args(args).output();
-    let out = out.expect("qemu-img cannot be run: apt-get install qemu-utils");
-    assert!(out.status.success(), "qemu-img {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8_lossy(&out.stdout).into_owned()
-}
-
 /// Does the work once; gives operations a second.
 fn round(row: Row, path: &Path, count: u64) -> f64 {
     if row.qemu {
@@ -197,39 +186,25 @@ fn round(row: Row, path: &Path, count: u64) -> f64 {
     count as f64 / spent.as_secs_f64()
 }
 
-/// Keeps `depth` operations in flight, each a task of its own as a LUN's commands are.
+/// Keeps `depth` operations in flight.
 fn drive(io: &Io, image: &Rc<Image>, row: Row, count: u64) {
-    let next = Rc::new(Cell::new(0));
-    let exec = Executor::new();
-    for _ in 0..row.depth {
-        let (next, image, buffer) = (next.clone(), image.clone(), Buffer::zeroed(BLOCK as usize).sg());
-        exec.spawn(async move {
-            loop {
-                let i: u64 = next.get();
-                if i == count {
-                    return;
-                }
-                next.set(i + 1);
-                let at =
-                    ByteOffset(i * row.stride() % if row.kind == Kind::Fresh { FRESH_SIZE } else { SIZE });
-                match row.op {
-                    Op::Read => image.read(at, &buffer).await.unwrap(),
-                    Op::Write => image.write(at, &buffer, WriteFlags::default()).await.unwrap(),
-                }
+    let image = image.clone();
+    images::drive(io, row.depth, count, BLOCK as usize, move |i, buffer| {
+        let at = ByteOffset(i * row.stride() % if row.kind == Kind::Fresh { FRESH_SIZE } else { SIZE });
+        let image = image.clone();
+        async move {
+            match row.op {
+                Op::Read => image.read(at, &buffer).await.unwrap(),
+                Op::Write => image.write(at, &buffer, WriteFlags::default()).await.unwrap(),
             }
-        });
-    }
-    while exec.tasks() > 0 {
-        exec.run_ready();
-        let wait = if exec.has_ready() || exec.tasks() == 0 { Wait::No } else { Wait::Event };
-        io.turn(wait).unwrap();
-    }
+        }
+    });
 }
 
 /// Milliseconds that opening an image of 64 TiB takes, at best.
 fn open_huge(dir: &Path) -> f64 {
     let path = dir.join("huge.qcow2");
-    huge::make(&path);
+    huge::make(&path, huge::SIZE);
     let opened = sys::run(async move |io: Io| {
         let mut best = Duration::MAX;
         for _ in 0..10 {

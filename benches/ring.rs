@@ -6,6 +6,9 @@
 //! rate tell what adaptive polling costs where commands come seldom; the last ones what 256 LUNs cost that nobody uses.
 #![allow(clippy::unwrap_used)] // A bench may panic.
 
+#[path = "common/process.rs"]
+mod process;
+
 use std::{
     fmt::Write as _,
     fs,
@@ -13,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use process::{cpu, resident};
 use serde_json::json;
 use tcmu_dif::{
     image::null,
@@ -109,25 +113,6 @@ impl Bench {
     }
 }
 
-/// What the scheduler has counted for all threads of that name. (Documentation/scheduler/sched-stats.rst: the first word is nanoseconds
-/// on a CPU.)
-fn cpu(name: &str) -> Duration {
-    let threads = fs::read_dir("/proc/self/task").unwrap().map(|entry| entry.unwrap().path());
-    let ours = threads.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|c| c.trim() == name));
-    let spent = ours.filter_map(|task| {
-        let text = fs::read_to_string(task.join("schedstat")).ok()?;
-        text.split(' ').next()?.parse::<u64>().ok()
-    });
-    Duration::from_nanos(spent.sum())
-}
-
-/// Bytes of memory that are this process's alone and in use.
-fn resident() -> u64 {
-    let text = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
-    let anonymous = text.lines().find_map(|l| l.strip_prefix("Private_Dirty:")).unwrap();
-    anonymous.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() << 10
-}
-
 fn idle(count: usize, time: Duration) -> (u64, f64) {
     let before = resident();
     let luns: Vec<_> = (0..count)
@@ -138,7 +123,7 @@ fn idle(count: usize, time: Duration) -> (u64, f64) {
         })
         .collect();
     let memory = (resident() - before) / count as u64;
-    let spent = || -> Duration { (0..count).map(|i| cpu(&format!("lun-i{i}"))).sum() };
+    let spent = || cpu("lun-i");
     let begun = spent();
     std::thread::sleep(time);
     let share = (spent() - begun).as_secs_f64() / time.as_secs_f64();

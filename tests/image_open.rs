@@ -180,7 +180,7 @@ fn a_read_only_image_is_not_written_and_its_stamp_stays() {
 fn an_image_of_64_tib_takes_a_few_mebibytes_however_full_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("huge.qcow2");
-    huge::make(&path);
+    huge::make(&path, huge::SIZE);
     let resident = || {
         let pages = fs::read_to_string("/proc/self/statm").unwrap();
         pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096

@@ -5,6 +5,7 @@
 //! sleeps. What a command means is the service's business: the loop knows no SCSI.
 
 use std::{
+    cell::Cell,
     collections::VecDeque,
     io,
     rc::Rc,
@@ -32,6 +33,10 @@ const MAX_RUNNING: usize = 256 + BACKGROUND;
 /// Tasks that are there without a command: [`Service::background`].
 const BACKGROUND: usize = 1;
 
+/// How long a loop that was told to stop goes on serving while the volume is flushed. What is on the disk by then need not be waited for by
+/// initiators once nothing is answered any more; storage that takes longer is flushed when the image is closed, as it always is.
+const PARTING: Duration = Duration::from_secs(2);
+
 /// Why a loop ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoopError {
@@ -57,7 +62,11 @@ pub(super) trait Service: 'static {
     fn background(self: Rc<Self>) -> impl Future<Output = ()> + 'static;
     /// Handles a message other than [`Message::Stop`] and [`Message::Ping`], which are the loop's own.
     fn message(self: Rc<Self>, message: Message, load: Load) -> impl Future<Output = ()> + 'static;
-    /// The loop was told to stop, and ends as soon as nothing runs.
+    /// The loop was told to stop, and goes on serving until this is over, but not for long.
+    fn parting(self: Rc<Self>) -> impl Future<Output = ()> + 'static {
+        async {}
+    }
+    /// The loop takes no more commands, and ends as soon as nothing runs.
     fn ending(&self) {}
     /// No message arrives any more; what runs is waited for.
     fn ended(&self) {}
@@ -71,6 +80,20 @@ pub(super) struct Load {
     pub(super) batches: u64,
     pub(super) sleeps: u64,
     pub(super) in_flight: usize,
+}
+
+/// A loop that was told to stop.
+struct Parting {
+    /// The service has done what it does before.
+    done: Rc<Cell<bool>>,
+    /// When the loop waits for that no longer.
+    until: Instant,
+}
+
+impl Parting {
+    fn is_over(&self) -> bool {
+        self.done.get() || Instant::now() >= self.until
+    }
 }
 
 /// A command, the way to answer it, and when it was taken.
@@ -87,6 +110,7 @@ pub(super) struct EventLoop<S> {
     waiting: VecDeque<Taken>,
     load: Load,
     spinner: Spinner,
+    parting: Option<Parting>,
 }
 
 impl<S: Service> EventLoop<S> {
@@ -108,6 +132,7 @@ impl<S: Service> EventLoop<S> {
             waiting: VecDeque::new(),
             load: Load::default(),
             spinner: Spinner::new(polling),
+            parting: None,
         }
     }
 
@@ -138,7 +163,11 @@ impl<S: Service> EventLoop<S> {
         self.exec.spawn(self.service.clone().background());
         loop {
             if self.inbox.has_messages() {
-                stopping |= self.messages();
+                self.messages();
+            }
+            if !stopping && self.has_parted() {
+                stopping = true;
+                self.service.ending();
             }
             if !stopping {
                 self.take()?;
@@ -157,7 +186,8 @@ impl<S: Service> EventLoop<S> {
             let more = self.inbox.has_messages() || !stopping && self.can_take() && self.ring.has_entries();
             let startable = !self.waiting.is_empty() && self.exec.tasks() < MAX_RUNNING;
             let passable = self.held.may_go(self.service.throttle());
-            if self.exec.has_ready() || more || startable || passable || self.ring.has_answers() {
+            let parted = !stopping && self.has_parted();
+            if self.exec.has_ready() || more || startable || passable || parted || self.ring.has_answers() {
                 continue;
             }
             if stopping && self.exec.tasks() <= BACKGROUND && self.waiting.is_empty() {
@@ -184,12 +214,18 @@ impl<S: Service> EventLoop<S> {
             }
         }
         self.load.sleeps += 1;
-        let wait = match self.held.due() {
+        let parting = self.parting.as_ref().filter(|_| !stopping).map(|parting| parting.until);
+        let wait = match self.held.due().into_iter().chain(parting).min() {
             Some(due) => Wait::AtMost(due.saturating_duration_since(Instant::now())),
             None => Wait::Event,
         };
         self.io.turn(wait)?;
         Ok(true)
+    }
+
+    /// It was told to stop, and has served for as long as it was to.
+    fn has_parted(&self) -> bool {
+        self.parting.as_ref().is_some_and(Parting::is_over)
     }
 
     fn can_take(&self) -> bool {
@@ -259,15 +295,21 @@ impl<S: Service> EventLoop<S> {
         debug!(kind, commands = ids.len(), aborted, "task management request");
     }
 
-    /// Hands messages on. True if one says to stop.
-    fn messages(&mut self) -> bool {
-        let mut stop = false;
+    /// Hands messages on.
+    fn messages(&mut self) {
         for message in self.inbox.take() {
             match message {
-                Message::Stop => {
-                    stop = true;
-                    self.service.ending();
+                Message::Stop if self.parting.is_none() => {
+                    let done = Rc::new(Cell::new(false));
+                    let until = Instant::now() + PARTING;
+                    self.parting = Some(Parting { done: done.clone(), until });
+                    let parting = self.service.clone().parting();
+                    self.exec.spawn(async move {
+                        parting.await;
+                        done.set(true);
+                    });
                 }
+                Message::Stop => {}
                 Message::Ping => self.inbox.pong(),
                 other => {
                     let load = Load { in_flight: self.ring.unanswered(), ..self.load };
@@ -275,7 +317,6 @@ impl<S: Service> EventLoop<S> {
                 }
             }
         }
-        stop
     }
 }
 

@@ -293,6 +293,11 @@ impl Service for Lun {
         }
     }
 
+    async fn parting(self: Rc<Self>) {
+        // Closing the image flushes again, and is the one to say what failed.
+        let _ = self.stack.flush().await;
+    }
+
     fn ending(&self) {
         self.calls.end_soon();
     }

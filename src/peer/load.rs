@@ -60,6 +60,17 @@ pub struct Run {
     pub latencies: Vec<Duration>,
 }
 
+/// What came of a step.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Step {
+    /// Commands that ended.
+    pub commands: u64,
+    /// Those of them that did not end GOOD.
+    pub failed: u64,
+    /// Commands that have not.
+    pub under_way: usize,
+}
+
 impl Load {
     /// `depth` (1 to 4096) commands of which each has `bytes` of data and a CDB from `cdb`, which is told the command's number.
     ///
@@ -163,6 +174,26 @@ impl Load {
         }
     }
 
+    /// For who drives many rings from one thread: sends what is idle if there is to be `more`, takes the answers that are there, and waits for
+    /// nothing.
+    ///
+    /// # Errors
+    /// If a doorbell fails.
+    pub fn step(&mut self, more: bool) -> Result<Step, KernelError> {
+        if more {
+            self.send(false)?;
+        }
+        let tail = self.map.load_acquire(TAIL);
+        let mut step = Step::default();
+        for (id, good, _) in self.collect(tail, None) {
+            step.commands += 1;
+            step.failed += u64::from(!good);
+            self.idle.push(id);
+        }
+        step.under_way = self.entries.len() - self.idle.len();
+        Ok(step)
+    }
+
     /// Sends what is idle, with one doorbell. Tells how many.
     fn send(&mut self, stamp: bool) -> Result<u64, KernelError> {
         let count = self.idle.len() as u64;
@@ -207,7 +238,11 @@ impl Load {
                 let _ = rustix::io::read(&self.from_handler, &mut [0u8; 8]);
             }
         };
-        let now = stamp.then(Instant::now);
+        Ok(self.collect(tail, stamp.then(Instant::now)))
+    }
+
+    /// The answers up to `tail`.
+    fn collect(&mut self, tail: u32, now: Option<Instant>) -> Vec<(u16, bool, Option<Instant>)> {
         let mut out = Vec::with_capacity(self.entries.len());
         while self.cleaned != tail {
             let mut answer = [0u8; 9];
@@ -217,6 +252,6 @@ impl Load {
             out.push((id, answer[std::mem::offset_of!(abi::CmdResponse, scsi_status)] == 0, now));
             self.cleaned = (self.cleaned + self.len) % self.size;
         }
-        Ok(out)
+        out
     }
 }

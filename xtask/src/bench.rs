@@ -1,22 +1,23 @@
-//! `cargo xtask bench [NAME…]`: the benches, one after another, each a table in the terminal and a JSON file under `target/bench/`.
+//! `cargo xtask bench [NAME…]`: the benches, one after another, each a table in the terminal, a JSON file and a picture under `target/bench/`; with
+//! `--keep` the picture goes to `docs/performance/`.
 //!
 //! Nothing is judged: a bench says what it measured, and docs/performance.md what was to be reached. Build first, so that no compiler runs beside.
 
-use crate::{sh, vm};
+use crate::{plot, sh, vm};
 use anyhow::{Context, Result, bail};
 use std::fs;
 
 /// Those that there are, in the order in which they run.
-const BENCHES: &[&str] = &["guard", "ring", "image", VM];
+const BENCHES: &[&str] = &["guard", "ring", "image", "scale", VM];
 
 /// The one that is no program of cargo's, but a boot of the VM.
 const VM: &str = "vm";
 
-/// Runs those benches, or all.
+/// Runs those benches, or all; `keep` puts their pictures where the documentation has them.
 ///
 /// # Errors
 /// A name that is none, a build that fails, a bench that fails.
-pub(crate) fn main(wanted: &[String], more: &[String]) -> Result<()> {
+pub(crate) fn main(wanted: &[String], keep: bool, more: &[String]) -> Result<()> {
     if let Some(name) = wanted.iter().find(|name| !BENCHES.contains(&name.as_str())) {
         bail!("there is no bench {name}: choose of {}", BENCHES.join(", "));
     }
@@ -32,6 +33,7 @@ pub(crate) fn main(wanted: &[String], more: &[String]) -> Result<()> {
     }
     for name in chosen {
         let file = directory.join(format!("{name}.json"));
+        let pictures = if keep { sh::workspace_root().join("docs/performance") } else { directory.clone() };
         println!("\n== {name} ({})", file.display());
         match *name {
             VM => {
@@ -46,6 +48,12 @@ pub(crate) fn main(wanted: &[String], more: &[String]) -> Result<()> {
                     bail!("the bench {name} failed: {status}");
                 }
             }
+        }
+        let found =
+            serde_json::from_str(&fs::read_to_string(&file)?).with_context(|| file.display().to_string())?;
+        let picture = pictures.join(format!("{name}.svg"));
+        if plot::draw(name, &found, &picture)? {
+            println!("{}", picture.display());
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ mod debian;
 mod emulate;
 mod licences;
 mod metadata;
+mod plot;
 mod sbom;
 mod sh;
 mod steps;
@@ -73,8 +74,11 @@ enum Chore {
     },
     /// Run the benches, or those named; what follows -- goes to each of them
     Bench {
-        /// guard, ring, image, vm
+        /// guard, ring, image, scale, vm
         names: Vec<String>,
+        /// Put the pictures where the documentation has them
+        #[arg(long)]
+        keep: bool,
         /// Options of the bench, `--seconds 10` for instance
         #[arg(last = true)]
         more: Vec<String>,
@@ -97,7 +101,7 @@ fn main() -> ExitCode {
         }
         Chore::Deb { profile } => deb::main(&profile).map(|()| ExitCode::SUCCESS),
         Chore::Sbom { directory } => sbom::main(&directory).map(|()| ExitCode::SUCCESS),
-        Chore::Bench { names, more } => bench::main(&names, &more).map(|()| ExitCode::SUCCESS),
+        Chore::Bench { names, keep, more } => bench::main(&names, keep, &more).map(|()| ExitCode::SUCCESS),
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
