@@ -10,14 +10,23 @@ use std::{
 };
 
 use tcmu_dif::{
-    image::open::{OpenErrorKind, OpenOptions, open},
+    image::{
+        direct::CacheMode,
+        open::{OpenErrorKind, OpenOptions, open},
+    },
     sys::run,
     volume::Volume,
 };
 
 const READ_ONLY: OpenOptions = OpenOptions { read_only: true, ..WRITABLE };
-const WRITABLE: OpenOptions =
-    OpenOptions { read_only: false, format: None, lock: true, cache_size: None, null_size: None };
+const WRITABLE: OpenOptions = OpenOptions {
+    read_only: false,
+    format: None,
+    lock: true,
+    cache_size: None,
+    null_size: None,
+    cache: CacheMode::Writeback,
+};
 
 fn qemu(tool: &str, args: &[&str], path: &Path) -> Output {
     Command::new(tool).args(args).arg(path).output().unwrap()

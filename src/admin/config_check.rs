@@ -35,6 +35,8 @@ pub const DESCRIPTION: &str = "/PATH/OF/IMAGE[;SETTING]...\n\
     pimode=bitmap|journal  how it stays true across a crash\n\
     exposure=initiator     initiators see it; transfer=interleaved: within the data\n\
     format=raw|qcow2       instead of looking\n\
+    cache=none             past the host's page cache (O_DIRECT), where transfers are aligned\n\
+    cpus=2-3               the processors that the LUN's thread runs on\n\
     cachesize=SIZE         memory for a qcow2 image's tables\n\
     copygroup=NAME         EXTENDED COPY to and from the other LUNs of the group\n\
     iops=N, bps=N and kin  limits, in QEMU's words; several settings, with ; between them\n\
@@ -112,6 +114,8 @@ fn order(config: &DeviceConfig, block_size: BlockSize) -> Result<Order, Refusal>
         exposure: config.exposure,
         transfer: config.transfer,
         sidecar: config.sidecar.clone(),
+        cache: config.cache,
+        cpus: config.cpus.clone(),
         cache_size: config.cache_size,
         copy_group: config.copy_group.clone(),
         limits: config.limits,

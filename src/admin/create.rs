@@ -219,7 +219,7 @@ pub(crate) fn look_at_image(order: &Order, config: &DeviceConfig) -> Result<Opti
         }
         return Ok(None);
     }
-    let looked = images::look(path, order.read_only, order.block_size)?;
+    let looked = images::look(path, order.read_only, order.cache, order.block_size)?;
     if let Some(wanted) = order.format.filter(|f| *f != looked.format) {
         return Err(Refusal::new("--format", wanted, format!("{} is {}", path.display(), looked.format))
             .then("leave --format out"));
@@ -316,6 +316,9 @@ pub(crate) fn differences(
                 c.cache_size.map_or("of the usual size".to_owned(), |bytes| format!("of {bytes} bytes"))
             };
             differ("--cache-size", cache(&is), cache(config));
+            differ("--cache", is.cache.to_string(), config.cache.to_string());
+            let cpus = |c: &DeviceConfig| c.cpus.as_ref().map_or("any".to_owned(), ToString::to_string);
+            differ("--cpus", cpus(&is), cpus(config));
             let group = |c: &DeviceConfig| c.copy_group.clone().unwrap_or_else(|| "none".to_owned());
             differ("--copy-group", group(&is), group(config));
             differ("--throttle", is.limits.to_string(), config.limits.to_string());

@@ -7,6 +7,7 @@ use crate::{
     image::{
         Format,
         create::{CreateError, create_qcow2, create_raw},
+        direct::CacheMode,
         open::{OpenError, OpenOptions, open},
         qcow2::CreateOptions,
     },
@@ -37,11 +38,17 @@ fn create_failed(path: &Path, e: &CreateError) -> Refusal {
 ///
 /// # Errors
 /// Everything that would keep the daemon from serving it.
-pub fn look(path: &Path, read_only: bool, block_size: BlockSize) -> Result<Looked, Refusal> {
+pub fn look(
+    path: &Path,
+    read_only: bool,
+    cache: CacheMode,
+    block_size: BlockSize,
+) -> Result<Looked, Refusal> {
     let at = path.to_owned();
     let looked = sys::run(async move |io| {
-        let image = open(&io, &at, &OpenOptions { read_only, ..OpenOptions::default() }).await?;
+        let image = open(&io, &at, &OpenOptions { read_only, cache, ..OpenOptions::default() }).await?;
         image.check_block_size(block_size)?;
+        image.check_sectors(block_size)?;
         let looked = Looked { format: image.format(), capacity: image.limits().capacity };
         Ok((looked, image.close().await))
     });

@@ -11,13 +11,14 @@ use serde::Deserialize;
 
 use super::Refusal;
 use crate::{
-    image::Format,
+    image::{Format, direct::CacheMode},
     kernel::{
         fabric::Fabric,
         names::{Name, Wwn},
     },
     lun::{
         config::{ConfigError, DeviceConfig, is_copy_group},
+        cpus::Cpus,
         throttle::limits::Limits,
     },
     pi::{Exposure, PiMode, PiType, Transfer},
@@ -47,6 +48,10 @@ pub struct Order {
     pub transfer: Transfer,
     /// Where it is kept, instead of beside the image.
     pub sidecar: Option<PathBuf>,
+    /// What lies between the image and its storage.
+    pub cache: CacheMode,
+    /// The processors that the LUN's thread runs on.
+    pub cpus: Option<Cpus>,
     /// Bytes of memory for a qcow2 image's tables.
     pub cache_size: Option<u64>,
     /// The LUNs that it may be copied to and from by those who use it.
@@ -198,6 +203,8 @@ pub struct Words {
     exposure: Option<String>,
     pi_transfer: Option<String>,
     sidecar: Option<PathBuf>,
+    cache: Option<String>,
+    cpus: Option<String>,
     cache_size: Option<Size>,
     copy_group: Option<String>,
     throttle: Option<String>,
@@ -248,6 +255,8 @@ impl Words {
             })?
             .unwrap_or_default(),
             sidecar: self.sidecar,
+            cache: one("cache", self.cache, str::parse)?.unwrap_or_default(),
+            cpus: one("cpus", self.cpus, str::parse)?,
             cache_size: size("cache-size", self.cache_size)?,
             copy_group: one("copy-group", self.copy_group, copy_group)?,
             limits: one("throttle", self.throttle, limits)?.unwrap_or_default(),
@@ -277,6 +286,8 @@ impl Order {
             exposure: self.exposure,
             transfer: self.transfer,
             read_only: self.read_only,
+            cache: self.cache,
+            cpus: self.cpus.clone(),
             cache_size: self.cache_size,
             copy_group: self.copy_group.clone(),
             limits: self.limits,
@@ -380,7 +391,7 @@ mod tests {
     #[test]
     fn a_file_has_the_words_of_create() {
         let all = "image = '/a.qcow2'\nformat = 'qcow2'\nblock-size = 4096\npi = 'type1'\npi-mode = 'journal'\n\
-                   exposure = 'initiator'\npi-transfer = 'interleaved'\nsidecar = '/a.pi'\ncache-size = '64M'\ncopy-group = 'g'\nthrottle = 'iops=500,bps=100M'\nread-only = true\n\
+                   exposure = 'initiator'\npi-transfer = 'interleaved'\nsidecar = '/a.pi'\ncache = 'none'\ncpus = '2-3'\ncache-size = '64M'\ncopy-group = 'g'\nthrottle = 'iops=500,bps=100M'\nread-only = true\n\
                    serial = 's1'\nexport = ['loopback', 'vhost:naa.5001405aa1b2c3d4']";
         let order = order(all).unwrap();
         assert_eq!(
@@ -392,6 +403,8 @@ mod tests {
             (order.cache_size, order.read_only, order.serial.as_deref()),
             (Some(64 << 20), true, Some("s1"))
         );
+        assert_eq!(order.cache, CacheMode::None);
+        assert_eq!(order.cpus.as_ref().map(ToString::to_string).as_deref(), Some("2-3"));
         assert_eq!(order.copy_group.as_deref(), Some("g"));
         assert_eq!(order.limits.to_string(), "bps=104857600,iops=500");
         let exports: Vec<_> = order.exports.iter().map(ToString::to_string).collect();
@@ -407,6 +420,8 @@ mod tests {
             ("image = '/a'\nblock-size = 1000", "tcmu-dif: block-size: 1000: "),
             ("image = '/a'\nexport = ['iscsi']", "tcmu-dif: export: iscsi: "),
             ("image = '/a'\ncache-size = 'much'", "tcmu-dif: cache-size: much: "),
+            ("image = '/a'\ncache = 'much'", "tcmu-dif: cache: much: the host's cache is writeback or none"),
+            ("image = '/a'\ncpus = '3-1'", "tcmu-dif: cpus: 3-1: processors are given as"),
             ("image = '/a'\ncopy-group = ''", "tcmu-dif: copy-group: a copy group's name"),
             (
                 "image = '/a'\nthrottle = 'iops=5,iops_rd=5'",

@@ -13,12 +13,13 @@ use crate::{
         order::{self, ExportOrder},
     },
     daemon::rundir::RUN_DIR,
-    image::Format,
+    image::{Format, direct::CacheMode},
     kernel::{
         CONFIGFS,
         names::{Name, Wwn},
     },
     lun::{
+        cpus::Cpus,
         scrub::{MIN_SPEED, ScrubError},
         state_file::STATE_DIR,
         throttle::limits::Limits,
@@ -251,6 +252,12 @@ pub struct Create {
     /// Where the protection information is kept, instead of IMAGE.pi
     #[arg(long, value_name = "PATH")]
     pub sidecar: Option<PathBuf>,
+    /// What lies between the image and its storage: writeback (the host's page cache) or none (O_DIRECT, for transfers that are aligned)
+    #[arg(long, value_name = "MODE", default_value = "writeback")]
+    pub cache: CacheMode,
+    /// The processors that the LUN's thread runs on, as 2-3 or 0,4; any, if none are given
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<Cpus>,
     /// Memory for a qcow2 image's tables, those of its backing files included; 36M is enough for 256 GiB in use
     #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
     pub cache_size: Option<u64>,

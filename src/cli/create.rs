@@ -22,6 +22,8 @@ impl Create {
             exposure: self.exposure,
             transfer: self.pi_transfer,
             sidecar: self.sidecar.clone(),
+            cache: self.cache,
+            cpus: self.cpus.clone(),
             cache_size: self.cache_size,
             copy_group: self.copy_group.clone(),
             limits: self.throttle,

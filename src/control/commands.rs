@@ -99,6 +99,8 @@ static COMMANDS: &[Command] = &[
             may("exposure", Type::Str),
             may("pi-transfer", Type::Str),
             may("sidecar", Type::Str),
+            may("cache", Type::Str),
+            may("cpus", Type::Str),
             may("cache-size", Type::Int),
             may("copy-group", Type::Str),
             may("throttle", Type::Str),

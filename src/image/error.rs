@@ -69,6 +69,15 @@ pub enum OpenErrorKind {
     BackingLoop,
     /// Its chain of backing files is longer than [`MAX_CHAIN`].
     ChainTooLong,
+    /// It cannot be reached past the page cache.
+    NoDirect,
+    /// The device beneath has larger sectors than the disk, which go past the page cache as a whole.
+    Sectors {
+        /// Bytes of a sector.
+        sector: u32,
+        /// Bytes of a block of the disk.
+        block_size: u64,
+    },
     /// Reading it failed.
     Io,
 }
@@ -93,6 +102,16 @@ impl OpenError {
             _ => OpenErrorKind::Io,
         };
         OpenError::new(path, what).source(source)
+    }
+
+    /// It cannot be opened for direct I/O.
+    pub(super) fn direct(path: impl Into<PathBuf>, source: io::Error) -> OpenError {
+        match source.raw_os_error() {
+            Some(libc::EINVAL | libc::EOPNOTSUPP) => {
+                OpenError::new(path, OpenErrorKind::NoDirect).source(source)
+            }
+            _ => OpenError::io(path, source, false),
+        }
     }
 
     pub(super) fn lock(path: impl Into<PathBuf>, e: LockError) -> OpenError {
@@ -193,6 +212,13 @@ impl OpenError {
             OpenErrorKind::ChainTooLong => {
                 "shorten the chain: qemu-img commit, or qemu-img convert".to_owned()
             }
+            OpenErrorKind::NoDirect => {
+                "leave the cache at writeback, or keep the image on a file system that knows O_DIRECT"
+                    .to_owned()
+            }
+            OpenErrorKind::Sectors { sector, .. } => {
+                format!("leave the cache at writeback, or make the disk one with blocks of {sector} bytes")
+            }
             OpenErrorKind::Io => return None,
         };
         Some(step)
@@ -234,6 +260,13 @@ impl fmt::Display for OpenErrorKind {
             }
             OpenErrorKind::BackingLoop => f.write_str("its chain of backing files is a loop"),
             OpenErrorKind::ChainTooLong => write!(f, "its chain has more than {MAX_CHAIN} images"),
+            OpenErrorKind::NoDirect => f.write_str("cannot be used past the host's cache (cache none)"),
+            OpenErrorKind::Sectors { sector, block_size } => {
+                write!(
+                    f,
+                    "lies on sectors of {sector} bytes, and blocks of {block_size} cannot go past the host's cache"
+                )
+            }
             OpenErrorKind::Io => f.write_str("cannot be read"),
         }
     }

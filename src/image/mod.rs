@@ -4,6 +4,7 @@
 //! [`Volume`]. A LUN is built over it; the PI room and the command line ask it for its path and its stamp.
 
 pub mod create;
+pub mod direct;
 pub mod error;
 pub mod lock;
 pub mod null;
@@ -134,6 +135,8 @@ pub struct Image {
     beneath: Vec<(ImageInfo, Rc<File>)>,
     /// Of all qcow2 images of the chain.
     caches: Caches,
+    /// What transfers past the page cache have to be multiples of.
+    direct_alignment: u32,
     /// On every file of the chain. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<ImageLock>>,
 }
@@ -151,6 +154,7 @@ impl Image {
             data: None,
             beneath: Vec::new(),
             caches: Caches::default(),
+            direct_alignment: 1,
             locks: RefCell::default(),
         }
     }

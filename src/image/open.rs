@@ -16,13 +16,17 @@ use rustix::fs::OFlags;
 pub use super::error::{MAX_CHAIN, OpenError, OpenErrorKind};
 use super::{
     Caches, Driver, Format, Image,
+    direct::{CacheMode, Ways},
     lock::{ImageLock, LockMode},
     null,
     qcow2::{self, Backing, MAX_CLUSTER, Qcow2, probe_header},
     raw::{QCOW2_MAGIC, Raw},
 };
 use crate::{
-    sys::{io::Io, mem::Buffer},
+    sys::{
+        io::Io,
+        mem::{Buffer, page_size},
+    },
     units::BlockSize,
     volume::Volume,
 };
@@ -40,11 +44,20 @@ pub struct OpenOptions {
     pub cache_size: Option<u64>,
     /// `/dev/null` is a disk of that many bytes ([`null`]); otherwise it is no image.
     pub null_size: Option<u64>,
+    /// What lies between the image's files and their storage.
+    pub cache: CacheMode,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: false, format: None, lock: true, cache_size: None, null_size: None }
+        OpenOptions {
+            read_only: false,
+            format: None,
+            lock: true,
+            cache_size: None,
+            null_size: None,
+            cache: CacheMode::Writeback,
+        }
     }
 }
 
@@ -54,6 +67,8 @@ pub(super) struct Layer {
     pub(super) file: Rc<File>,
     pub(super) format: Format,
     probed: bool,
+    /// Its clusters are smaller than a page, if it has any.
+    small_clusters: bool,
     pub(super) lock: Option<ImageLock>,
     data: Option<DataFile>,
 }
@@ -92,6 +107,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     let cache_share = options.cache_size.unwrap_or(qcow2::CACHE_SIZE) / depth.max(1) as u64;
     let caches = Caches::default();
     let mut beneath = Vec::new();
+    let mut alignment = 1;
     let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
     let places = layers.iter().map(|l| l.data.as_ref().map_or(&l.path, |d| &d.path).clone()).collect();
     let data = layers.first().and_then(|l| l.data.as_ref()).map(|d| d.file.clone());
@@ -102,7 +118,17 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
             data.file
         });
         let read_only = options.read_only || i > 0;
-        let file = layer.file.clone();
+        let ways = |file: Rc<File>, path: &Path| match options.cache {
+            CacheMode::Writeback => Ok(Ways::from(file)),
+            CacheMode::None if layer.small_clusters => {
+                let why = "its clusters are smaller than a page, and share pages with its tables";
+                Err(OpenError::new(path, OpenErrorKind::NoDirect).source(std::io::Error::other(why)))
+            }
+            CacheMode::None => Ways::past_the_cache(file, read_only).map_err(|e| OpenError::direct(path, e)),
+        };
+        let file = ways(layer.file.clone(), &layer.path)?;
+        let below = below.map(|file| ways(file, &layer.path)).transpose()?;
+        alignment = alignment.max(file.alignment()).max(below.as_ref().map_or(1, Ways::alignment));
         let driver = match layer.format {
             Format::Raw => Raw::new(io, file, &layer.path, read_only, layer.probed).map(Driver::Raw),
             Format::Qcow2 => {
@@ -128,6 +154,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     image.data = data;
     image.beneath = beneath;
     image.caches = caches;
+    image.direct_alignment = alignment;
     tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)
 }
@@ -147,6 +174,18 @@ impl Image {
             return Err(OpenError::new(self.path(), what));
         }
         Ok(())
+    }
+
+    /// Refuses a disk whose blocks are too small to go past the cache, if they are to.
+    ///
+    /// # Errors
+    /// [`OpenErrorKind::Sectors`].
+    pub fn check_sectors(&self, block_size: BlockSize) -> Result<(), OpenError> {
+        let (sector, block_size) = (self.direct_alignment, block_size.bytes());
+        match u64::from(sector) <= block_size {
+            true => Ok(()),
+            false => Err(OpenError::new(self.path(), OpenErrorKind::Sectors { sector, block_size })),
+        }
     }
 }
 
@@ -175,6 +214,7 @@ async fn open_chain(io: &Io, path: &Path, options: &OpenOptions) -> Result<Vec<L
         let (mut layer, head) = look(io, &path, file, format, read_only, options.lock).await.map_err(of)?;
         if layer.format == Format::Qcow2 {
             let header = probe_header(&head).map_err(|e| of(OpenError::header(&path, e)))?;
+            layer.small_clusters = header.geometry().cluster() < page_size();
             let (name, format) = (header.backing_file.as_deref(), header.backing_format.as_deref());
             next = backing(&path, name, format).map_err(|what| of(OpenError::new(&path, what)))?;
             if let Some(name) = &header.data_file {
@@ -248,7 +288,9 @@ async fn look(
         (None, true) => Format::Qcow2,
         (None, false) => Format::Raw,
     };
-    Ok((Layer { path: path.to_owned(), file, format, probed, lock, data: None }, head))
+    let layer =
+        Layer { path: path.to_owned(), file, format, probed, small_clusters: false, lock, data: None };
+    Ok((layer, head))
 }
 
 /// The backing file that a header names, and its format. A relative name is relative to the image's directory, as the image

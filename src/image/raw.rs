@@ -1,6 +1,7 @@
 //! Raw images: a regular file or a block device, byte for byte.
 //!
-//! Buffered I/O, so a finished write is in the kernel's page cache and outlives the process; `flush` is `fdatasync`, a FUA
+//! Buffered I/O, unless it is to go past the cache ([`super::direct`]), so a finished write is in the kernel's page cache, or on the device, and
+//! outlives the process; `flush` is `fdatasync`, a FUA
 //! write carries RWF_DSYNC. Discarding punches holes and zeroing uses `fallocate`, on files and on block devices alike
 //! (there it is the kernel's discard-with-zeros and zero-out); where neither is to be had, zeros are written. After a failed sync
 //! the kernel has forgotten what it could not write, so the volume does no more I/O. Called by `image/open`, and by the
@@ -12,12 +13,12 @@ use std::{
     io,
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
-    rc::Rc,
     sync::Arc,
 };
 
 use rustix::fs::SeekFrom;
 
+use super::direct::Ways;
 use crate::{
     sync::Notify,
     sys::{
@@ -41,7 +42,7 @@ const MAX_EXTENTS: usize = 4096;
 /// A raw image.
 pub struct Raw {
     io: Io,
-    file: Rc<File>,
+    ways: Ways,
     /// The same open file, for calls that run on another thread.
     shared: Arc<File>,
     path: PathBuf,
@@ -66,20 +67,22 @@ impl Raw {
     ///
     /// # Errors
     /// Those of asking for the size.
-    pub fn new(io: &Io, file: Rc<File>, path: &Path, read_only: bool, probed: bool) -> Result<Raw> {
+    pub fn new(io: &Io, ways: impl Into<Ways>, path: &Path, read_only: bool, probed: bool) -> Result<Raw> {
+        let ways = ways.into();
+        let file = ways.file();
         let of = |e: io::Error| IoError::from_io(IoOp::Open, e).path(path);
         let meta = file.metadata().map_err(of)?;
         let block_device = meta.file_type().is_block_device();
-        let capacity = size_of(&file).map_err(of)?;
+        let capacity = size_of(file).map_err(of)?;
         let granularity = match block_device {
             true => device_granularity(meta.rdev()),
             false => u32::try_from(meta.blksize()).unwrap_or(0),
         };
         let shared = Arc::new(file.try_clone().map_err(of)?);
-        let atomic_write = super::power::atomic_unit(&file);
+        let atomic_write = super::power::atomic_unit(file);
         Ok(Raw {
             io: io.clone(),
-            file,
+            ways,
             shared,
             path: path.to_owned(),
             block_device,
@@ -134,7 +137,7 @@ impl Raw {
     /// The error of a write that was to be durable: it may have failed, or the sync after it. Lack of space is most often the write's, and then
     /// it comes again without the sync; all else counts as a failed sync.
     async fn failed_durable_write(&self, at: ByteOffset, from: &Sg, e: IoError) -> IoError {
-        if e.kind == IoErrorKind::NoSpace && self.io.write(&self.file, at.0, from, false).await.is_err() {
+        if e.kind == IoErrorKind::NoSpace && self.ways.write(&self.io, at.0, from, false).await.is_err() {
             return e;
         }
         self.fail(IoOp::Write, e.source.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EIO))).at(at)
@@ -153,7 +156,7 @@ impl Raw {
         if !can.get() {
             return Ok(false);
         }
-        match self.io.fallocate(&self.file, what, at, len).await {
+        match self.io.fallocate(self.ways.file(), what, at, len).await {
             Ok(()) => Ok(true),
             Err(e) => match e.raw_os_error() {
                 Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV) => {
@@ -179,7 +182,7 @@ impl Raw {
         let mut done = 0;
         while done < len {
             let n = (len - done).min(ZERO_CHUNK as u64);
-            self.io.write(&self.file, at + done, &zeros.slice(0, n as usize), false).await?;
+            self.ways.write(&self.io, at + done, &zeros.slice(0, n as usize), false).await?;
             done += n;
         }
         Ok(())
@@ -222,8 +225,8 @@ impl Volume for Raw {
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
         let Some(_busy) = self.begin(IoOp::Read, at, to.len() as u64)? else { return Ok(()) };
         let n = self
-            .io
-            .read(&self.file, at.0, to)
+            .ways
+            .read(&self.io, at.0, to)
             .await
             .map_err(|source| self.io_error(IoOp::Read, at, source))?;
         if n < to.len() {
@@ -239,7 +242,7 @@ impl Volume for Raw {
             let why = "these bytes would make it a qcow2 image at its next opening; name the format raw to allow it";
             return Err(self.error(IoErrorKind::ReadOnly, IoOp::Write).at(at).detail(why));
         }
-        let Err(e) = self.io.write(&self.file, at.0, from, flags.fua).await else {
+        let Err(e) = self.ways.write(&self.io, at.0, from, flags.fua).await else {
             return if flags.fua { self.still_sound(IoOp::Write) } else { Ok(()) };
         };
         let e = self.io_error(IoOp::Write, at, e);
@@ -254,7 +257,7 @@ impl Volume for Raw {
         if self.read_only {
             return Ok(());
         }
-        match self.io.fdatasync(&self.file).await {
+        match self.io.fdatasync(self.ways.file()).await {
             Ok(()) => self.still_sound(IoOp::Flush),
             Err(e) => Err(self.fail(IoOp::Flush, e)),
         }
@@ -299,7 +302,7 @@ impl Volume for Raw {
     }
 
     async fn free_bytes(&self) -> Option<u64> {
-        if self.block_device { None } else { super::space::free_bytes(&self.io, &self.file).await }
+        if self.block_device { None } else { super::space::free_bytes(&self.io, self.ways.file()).await }
     }
 
     async fn resize(&self, capacity: u64) -> Result<()> {
@@ -314,7 +317,7 @@ impl Volume for Raw {
         let of = |e| IoError::from_io(IoOp::Resize, e).path(&self.path);
         if self.block_device {
             // Whoever owns the device resizes it; we take note, or use less of it.
-            let there = size_of(&self.file).map_err(of)?;
+            let there = size_of(self.ways.file()).map_err(of)?;
             if capacity > there {
                 let why = format!("the block device has {there} bytes");
                 return Err(self.error(IoErrorKind::Unsupported, IoOp::Resize).detail(why));
@@ -394,7 +397,7 @@ pub(super) fn seek_runs(file: &File, mut at: u64, end: u64) -> io::Result<Vec<(u
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::OpenOptionsExt;
+    use std::{os::unix::fs::OpenOptionsExt, rc::Rc};
 
     use super::*;
     use crate::sys::run;
@@ -465,9 +468,9 @@ mod tests {
             let file =
                 std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(tmp.path()).unwrap();
             let mut v = Raw::new(&io, Rc::new(tmp.reopen().unwrap()), tmp.path(), false, false).unwrap();
-            v.file = Rc::new(file);
+            v.ways = Rc::new(file).into();
             assert!(v.flush().await.unwrap_err().source.is_some());
-            v.file = Rc::new(tmp.reopen().unwrap());
+            v.ways = Rc::new(tmp.reopen().unwrap()).into();
             assert_eq!(v.flush().await.unwrap_err().kind, IoErrorKind::Failed);
             let sector = Buffer::zeroed(512).sg();
             assert_eq!(v.read(ByteOffset(0), &sector).await.unwrap_err().kind, IoErrorKind::Failed);
@@ -494,7 +497,7 @@ mod tests {
     fn a_file_that_somebody_cut_short_is_an_error_and_not_zeros() {
         run(async |io| {
             let v = raw(&io, 8192, false);
-            v.file.set_len(4096).unwrap();
+            v.ways.file().set_len(4096).unwrap();
             let e = v.read(ByteOffset(0), &Buffer::zeroed(8192).sg()).await.unwrap_err();
             assert_eq!((e.kind, e.at), (IoErrorKind::Medium, Some(ByteOffset(4096))));
         });

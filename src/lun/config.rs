@@ -1,7 +1,7 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
 //! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
-//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;cachesize=64M`, `;sidecar=PATH`, `;serial=S`, and the limits' words ([`super::throttle::limits`]), `;iops=500`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
+//! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;cache=none`, `;cachesize=64M`, `;cpus=2-3`, `;sidecar=PATH`, `;serial=S`, and the limits' words ([`super::throttle::limits`]), `;iops=500`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
 
@@ -14,7 +14,11 @@ use std::{
 
 use thiserror::Error;
 
-use super::throttle::limits::{Limits, LimitsError};
+use super::{
+    cpus::Cpus,
+    throttle::limits::{Limits, LimitsError},
+};
+pub use crate::image::direct::CacheMode;
 use crate::{
     image::Format,
     pi::{Exposure, PiMode, PiType, Transfer},
@@ -46,6 +50,10 @@ pub struct DeviceConfig {
     pub transfer: Transfer,
     /// The LUN refuses writes.
     pub read_only: bool,
+    /// What lies between the image and its storage.
+    pub cache: CacheMode,
+    /// The processors that its thread runs on; any if none are given.
+    pub cpus: Option<Cpus>,
     /// Bytes of qcow2 metadata held in memory, for the whole chain; the driver's own measure if it is not given.
     pub cache_size: Option<u64>,
     /// The LUNs of the daemon that have the same one may be copied between by whoever uses one of them; without it a LUN is
@@ -104,6 +112,8 @@ impl DeviceConfig {
             exposure: Exposure::Target,
             transfer: Transfer::Separate,
             read_only: false,
+            cache: CacheMode::Writeback,
+            cpus: None,
             cache_size: None,
             copy_group: None,
             limits: Limits::default(),
@@ -120,7 +130,7 @@ impl DeviceConfig {
         let mut parts = text.split(';');
         let image = path(parts.next().unwrap_or_default())?;
         let mut out = DeviceConfig::new(image);
-        let (mut exposure, mut transfer) = (None, None);
+        let (mut exposure, mut transfer, mut cache) = (None, None, None);
         let mut limits: Vec<(String, u64)> = Vec::new();
         for part in parts {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
@@ -147,6 +157,15 @@ impl DeviceConfig {
                 }
                 ("ro", None) if out.read_only => return Err(ConfigError::Twice("ro")),
                 ("ro", None) => out.read_only = true,
+                ("cache", Some(v)) => {
+                    let unknown = |_| ConfigError::Value { key: "cache", value: v.to_owned() };
+                    once("cache", &mut cache, v.parse().map_err(unknown)?)?;
+                }
+                ("cpus", Some(v)) => {
+                    let wrong = || ConfigError::Value { key: "cpus", value: v.to_owned() };
+                    let text = String::from_utf8(decode(v)?).map_err(|_| wrong())?;
+                    once("cpus", &mut out.cpus, text.parse().map_err(|_| wrong())?)?;
+                }
                 ("cachesize", Some(v)) => {
                     let unknown = |_| ConfigError::Value { key: "cachesize", value: v.to_owned() };
                     once("cachesize", &mut out.cache_size, parse_size(v).map_err(unknown)?)?;
@@ -177,6 +196,7 @@ impl DeviceConfig {
         out.limits = Limits::of(limits)?;
         out.exposure = exposure.unwrap_or_default();
         out.transfer = transfer.unwrap_or_default();
+        out.cache = cache.unwrap_or_default();
         if out.pi_mode.is_some() && out.pi.is_none() {
             return Err(ConfigError::Without("pimode", "pi"));
         }
@@ -227,6 +247,12 @@ impl fmt::Display for DeviceConfig {
         }
         if self.read_only {
             f.write_str(";ro")?;
+        }
+        if self.cache != CacheMode::Writeback {
+            write!(f, ";cache={}", self.cache)?;
+        }
+        if let Some(cpus) = &self.cpus {
+            write!(f, ";cpus={}", encode(cpus.to_string().as_bytes()))?;
         }
         if let Some(bytes) = self.cache_size {
             write!(f, ";cachesize={bytes}")?;
@@ -339,6 +365,8 @@ mod tests {
             (pi, exposure, transfer) in protection(),
             mode in prop::option::of(prop::sample::select(vec![PiMode::Bitmap, PiMode::Journal])),
             read_only: bool,
+            cache in prop::sample::select(vec![CacheMode::Writeback, CacheMode::None]),
+            cpus in prop::option::of(prop::sample::select(vec!["0", "1,3-5", "1023"])),
             cache_size in prop::option::of(1..1u64 << 50),
             copy_group in prop::option::of("[a-z;%, é]{1,20}"),
             sidecar in prop::option::of(any_path()),
@@ -347,8 +375,10 @@ mod tests {
         ) -> DeviceConfig {
             let pi_mode = mode.filter(|_| pi.is_some());
             let limits = limits.parse().unwrap();
+            let cpus = cpus.map(|cpus| cpus.parse().unwrap());
             DeviceConfig {
-                image, format, pi, pi_mode, exposure, transfer, read_only, cache_size, copy_group, limits, sidecar, serial,
+                image, format, pi, pi_mode, exposure, transfer, read_only, cache, cpus, cache_size, copy_group, limits, sidecar,
+                serial,
             }
         }
     }
@@ -386,6 +416,9 @@ mod tests {
             ("/a;ro;ro", Twice("ro")),
             ("/a;pi=type1;pi=type1", Twice("pi")),
             ("/a;sidecar=b", NotAbsolute("b".into())),
+            ("/a;cache=some", Value { key: "cache", value: "some".into() }),
+            ("/a;cache=none;cache=none", Twice("cache")),
+            ("/a;cpus=3-1", Value { key: "cpus", value: "3-1".into() }),
             ("/a;cachesize=0", Value { key: "cachesize", value: "0".into() }),
             ("/a;cachesize=1M;cachesize=1M", Twice("cachesize")),
             ("/a;copygroup=", Value { key: "copygroup", value: String::new() }),

@@ -5,6 +5,7 @@
 //! fails or a panic ends that thread alone: the LUN is [`State::Failed`] with the reason, and the others never notice.
 
 pub mod config;
+pub mod cpus;
 mod event_loop;
 pub mod events;
 #[cfg(feature = "fault-points")]
@@ -53,6 +54,7 @@ use crate::{
     volume::{IoError, Volume},
 };
 use config::DeviceConfig;
+use cpus::Cpus;
 use event_loop::{EventLoop, run_to_end};
 use events::Watcher;
 pub use inbox::Pulse;
@@ -144,6 +146,9 @@ pub enum LunError {
     /// The thread, its I/O backend or its descriptors.
     #[error("the LUN's thread cannot run")]
     Thread(#[source] io::Error),
+    /// The processors that its thread is to run on.
+    #[error("the LUN's thread cannot run on processors {0}")]
+    Cpus(Cpus, #[source] io::Error),
     /// There is no thread any more.
     #[error("the LUN is not running: {0}")]
     Gone(String),
@@ -176,6 +181,7 @@ impl LunError {
             LunError::Scrub(ScrubError::NotProtected) => {
                 Some("create it with --pi type1: the image is read once to protect it".into())
             }
+            LunError::Cpus(..) => Some("name processors that this host has (`lscpu`), and that the service may use (CPUAffinity=)".into()),
             LunError::Scrub(_)
             | LunError::Ring(_)
             | LunError::Volume(_)
@@ -473,6 +479,11 @@ impl LunHandle {
 
 /// A LUN's life on its thread.
 fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -> State {
+    if let Some(cpus) = &params.config.cpus
+        && let Err(e) = cpus.bind()
+    {
+        return refuse(up, LunError::Cpus(cpus.clone(), e));
+    }
     let (io, exec) = match backend(params.backend) {
         Ok(io) => (io, Executor::new()),
         Err(e) => return refuse(up, LunError::Thread(e)),

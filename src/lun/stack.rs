@@ -33,9 +33,11 @@ impl Stack {
             lock: true,
             cache_size: config.cache_size,
             null_size: Some(params.capacity),
+            cache: config.cache,
         };
         let image = open(io, &config.image, &options).await?;
         image.check_block_size(params.block_size)?;
+        image.check_sectors(params.block_size)?;
         let capacity = image.limits().capacity;
         if capacity < params.capacity {
             return Err(LunError::Shrunk {

@@ -18,6 +18,14 @@ use std::{
 
 use smallvec::SmallVec;
 
+/// Bytes of a page of memory, and of the page cache.
+pub fn page_size() -> u64 {
+    // SAFETY: it asks for a number, and touches no memory of ours.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // POSIX has it always; if not, as large as Linux makes them.
+    u64::try_from(size).unwrap_or(64 << 10)
+}
+
 /// Alignment of every [`Buffer`]: enough for O_DIRECT on any block device.
 pub const BUFFER_ALIGN: usize = 4096;
 

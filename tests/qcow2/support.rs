@@ -176,6 +176,6 @@ pub async fn open(io: &Io, path: &Path) -> Qcow2 {
     let writable = |path: &Path| Rc::new(OpenOptions::new().read(true).write(true).open(path).unwrap());
     let bytes = std::fs::read(path).unwrap();
     let header = probe_header(&bytes[..bytes.len().min(2 << 20)]).unwrap();
-    let data = header.data_file.map(|name| writable(&path.parent().unwrap().join(name)));
+    let data = header.data_file.map(|name| writable(&path.parent().unwrap().join(name)).into());
     Qcow2::open(io, writable(path), data, path, false, backing).await.unwrap()
 }

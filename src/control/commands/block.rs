@@ -10,7 +10,7 @@ use crate::{
     control::{Registry, qmp::Error, without_nulls},
     lun::{
         Made, Remote, State, Stats,
-        config::pi_word,
+        config::{CacheMode, DeviceConfig, pi_word},
         throttle::limits::Limits,
         traffic::{Count, Traffic},
     },
@@ -76,14 +76,22 @@ fn image_info(layers: &Layers) -> Option<Value> {
 }
 
 /// The node of one layer; what is beneath the top is never written to.
-fn node(name: String, layers: &Layers, read_only: bool, write_cache: bool, limits: &Limits) -> Option<Value> {
+fn node(
+    name: String,
+    layers: &Layers,
+    config: &DeviceConfig,
+    read_only: bool,
+    write_cache: bool,
+    limits: &Limits,
+) -> Option<Value> {
+    let direct = config.cache == CacheMode::None;
     let top = layers.first()?;
     let mut node = without_nulls(json!({
         "file": top.path.display().to_string(), "node-name": name, "ro": read_only, "drv": top.format.to_string(),
         "backing_file": layers.get(1).map(|b| b.path.display().to_string()),
         "backing_file_depth": layers.len() - 1, "encrypted": false, "detect_zeroes": "off",
         "write_threshold": 0,
-        "cache": { "writeback": write_cache, "direct": false, "no-flush": false },
+        "cache": { "writeback": write_cache, "direct": direct, "no-flush": false },
         "image": image_info(layers),
     }));
     if let Some(node) = node.as_object_mut() {
@@ -99,7 +107,8 @@ fn nodes(name: &str, lun: &Remote) -> Result<Vec<Value>, Error> {
     let read_only = |i| i > 0 || lun.made().config.read_only;
     // What is limited are the LUN's commands, whichever file they end in.
     let limits = |i| stats.throttle.filter(|_| i == 0).unwrap_or_default().limits;
-    let node = |i| node(named(i), &layers[i..], read_only(i), stats.write_cache, &limits(i));
+    let node =
+        |i| node(named(i), &layers[i..], &lun.made().config, read_only(i), stats.write_cache, &limits(i));
     Ok((0..layers.len()).filter_map(node).collect())
 }
 

@@ -41,7 +41,7 @@ impl<S: Storage> Qcow2<S> {
             let _held = (inside, at_work);
             match kind {
                 Kind::Data { host, .. } => {
-                    self.data().read(host, to).await.map_err(|e| self.io_error(IoOp::Read, e).at(at))
+                    self.data().read_data(host, to).await.map_err(|e| self.io_error(IoOp::Read, e).at(at))
                 }
                 Kind::Unallocated => self.read_backing(at.0, to).await,
                 Kind::Zero { .. } | Kind::Compressed { .. } => {
@@ -75,7 +75,7 @@ impl<S: Storage> Qcow2<S> {
         let changing = Changing(&self.barrier);
         Some(async move {
             let _held = (inside, at_work);
-            let written = self.data().write(host, from).await;
+            let written = self.data().write_data(host, from).await;
             changing.finish();
             written.map_err(|e| self.io_error(IoOp::Write, e).at(at))
         })

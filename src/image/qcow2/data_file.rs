@@ -31,7 +31,7 @@ impl<S: Storage> Qcow2<S> {
     pub(super) async fn write_whole(&self, op: IoOp, host: u64, whole: &Sg) -> Result<()> {
         let most = if self.data.is_some() { self.size.get().saturating_sub(host) } else { u64::MAX };
         let len = (whole.len() as u64).min(most) as usize;
-        self.data().write(host, &whole.slice(0, len)).await.map_err(|e| self.io_error(op, e))
+        self.data().write_data(host, &whole.slice(0, len)).await.map_err(|e| self.io_error(op, e))
     }
 
     /// Whether the data file is to be the same disk by itself.

@@ -45,9 +45,7 @@ mod write;
 
 use std::{
     cell::{Cell, RefCell},
-    fs::File,
     path::{Path, PathBuf},
-    rc::Rc,
 };
 
 use barrier::{Barrier, Epochs, Lost};
@@ -68,6 +66,7 @@ pub use snapshot::{Snapshot, SnapshotError};
 pub use storage::{FileStorage, Storage};
 
 use crate::{
+    image::direct::Ways,
     sync::{AsyncMutex, RangeLock},
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
@@ -144,16 +143,16 @@ impl Qcow2<FileStorage> {
     /// writing, for an image that is marked corrupt, or is marked dirty and cannot be repaired. The words name the next step.
     pub async fn open(
         io: &Io,
-        file: Rc<File>,
-        data: Option<Rc<File>>,
+        file: impl Into<Ways>,
+        data: Option<Ways>,
         path: &Path,
         read_only: bool,
         backing: Option<Backing>,
     ) -> Result<Qcow2> {
         let storage =
-            |file| FileStorage::new(io, file).map_err(|e| IoError::from_io(IoOp::Open, e).path(path));
+            |ways: Ways| FileStorage::new(io, ways).map_err(|e| IoError::from_io(IoOp::Open, e).path(path));
         let data = data.map(storage).transpose()?;
-        Qcow2::open_with(storage(file)?, data, path, read_only, backing).await
+        Qcow2::open_with(storage(file.into())?, data, path, read_only, backing).await
     }
 }
 

@@ -97,9 +97,11 @@ impl<S: Storage> Qcow2<S> {
                 Ok(())
             }
             Kind::Unallocated => self.read_backing(at, to).await,
-            Kind::Data { host, .. } => {
-                self.data().read(host, to).await.map_err(|e| self.io_error(IoOp::Read, e).at(ByteOffset(at)))
-            }
+            Kind::Data { host, .. } => self
+                .data()
+                .read_data(host, to)
+                .await
+                .map_err(|e| self.io_error(IoOp::Read, e).at(ByteOffset(at))),
             Kind::Compressed { at: stream, len } => {
                 let cluster = Box::pin(self.inflated(stream, len)).await.map_err(|e| e.at(ByteOffset(at)))?;
                 to.copy_from(0, &cluster.sg().slice(self.geometry.within(at) as usize, to.len()));

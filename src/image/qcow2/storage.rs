@@ -2,14 +2,13 @@
 //! that fails a chosen step, or forgets what was not synced.
 
 use std::{
-    fs::File,
     io::{self, Seek, SeekFrom},
     os::unix::fs::FileTypeExt,
     rc::Rc,
 };
 
 use crate::{
-    image::{power::atomic_unit, space::free_bytes},
+    image::{direct::Ways, power::atomic_unit, space::free_bytes},
     sys::{
         io::{Fallocate, Io},
         mem::{Buffer, Sg},
@@ -23,6 +22,14 @@ pub trait Storage {
     async fn read(&self, at: u64, to: &Sg) -> io::Result<()>;
     /// Writes all of `from`; the file grows as needed.
     async fn write(&self, at: u64, from: &Sg) -> io::Result<()>;
+    /// As [`Storage::read`], of clusters that hold the guest's data and share no page with anything else.
+    async fn read_data(&self, at: u64, to: &Sg) -> io::Result<()> {
+        self.read(at, to).await
+    }
+    /// As [`Storage::write`], to such clusters.
+    async fn write_data(&self, at: u64, from: &Sg) -> io::Result<()> {
+        self.write(at, from).await
+    }
     /// Everything that has been written before the call is on stable storage after it, the length included.
     async fn sync(&self) -> io::Result<()>;
     /// Frees the range, which reads as zeros; the length stays.
@@ -48,7 +55,7 @@ pub trait Storage {
 /// A regular file or a block device, through a thread's I/O.
 pub struct FileStorage {
     io: Io,
-    file: Rc<File>,
+    ways: Ways,
     device: bool,
     atomic_write: u32,
 }
@@ -61,10 +68,11 @@ impl FileStorage {
     ///
     /// # Errors
     /// What `fstat` says.
-    pub fn new(io: &Io, file: Rc<File>) -> io::Result<FileStorage> {
-        let device = file.metadata()?.file_type().is_block_device();
-        let atomic_write = atomic_unit(&file);
-        Ok(FileStorage { io: io.clone(), file, device, atomic_write })
+    pub fn new(io: &Io, ways: impl Into<Ways>) -> io::Result<FileStorage> {
+        let ways = ways.into();
+        let device = ways.file().metadata()?.file_type().is_block_device();
+        let atomic_write = atomic_unit(ways.file());
+        Ok(FileStorage { io: io.clone(), ways, device, atomic_write })
     }
 
     async fn write_zeros(&self, at: u64, len: u64) -> io::Result<()> {
@@ -72,7 +80,7 @@ impl FileStorage {
         let mut done = 0;
         while done < len {
             let n = (zeros.len() as u64).min(len - done);
-            self.io.write(&self.file, at + done, &zeros.slice(0, n as usize), false).await?;
+            self.io.write(self.ways.file(), at + done, &zeros.slice(0, n as usize), false).await?;
             done += n;
         }
         Ok(())
@@ -82,7 +90,7 @@ impl FileStorage {
         if len == 0 {
             return Ok(());
         }
-        match self.io.fallocate(&self.file, what, at, len).await {
+        match self.io.fallocate(self.ways.file(), what, at, len).await {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {
                 let end = self.size()?.min(at.saturating_add(len));
                 if end > at { self.write_zeros(at, end - at).await } else { Ok(()) }
@@ -94,15 +102,23 @@ impl FileStorage {
 
 impl Storage for FileStorage {
     async fn read(&self, at: u64, to: &Sg) -> io::Result<()> {
-        self.io.read_or_zero(&self.file, at, to).await
+        self.io.read_or_zero(self.ways.file(), at, to).await
     }
 
     async fn write(&self, at: u64, from: &Sg) -> io::Result<()> {
-        self.io.write(&self.file, at, from, false).await
+        self.io.write(self.ways.file(), at, from, false).await
+    }
+
+    async fn read_data(&self, at: u64, to: &Sg) -> io::Result<()> {
+        self.ways.read_or_zero(&self.io, at, to).await
+    }
+
+    async fn write_data(&self, at: u64, from: &Sg) -> io::Result<()> {
+        self.ways.write(&self.io, at, from, false).await
     }
 
     async fn sync(&self) -> io::Result<()> {
-        self.io.fdatasync(&self.file).await
+        self.io.fdatasync(self.ways.file()).await
     }
 
     async fn punch(&self, at: u64, len: u64) -> io::Result<()> {
@@ -115,14 +131,14 @@ impl Storage for FileStorage {
 
     fn size(&self) -> io::Result<u64> {
         if self.device {
-            return (&*self.file).seek(SeekFrom::End(0));
+            return (&**self.ways.file()).seek(SeekFrom::End(0));
         }
-        Ok(self.file.metadata()?.len())
+        Ok(self.ways.file().metadata()?.len())
     }
 
     async fn set_size(&self, len: u64) -> io::Result<()> {
         if !self.device {
-            return self.file.set_len(len);
+            return self.ways.file().set_len(len);
         }
         if len > self.size()? { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
     }
@@ -132,7 +148,7 @@ impl Storage for FileStorage {
     }
 
     async fn free_bytes(&self) -> Option<u64> {
-        if self.device { None } else { free_bytes(&self.io, &self.file).await }
+        if self.device { None } else { free_bytes(&self.io, self.ways.file()).await }
     }
 
     fn atomic_write(&self) -> u32 {
@@ -147,6 +163,14 @@ impl<S: Storage> Storage for Rc<S> {
 
     async fn write(&self, at: u64, from: &Sg) -> io::Result<()> {
         (**self).write(at, from).await
+    }
+
+    async fn read_data(&self, at: u64, to: &Sg) -> io::Result<()> {
+        (**self).read_data(at, to).await
+    }
+
+    async fn write_data(&self, at: u64, from: &Sg) -> io::Result<()> {
+        (**self).write_data(at, from).await
     }
 
     async fn sync(&self) -> io::Result<()> {

@@ -125,7 +125,7 @@ impl<S: Storage> Qcow2<S> {
             let (first, last) = (g.index(host), g.index(host + from.len() as u64 - 1));
             Box::pin(self.check_not_metadata(op, first, last - first + 1)).await?;
         }
-        self.data().write(host, from).await.map_err(|e| self.io_error(op, e))
+        self.data().write_data(host, from).await.map_err(|e| self.io_error(op, e))
     }
 
     /// Writes guest bytes that one slice maps, holding their clusters.
@@ -218,7 +218,7 @@ impl<S: Storage> Qcow2<S> {
         let written = async {
             if zeros {
                 let host = to.host + g.within(at);
-                return self.data().write(host, from).await.map_err(|e| self.io_error(op, e));
+                return self.data().write_data(host, from).await.map_err(|e| self.io_error(op, e));
             }
             let (head, tail) = match (old.first(), old.last()) {
                 (Some(first), Some(last)) => self.read_ends(at, end, seen(*first), seen(*last)).await?,
