@@ -65,8 +65,8 @@ struct Lun(Target<Image>);
 
 impl Lun {
     async fn execute(&self, cdb: &[u8], data: &Sg) -> (u8, u8, u8) {
-        let command = Command { cdb: cdb.into(), data: data.clone(), ..Command::default() };
-        self.0.execute(command).await.sense.map_or(GOOD, |s| (s.key as u8, s.asc.0, s.asc.1))
+        let command = Command { cdb, data, dif: &Sg::new(), once: None };
+        self.0.execute(&command).await.sense.map_or(GOOD, |s| (s.key as u8, s.asc.0, s.asc.1))
     }
 
     async fn block_command(&self, opcode: u8, chunk: u64, data: &Sg) -> (u8, u8, u8) {

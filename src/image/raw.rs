@@ -29,6 +29,16 @@ use crate::{
     volume::{Extent, ExtentKind, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
 };
 
+/// Whether those bytes, at the start of a file, would make it a qcow2 image.
+fn starts_as_qcow2(bytes: &Sg) -> bool {
+    let mut first = [0; QCOW2_MAGIC.len()];
+    if bytes.len() < first.len() {
+        return false;
+    }
+    bytes.copy_out(0, &mut first);
+    first == QCOW2_MAGIC
+}
+
 /// The first bytes of a qcow2 image (qcow2 specification, "Header": magic).
 pub const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
@@ -238,7 +248,7 @@ impl Volume for Raw {
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         let Some(_busy) = self.begin(IoOp::Write, at, from.len() as u64)? else { return Ok(()) };
-        if self.probed && at.0 == 0 && from.len() >= 4 && from.slice(0, 4).to_vec() == QCOW2_MAGIC {
+        if self.probed && at.0 == 0 && starts_as_qcow2(from) {
             let why = "these bytes would make it a qcow2 image at its next opening; name the format raw to allow it";
             return Err(self.error(IoErrorKind::ReadOnly, IoOp::Write).at(at).detail(why));
         }

@@ -20,7 +20,7 @@ use super::{
     throttle::{Cost, Rows, Throttle},
 };
 use crate::{
-    ring::{Command, Completion, Entry, Reply, Ring, RingError, reply::TASK_ABORTED},
+    ring::{self, Command, Completion, Entry, Reply, Ring, RingError, reply::TASK_ABORTED},
     sys::{
         exec::Executor,
         io::{Io, Wait},
@@ -37,6 +37,12 @@ const BACKGROUND: usize = 1;
 /// initiators once nothing is answered any more; storage that takes longer is flushed when the image is closed, as it always is.
 const PARTING: Duration = Duration::from_secs(2);
 
+/// Commands after which the doorbell is read, if that is not needed otherwise: UIO counts its events in 32 bits, and one that is read
+/// seldom could look as if nothing had happened.
+const SELDOM: u64 = 1 << 10;
+/// The same for a loop that never sleeps.
+const VERY_SELDOM: u64 = 1 << 24;
+
 /// Why a loop ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoopError {
@@ -49,11 +55,9 @@ pub(super) enum LoopError {
 /// What serves the commands and messages of a loop.
 pub(super) trait Service: 'static {
     /// Executes one command to its end, which was taken out of the ring at that moment.
-    fn execute(
-        self: Rc<Self>,
-        command: Command,
-        taken: Instant,
-    ) -> impl Future<Output = Completion> + 'static;
+    fn execute(&self, command: &Command, taken: Instant) -> impl Future<Output = Completion>;
+    /// The answers that there are go out now.
+    fn answering(&self) {}
     /// The limits of the commands.
     fn throttle(&self) -> &Throttle;
     /// What a command counts for; nothing for one that is not limited.
@@ -80,6 +84,8 @@ pub(super) struct Load {
     pub(super) batches: u64,
     pub(super) sleeps: u64,
     pub(super) in_flight: usize,
+    pub(super) polled: Duration,
+    pub(super) ring: ring::Calls,
 }
 
 /// A loop that was told to stop.
@@ -111,6 +117,8 @@ pub(super) struct EventLoop<S> {
     load: Load,
     spinner: Spinner,
     parting: Option<Parting>,
+    /// Commands when the doorbell was last read.
+    read_at: u64,
 }
 
 impl<S: Service> EventLoop<S> {
@@ -133,6 +141,7 @@ impl<S: Service> EventLoop<S> {
             load: Load::default(),
             spinner: Spinner::new(polling),
             parting: None,
+            read_at: 0,
         }
     }
 
@@ -151,6 +160,7 @@ impl<S: Service> EventLoop<S> {
         {
             self.exec.run_ready();
         }
+        self.service.answering();
         self.ring.publish()?;
         self.exec.clear();
         result
@@ -179,7 +189,11 @@ impl<S: Service> EventLoop<S> {
             self.exec.run_ready();
             if self.ring.has_answers() {
                 self.load.batches += 1;
+                self.service.answering();
                 self.ring.publish()?;
+                if self.load.commands - self.read_at >= VERY_SELDOM {
+                    self.acknowledge();
+                }
             }
             self.io.turn(Wait::No)?;
             // Looked at after the turn, which may have swallowed the doorbells of both.
@@ -196,13 +210,19 @@ impl<S: Service> EventLoop<S> {
             if !self.dry(stopping)? {
                 continue;
             }
-            if ring_bell.take_ready() {
-                self.ring.acknowledge();
+            let seldom = self.load.commands - self.read_at >= SELDOM;
+            if ring_bell.take_ready() && (ring_bell.has_to_be_emptied() || seldom) {
+                self.acknowledge();
             }
-            if inbox_bell.take_ready() {
+            if inbox_bell.take_ready() && inbox_bell.has_to_be_emptied() {
                 self.inbox.acknowledge();
             }
         }
+    }
+
+    fn acknowledge(&mut self) {
+        self.ring.acknowledge();
+        self.read_at = self.load.commands;
     }
 
     /// Nothing to run: spins, then sleeps. False if spinning found work.
@@ -214,6 +234,7 @@ impl<S: Service> EventLoop<S> {
             }
         }
         self.load.sleeps += 1;
+        self.spinner.sleeps();
         let parting = self.parting.as_ref().filter(|_| !stopping).map(|parting| parting.until);
         let wait = match self.held.due().into_iter().chain(parting).min() {
             Some(due) => Wait::AtMost(due.saturating_duration_since(Instant::now())),
@@ -239,8 +260,9 @@ impl<S: Service> EventLoop<S> {
         while self.can_take() {
             let Some((entry, reply)) = self.ring.take_entry()? else { break };
             let now = *now.get_or_insert_with(|| {
-                self.spinner.worked();
-                Instant::now()
+                let now = Instant::now();
+                self.spinner.worked(now);
+                now
             });
             match (entry, reply) {
                 (Entry::Command(command), Some(reply)) => {
@@ -273,8 +295,9 @@ impl<S: Service> EventLoop<S> {
     fn start_waiting(&mut self) {
         while self.exec.tasks() < MAX_RUNNING {
             let Some((command, reply, taken)) = self.waiting.pop_front() else { return };
-            let done = self.service.clone().execute(command, taken);
-            self.exec.spawn(async move { reply.answer(done.await) });
+            let service = self.service.clone();
+            // At once: one that waits for nothing has ended then, and its memory serves the next.
+            self.exec.start(move || async move { reply.answer(service.execute(&command, taken).await) });
         }
     }
 
@@ -312,8 +335,15 @@ impl<S: Service> EventLoop<S> {
                 Message::Stop => {}
                 Message::Ping => self.inbox.pong(),
                 other => {
-                    let load = Load { in_flight: self.ring.unanswered(), ..self.load };
-                    self.exec.spawn(self.service.clone().message(other, load));
+                    let load = Load {
+                        in_flight: self.ring.unanswered(),
+                        polled: self.spinner.spun(),
+                        ring: self.ring.calls(),
+                        ..self.load
+                    };
+                    // At once, while the load is what it says.
+                    let service = self.service.clone();
+                    self.exec.start(move || service.message(other, load));
                 }
             }
         }

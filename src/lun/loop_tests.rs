@@ -32,7 +32,7 @@ struct Echo {
 }
 
 impl Service for Echo {
-    async fn execute(self: Rc<Self>, command: Command, _: Instant) -> Completion {
+    async fn execute(&self, command: &Command, _: Instant) -> Completion {
         self.running.set(self.running.get() + 1);
         match command.cdb[0] {
             1 => self.io.sleep(Duration::from_millis(command.cdb[2].into())).await,

@@ -1,9 +1,9 @@
 //! How long a LUN's commands took and with what sense they failed: counted on its thread, in cells, without a lock, and without an
-//! allocation but for the first of each sense.
+//! allocation but for the first of each sense. The clock is looked at once for all that are answered together.
 
 use std::{
     cell::{Cell, RefCell},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::scsi::{Response, Sense, opcodes::Kind};
@@ -61,13 +61,15 @@ struct Cells {
 /// The counters: a row for each [`Kind`], and one for what is none.
 pub(super) struct Measures {
     rows: [Cells; Kind::COUNT + 1],
+    /// Commands that have ended and are not answered yet: the row, when they were taken, and how many of these there are in a row.
+    ended: RefCell<Vec<(usize, Instant, u64)>>,
     senses: RefCell<Vec<(SenseCodes, u64)>>,
 }
 
 impl Default for Measures {
     fn default() -> Measures {
         let row = |_| Cells { buckets: std::array::from_fn(|_| Cell::new(0)), nanoseconds: Cell::new(0) };
-        Measures { rows: std::array::from_fn(row), senses: RefCell::default() }
+        Measures { rows: std::array::from_fn(row), ended: RefCell::default(), senses: RefCell::default() }
     }
 }
 
@@ -76,14 +78,28 @@ fn add(cell: &Cell<u64>, more: u64) {
 }
 
 impl Measures {
-    /// Counts a command that has ended after `took`.
-    pub(super) fn count(&self, response: &Response, took: Duration) {
-        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let row = &self.rows[response.kind.map_or(Kind::COUNT, |kind| kind as usize)];
-        add(&row.buckets[Histogram::bucket(nanoseconds)], 1);
-        add(&row.nanoseconds, nanoseconds);
+    /// A command has ended; how long it took is known when it is answered ([`Measures::settle`]).
+    pub(super) fn ended(&self, response: &Response, taken: Instant) {
+        let row = response.kind.map_or(Kind::COUNT, |kind| kind as usize);
+        let mut ended = self.ended.borrow_mut();
+        // Those that came together mostly end together.
+        match ended.last_mut() {
+            Some((r, t, count)) if (*r, *t) == (row, taken) => *count += 1,
+            _ => ended.push((row, taken, 1)),
+        }
         if let Some(sense) = &response.sense {
             self.count_sense(sense);
+        }
+    }
+
+    /// Counts those that have ended since the last call: they are answered now.
+    pub(super) fn settle(&self, now: Instant) {
+        for (row, taken, count) in self.ended.borrow_mut().drain(..) {
+            let took = now.saturating_duration_since(taken);
+            let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+            let row = &self.rows[row];
+            add(&row.buckets[Histogram::bucket(nanoseconds)], count);
+            add(&row.nanoseconds, nanoseconds.saturating_mul(count));
         }
     }
 
@@ -137,11 +153,16 @@ mod tests {
         let measures = Measures::default();
         assert_eq!(measures.get(), Measured::default());
         let failed = Some(Sense::new(SenseKey::AbortedCommand, Asc::GUARD_CHECK_FAILED));
-        measures.count(&response(Some(Kind::Read), None), Duration::from_micros(3));
-        measures.count(&response(Some(Kind::Read), failed), Duration::from_micros(5));
-        measures.count(&response(Some(Kind::Write), failed), Duration::from_secs(3600));
+        let taken = Instant::now();
+        let ended = |kind, sense, took| {
+            measures.ended(&response(kind, sense), taken);
+            measures.settle(taken + took);
+        };
+        ended(Some(Kind::Read), None, Duration::from_micros(3));
+        ended(Some(Kind::Read), failed, Duration::from_micros(5));
+        ended(Some(Kind::Write), failed, Duration::from_secs(3600));
         let invalid = Some(Sense::new(SenseKey::IllegalRequest, Asc::INVALID_OPERATION_CODE));
-        measures.count(&response(None, invalid), Duration::ZERO);
+        ended(None, invalid, Duration::ZERO);
         let got = measures.get();
         let names: Vec<_> = got.latencies.iter().map(|(name, h)| (*name, h.count(), h.sum)).collect();
         assert_eq!(

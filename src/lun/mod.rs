@@ -64,7 +64,7 @@ use scrub::{Scrub, ScrubError, ScrubOrder};
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
-pub use stats::{PublicStats, ScrubSummary, Stats};
+pub use stats::{PublicStats, ScrubSummary, Stats, SystemCalls};
 use throttle::limits::Limits;
 use trace::Trace;
 

@@ -5,7 +5,7 @@ use std::{cell::RefCell, rc::Rc, time::Instant};
 use tracing::{error, info, warn};
 
 use super::{
-    LunError, LunParams, PublicStats, ScrubSummary, Stats,
+    LunError, LunParams, PublicStats, ScrubSummary, Stats, SystemCalls,
     config::DeviceConfig,
     event_loop::{Load, Service},
     events::{Events, JobStatus},
@@ -109,6 +109,13 @@ impl Lun {
             aborted: load.aborted,
             batches: load.batches,
             sleeps: load.sleeps,
+            polled_us: u64::try_from(load.polled.as_micros()).unwrap_or(u64::MAX),
+            calls: SystemCalls {
+                enters: self.io.calls().enters,
+                kicks: load.ring.kicks,
+                reads: load.ring.reads,
+                operations: self.io.calls().operations,
+            },
             in_flight: load.in_flight as u64,
             io: self.io.backend().to_string(),
             format: self.stack.image().format().to_string(),
@@ -189,7 +196,7 @@ impl scsi::Once for OnlyOnce {
 }
 
 impl Service for Lun {
-    async fn execute(self: Rc<Self>, command: Command, taken: Instant) -> Completion {
+    async fn execute(&self, command: &Command, taken: Instant) -> Completion {
         #[cfg(feature = "fault-points")]
         super::fault_points::meet(&command.cdb);
         let room = command.data.len();
@@ -198,21 +205,14 @@ impl Service for Lun {
             command.cdb.first(),
             Some(&(scsi::opcodes::COMPARE_AND_WRITE | scsi::opcodes::EXTENDED_COPY))
         );
-        let once =
-            command.once.filter(|_| only_once).map(|once| Rc::new(OnlyOnce(once)) as Rc<dyn scsi::Once>);
-        let command = scsi::Command {
-            cdb: command.cdb,
-            data: command.data,
-            bidi: command.bidi,
-            dif: command.dif,
-            once,
-        };
-        let response = self.target.execute(command).await;
+        let once = command.once.as_ref().filter(|_| only_once).cloned();
+        let once = once.map(|once| Rc::new(OnlyOnce(once)) as Rc<dyn scsi::Once>);
+        let (cdb, data, dif) = (&command.cdb[..], &command.data, &command.dif);
+        let response = self.target.execute(&scsi::Command { cdb, data, dif, once }).await;
         self.traffic.count(&response, room);
-        let took = taken.elapsed();
-        self.measures.count(&response, took);
+        self.measures.ended(&response, taken);
         if let Some(cdb) = &kept {
-            self.tracer.tell(cdb, &response, took);
+            self.tracer.tell(cdb, &response, taken.elapsed());
         }
         let mut counted = self.counted.borrow_mut();
         match response.status {
@@ -229,6 +229,10 @@ impl Service for Lun {
             completion.read_len = Some(response.data_in as u32);
         }
         completion
+    }
+
+    fn answering(&self) {
+        self.measures.settle(Instant::now());
     }
 
     fn throttle(&self) -> &Throttle {

@@ -1,93 +1,326 @@
 //! Adaptive polling: after work the loop looks at the ring for a while before it sleeps, if looking has been worth it.
 //!
-//! The price of sleeping is a wake-up (a poll, a schedule, an interrupt's path); the price of spinning is CPU. The spinner
-//! keeps the usual gap between running dry and the next entry. Where that gap is short, it spins for twice its length;
-//! where it is long, not at all. So a LUN at ten commands a second costs no spinning, and an idle one nothing.
+//! The price of sleeping is a wake-up, and what that is depends on the machine: some microseconds on one, some hundred on one that is
+//! emulated. So it is measured, once for the process ([`wakeup`]). The price of spinning is CPU. The spinner keeps the usual gap between
+//! running dry and the next entry. Where the gap is no longer than twice a wake-up, it spins for twice the gap;
+//! where it is longer, not at all. So a LUN at ten commands a second costs no spinning, and an idle one nothing.
+//!
+//! Whatever comes, three things bound it: no spin is longer than twice [`MOST`]; spins that find nothing take no more than one part in
+//! [`WASTE`] of a CPU for a LUN; and no more than half of the CPUs spin at once, for all LUNs of the process together.
 
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-/// The longest spin: what a few wake-ups cost.
-const LONGEST: Duration = Duration::from_micros(200);
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Gaps up to this are worth a spin however cheap a wake-up is: it costs more than the thread's own time (caches, the sender's).
+const LEAST: Duration = Duration::from_micros(20);
+
+/// Gaps beyond this are worth none, however dear a wake-up is.
+const MOST: Duration = Duration::from_millis(1);
+
+/// Of the time that passes, spins that find nothing may take one part in so many.
+const WASTE: u32 = 16;
+
+/// How much of that can be saved up.
+const PURSE: Duration = Duration::from_millis(5);
+
+/// What a wake-up is taken to cost where it cannot be measured.
+const USUAL: Duration = Duration::from_micros(20);
+
+/// Threads that spin at this moment.
+static SPINNING: AtomicUsize = AtomicUsize::new(0);
 
 pub(super) struct Spinner {
     /// The usual gap, as a moving average over the last few.
     gap: Duration,
+    /// The longest gap that is worth spinning for.
+    longest: Duration,
+    wakeup: Duration,
     dry_since: Option<Instant>,
-    enabled: bool,
+    /// It has slept since then, so the gap has a wake-up in it.
+    slept: bool,
+    /// What may still be spent on spins that find nothing.
+    purse: Duration,
+    filled: Option<Instant>,
+    /// Threads that may spin at once, and with 0 none.
+    most: usize,
+    spun: Duration,
 }
 
 impl Spinner {
     /// Spins if it may, unless this machine has one CPU, where the peer could not run meanwhile.
     pub(super) fn new(polling: bool) -> Spinner {
-        let enabled = polling && std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
-        Spinner { gap: LONGEST * 4, dry_since: None, enabled }
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        if polling && cpus > 1 { Spinner::with(wakeup(), cpus / 2) } else { Spinner::with(USUAL, 0) }
+    }
+
+    fn with(wakeup: Duration, most: usize) -> Spinner {
+        let longest = (wakeup * 2).clamp(LEAST, MOST);
+        Spinner {
+            gap: longest * 4,
+            longest,
+            wakeup,
+            dry_since: None,
+            slept: false,
+            purse: PURSE,
+            filled: None,
+            most,
+            spun: Duration::ZERO,
+        }
+    }
+
+    /// What it has spun so far.
+    pub(super) fn spun(&self) -> Duration {
+        self.spun
     }
 
     /// Work has come: the gap since the loop ran dry goes into the average.
-    pub(super) fn worked(&mut self) {
+    pub(super) fn worked(&mut self, now: Instant) {
+        let slept = std::mem::take(&mut self.slept);
         if let Some(since) = self.dry_since.take() {
+            let gap = now.saturating_duration_since(since);
+            let gap = if slept { gap.saturating_sub(self.wakeup) } else { gap };
             // A long pause says no more than that spinning would not have paid.
-            let gap = since.elapsed().min(LONGEST * 16);
-            self.gap = (self.gap * 7 + gap) / 8;
+            self.gap = (self.gap * 7 + gap.min(self.longest * 16)) / 8;
         }
+    }
+
+    /// The thread is about to sleep.
+    pub(super) fn sleeps(&mut self) {
+        self.slept = true;
     }
 
     /// The loop has run dry: spins until `wake` says so or it is time to sleep. Tells whether `wake` did.
     pub(super) fn spin(&mut self, mut wake: impl FnMut() -> bool) -> bool {
-        let start = *self.dry_since.get_or_insert_with(Instant::now);
-        let budget = self.budget();
-        if budget.is_zero() {
+        if self.most == 0 {
             return false;
         }
+        let start = Instant::now();
+        let budget = self.dry(start);
+        let Some(_turn) = (!budget.is_zero()).then(|| Turn::take(self.most)).flatten() else { return false };
         loop {
             for _ in 0..32 {
                 if wake() {
+                    self.ends(start.elapsed(), true);
                     return true;
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() >= budget {
+            let spent = start.elapsed();
+            if spent >= budget {
+                self.ends(spent, false);
                 return false;
             }
         }
     }
 
-    fn budget(&self) -> Duration {
-        if self.enabled && self.gap <= LONGEST { (self.gap * 2).min(LONGEST) } else { Duration::ZERO }
+    /// The loop has run dry: how long it may spin.
+    fn dry(&mut self, now: Instant) -> Duration {
+        let since = *self.dry_since.get_or_insert(now);
+        let filled = self.filled.replace(now).unwrap_or(now);
+        self.purse = PURSE.min(self.purse + now.saturating_duration_since(filled) / WASTE);
+        if self.gap > self.longest {
+            return Duration::ZERO;
+        }
+        // What is left of this gap's, if the loop was woken by something else meanwhile.
+        (self.gap * 2).max(LEAST / 4).saturating_sub(now.saturating_duration_since(since)).min(self.purse)
     }
+
+    fn ends(&mut self, spent: Duration, found: bool) {
+        self.spun += spent;
+        if !found {
+            self.purse = self.purse.saturating_sub(spent);
+        }
+    }
+}
+
+/// One of the threads that spin.
+struct Turn;
+
+impl Turn {
+    fn take(most: usize) -> Option<Turn> {
+        let turn = SPINNING.fetch_add(1, Ordering::Relaxed) < most;
+        // Given back at once if there was none left.
+        let guard = Turn;
+        turn.then_some(guard)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        SPINNING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What it takes on this machine until a thread that sleeps runs again. Measured with the first call, which takes as long as a few dozen
+/// wake-ups.
+pub(super) fn wakeup() -> Duration {
+    static COST: OnceLock<Duration> = OnceLock::new();
+    *COST.get_or_init(|| match measure() {
+        Ok(cost) => {
+            tracing::debug!(microseconds = cost.as_micros() as u64, "a wake-up");
+            cost
+        }
+        Err(error) => {
+            tracing::debug!(%error, "what a wake-up costs cannot be measured");
+            USUAL
+        }
+    })
+}
+
+/// Two threads wake each other in turn. The lower quartile: what comes on top is other work of the machine.
+fn measure() -> io::Result<Duration> {
+    const ROUNDS: usize = 24;
+    const END: u64 = 1 << 32;
+    let event = || eventfd(0, EventfdFlags::CLOEXEC);
+    let (there, back) = (event()?, event()?);
+    let read = |fd| {
+        let mut word = [0; 8];
+        rustix::io::read(fd, &mut word).map(|_| u64::from_ne_bytes(word))
+    };
+    let write = |fd, word: u64| rustix::io::write(fd, &word.to_ne_bytes());
+    std::thread::scope(|scope| {
+        std::thread::Builder::new().name("wakeup".into()).spawn_scoped(scope, || {
+            while read(&there).is_ok_and(|word| word < END) && write(&back, 1).is_ok() {}
+        })?;
+        let round = || {
+            let start = Instant::now();
+            write(&there, 1)?;
+            read(&back)?;
+            Ok(start.elapsed() / 2)
+        };
+        let rounds: rustix::io::Result<Vec<Duration>> = (0..ROUNDS).map(|_| round()).collect();
+        write(&there, END)?;
+        let mut rounds = rounds?;
+        rounds.sort_unstable();
+        Ok(rounds[ROUNDS / 4])
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn after(gaps: &[Duration]) -> Spinner {
-        let mut spinner = Spinner { enabled: true, ..Spinner::new(true) };
-        for gap in gaps {
-            spinner.dry_since = Instant::now().checked_sub(*gap);
-            spinner.worked();
+    const US: Duration = Duration::from_micros(1);
+
+    /// A LUN whose commands come so long after the last was answered; at a wake-up of 50 µs.
+    struct Lun {
+        spinner: Spinner,
+        now: Instant,
+    }
+
+    impl Lun {
+        fn new() -> Lun {
+            Lun::with(50 * US)
         }
-        spinner
+
+        fn with(wakeup: Duration) -> Lun {
+            Lun { spinner: Spinner::with(wakeup, 1), now: Instant::now() }
+        }
+
+        fn gaps(&mut self, count: usize, gap: Duration) {
+            for _ in 0..count {
+                self.gap(gap);
+            }
+        }
+
+        /// Runs dry, and gets work after that time: spins or sleeps as the policy has it. Tells how long it has spun.
+        fn gap(&mut self, gap: Duration) -> Duration {
+            let s = &mut self.spinner;
+            let budget = s.dry(self.now);
+            let spun = budget.min(gap);
+            if !budget.is_zero() {
+                s.ends(spun, budget >= gap);
+            }
+            self.now += gap;
+            if budget < gap {
+                s.sleeps();
+                self.now += s.wakeup;
+            }
+            s.worked(self.now);
+            self.now += 3 * US;
+            spun
+        }
     }
 
     #[test]
     fn an_idle_or_slow_device_does_not_spin() {
-        assert_eq!(after(&[]).budget(), Duration::ZERO);
-        assert_eq!(after(&[Duration::from_millis(10); 20]).budget(), Duration::ZERO);
+        let mut lun = Lun::new();
+        for _ in 0..1000 {
+            assert_eq!(lun.gap(Duration::from_millis(10)), Duration::ZERO);
+        }
         let mut woken = 0;
-        assert!(!after(&[]).spin(|| {
+        let spun = lun.spinner.spin(|| {
             woken += 1;
             true
-        }));
-        assert_eq!(woken, 0);
+        });
+        assert!(!spun && woken == 0);
     }
 
     #[test]
-    fn a_busy_device_spins_and_stops_when_the_load_goes() {
-        let mut busy = vec![Duration::from_micros(20); 40];
-        assert!(after(&busy).budget() > Duration::ZERO);
-        assert!(after(&busy).budget() <= LONGEST);
-        busy.extend([Duration::from_millis(10); 10]);
-        assert_eq!(after(&busy).budget(), Duration::ZERO);
+    fn gaps_up_to_twice_a_wake_up_are_spun_through_and_longer_ones_slept_through() {
+        for (wakeup, gap, spins) in
+            [(50, 90, true), (50, 120, false), (400, 700, true), (5, 15, true), (5, 30, false)]
+        {
+            let mut lun = Lun::with(wakeup * US);
+            lun.gaps(100, gap * US);
+            assert_eq!(lun.gap(gap * US), if spins { gap * US } else { Duration::ZERO }, "{gap} at {wakeup}");
+        }
+        // However dear a wake-up is, there is an end.
+        let mut lun = Lun::with(Duration::from_millis(50));
+        lun.gaps(100, 2 * MOST);
+        assert_eq!(lun.gap(2 * MOST), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_busy_device_stops_spinning_when_the_load_goes() {
+        let mut lun = Lun::new();
+        lun.gaps(100, 20 * US);
+        assert_eq!(lun.gap(20 * US), 20 * US);
+        // The first long pause costs one spin, the next none.
+        let long = Duration::from_millis(10);
+        assert!(lun.gap(long) <= 40 * US);
+        assert_eq!((lun.gap(long), lun.gap(long)), (Duration::ZERO, Duration::ZERO));
+        // And the load comes back.
+        lun.gaps(100, 20 * US);
+        assert_eq!(lun.gap(20 * US), 20 * US);
+    }
+
+    #[test]
+    fn spins_that_find_nothing_take_a_small_part_of_a_cpu_whatever_the_load_does() {
+        let mut lun = Lun::new();
+        let (start, mut lost) = (lun.now, Duration::ZERO);
+        // Just as many short gaps as it takes to begin, then one that is a little too long to find.
+        for _ in 0..20_000 {
+            for _ in 0..30 {
+                lun.gap(US);
+            }
+            lun.spinner.gap = 100 * US;
+            let spun = lun.gap(201 * US);
+            lost += spun;
+        }
+        let passed = lun.now - start;
+        assert!(lost <= passed / WASTE + PURSE, "{lost:?} of {passed:?}");
+        assert!(lost > passed / WASTE / 4, "it has spun at all: {lost:?}");
+    }
+
+    #[test]
+    fn no_more_threads_spin_at_once_than_may() {
+        // Other tests of this process spin, too.
+        let all: Vec<_> = (0..64).map_while(|_| Turn::take(32)).collect();
+        assert!(all.len() <= 32 && Turn::take(0).is_none());
+    }
+
+    #[test]
+    fn a_wake_up_is_measured_and_takes_some_time() {
+        let cost = measure().unwrap();
+        assert!(cost > Duration::ZERO && cost < Duration::from_secs(10), "{cost:?}");
     }
 }

@@ -10,7 +10,7 @@ use crate::{
         open::{OpenOptions, open},
     },
     pi::{Counters, Protected, Protection, chain::Beneath, protected::sidecar_path, store::Stamp},
-    sys::{io::Io, mem::Sg},
+    sys::{exec::boxed, io::Io, mem::Sg},
     units::ByteOffset,
     volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
 };
@@ -108,14 +108,14 @@ impl Volume for Stack {
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
         match self {
             Stack::Plain(v) => v.read(at, to).await,
-            Stack::Protected(v) => Box::pin(v.read(at, to)).await,
+            Stack::Protected(v) => boxed(v.read(at, to)).await,
         }
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         match self {
             Stack::Plain(v) => v.write(at, from, flags).await,
-            Stack::Protected(v) => Box::pin(v.write(at, from, flags)).await,
+            Stack::Protected(v) => boxed(v.write(at, from, flags)).await,
         }
     }
 

@@ -26,6 +26,19 @@ pub struct PublicStats {
     pub other_statuses: u64,
 }
 
+/// The system calls of a LUN's thread since it serves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SystemCalls {
+    /// `io_uring_enter`, or on threads `ppoll`.
+    pub enters: u64,
+    /// The kernel was told of answers.
+    pub kicks: u64,
+    /// The doorbell was read empty.
+    pub reads: u64,
+    /// Operations on files, however they got to the kernel.
+    pub operations: u64,
+}
+
 /// A LUN's counters since it started.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {
@@ -37,6 +50,12 @@ pub struct Stats {
     pub batches: u64,
     /// How often the thread slept.
     pub sleeps: u64,
+    /// How long the thread has looked at its ring instead of sleeping, in microseconds.
+    #[serde(skip)]
+    pub polled_us: u64,
+    /// What the thread has asked of the kernel.
+    #[serde(skip)]
+    pub calls: SystemCalls,
     /// Commands under way.
     pub in_flight: u64,
     /// The way to the kernel: `io_uring` or `threads`.

@@ -428,7 +428,11 @@ impl Kernel {
         Ok(Ended {
             id,
             status: bytes[8],
-            sense: bytes[16..16 + abi::TCMU_SENSE_BUFFERSIZE as usize].to_vec(),
+            // As tcmu_handle_completion has it: without CHECK CONDITION nobody looks at what stands there.
+            sense: match bytes[8] {
+                2 => bytes[16..16 + abi::TCMU_SENSE_BUFFERSIZE as usize].to_vec(),
+                _ => vec![0; abi::TCMU_SENSE_BUFFERSIZE as usize],
+            },
             data,
             dif,
             unknown_op: uflags & abi::TCMU_UFLAG_UNKNOWN_OP != 0,

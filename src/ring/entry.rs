@@ -128,7 +128,7 @@ pub(super) fn command(map: &Rc<Mapping>, place: Place, id: u16, bytes: &[u8]) ->
     }
     let (iovecs, _) = <[IoVecBytes]>::ref_from_prefix_with_elems(rest, total as usize)
         .map_err(|_| place.broken("the number of iovecs is", total))?;
-    let mut lists = [Sg::new(), Sg::new(), Sg::new()];
+    let mut lists = counts.map(|n| Sg::with_room(n as usize));
     let mut left = iovecs;
     for (list, count) in lists.iter_mut().zip(counts) {
         let (mine, others) = left.split_at(count as usize);

@@ -23,7 +23,7 @@ pub use device::Device;
 pub use entry::{Command, Entry, Tmr};
 pub use record::Once;
 pub use reply::{Completion, Reply};
-pub use walk::{Capabilities, Ring};
+pub use walk::{Calls, Capabilities, Ring};
 
 /// What is wrong with a ring. The device that it belongs to takes no more commands.
 #[derive(Debug, thiserror::Error)]

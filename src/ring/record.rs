@@ -20,7 +20,10 @@ use std::{cell::RefCell, collections::HashMap, fmt, fs::File, io, rc::Rc, sync::
 
 use tcmu_sys as abi;
 
-use super::device::{HEAD, TAIL};
+use super::{
+    device::{HEAD, TAIL},
+    reply::{CHECK_CONDITION, SenseBytes},
+};
 use crate::sys::mem::Mapping;
 
 /// First bytes, with the version of what follows.
@@ -43,6 +46,7 @@ const AT_ANSWERS: u64 = 4096;
 const ANSWER_LEN: u64 = 160;
 const RESPONSE_AT: u64 = 32;
 const RESPONSE_LEN: usize = size_of::<abi::CmdResponse>();
+const SENSE_AT: usize = std::mem::offset_of!(abi::CmdResponse, sense_buffer);
 const AT_DEAD: u64 = 28 << 10;
 const AT_ONCE: u64 = 32 << 10;
 /// Bytes that are used all the time.
@@ -76,8 +80,11 @@ impl RingId {
     }
 }
 
+/// The bytes of an answer that stand before its sense data.
+pub type AnswerHead = [u8; SENSE_AT];
+
 /// One answer, and what becomes of the tables with it. Indexes count from 1; 0 is none.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Answer {
     /// Where in the ring it goes.
     pub at: u32,
@@ -95,8 +102,10 @@ pub struct Answer {
     pub undead: u32,
     /// The command's mark.
     pub once: u32,
-    /// The bytes of the answer.
-    pub response: [u8; RESPONSE_LEN],
+    /// The first bytes of the answer.
+    pub head: AnswerHead,
+    /// Those that follow, zeros if there are none. Written with CHECK CONDITION alone: nobody looks at them otherwise.
+    pub sense: Option<Box<SenseBytes>>,
 }
 
 /// A request that was kept aside.
@@ -175,14 +184,28 @@ impl fmt::Debug for Once {
 impl Answer {
     /// Bytes of its slot.
     fn slot_len(&self) -> u32 {
-        let [a, b, c, d, ..] = self.response;
+        let [a, b, c, d, ..] = self.head;
         u32::from_le_bytes([a, b, c, d]) & !abi::TCMU_OP_MASK
     }
 
-    /// What goes into the ring. The slot of an unknown operation may be shorter than an answer: its header is all that there is
-    /// room for.
-    pub fn bytes(&self) -> &[u8] {
-        &self.response[..RESPONSE_LEN.min(self.slot_len() as usize)]
+    fn sense(&self) -> Option<&SenseBytes> {
+        const NONE: SenseBytes = [0; RESPONSE_LEN - SENSE_AT];
+        let wanted = self.head[std::mem::offset_of!(abi::CmdResponse, scsi_status)] == CHECK_CONDITION;
+        wanted.then(|| self.sense.as_deref().unwrap_or(&NONE))
+    }
+
+    /// Puts it into its slot at that place of the mapping. False if that is outside. The slot of an unknown operation may be shorter than
+    /// an answer: its header is all that there is room for.
+    #[must_use]
+    pub fn put(&self, ring: &Mapping, at: u64) -> bool {
+        let len = self.slot_len() as usize;
+        let inside = ring.write(at, &self.head[..SENSE_AT.min(len)]);
+        match self.sense() {
+            Some(sense) if len > SENSE_AT => {
+                inside && ring.write(at + SENSE_AT as u64, &sense[..sense.len().min(len - SENSE_AT)])
+            }
+            _ => inside,
+        }
     }
 }
 
@@ -281,7 +304,7 @@ impl Record {
             for answer in &answers {
                 let at = u64::from(id.cmdr_off) + u64::from(answer.at);
                 let inside = u64::from(answer.at) + u64::from(answer.slot_len()) <= u64::from(id.cmdr_size);
-                if !inside || tail == from && !ring.write(at, answer.bytes()) {
+                if !inside || tail == from && !answer.put(ring, at) {
                     return None;
                 }
             }
@@ -326,8 +349,9 @@ impl Record {
         let answer = |i: u32| {
             let base = AT_ANSWERS + u64::from(i) * ANSWER_LEN;
             let word = |n: u64| self.word(base + 4 * n);
-            let mut response = [0; RESPONSE_LEN];
-            self.get(base + RESPONSE_AT, &mut response);
+            let (mut head, mut sense) = ([0; SENSE_AT], [0; RESPONSE_LEN - SENSE_AT]);
+            self.get(base + RESPONSE_AT, &mut head);
+            self.get(base + RESPONSE_AT + SENSE_AT as u64, &mut sense);
             Answer {
                 at: word(0),
                 id: word(1) as u16,
@@ -337,7 +361,8 @@ impl Record {
                 dead_note: word(5),
                 undead: word(6),
                 once: word(7),
-                response,
+                head,
+                sense: Some(Box::new(sense)),
             }
         };
         Some((0..count).map(answer).collect())
@@ -456,7 +481,10 @@ impl Record {
                 *slot = word.to_le_bytes();
             }
             self.put(base, &head);
-            self.put(base + RESPONSE_AT, &answer.response);
+            self.put(base + RESPONSE_AT, &answer.head);
+            if let Some(sense) = answer.sense() {
+                self.put(base + RESPONSE_AT + SENSE_AT as u64, sense);
+            }
         }
         self.put(AT_BATCH, &from.to_le_bytes());
         self.put(AT_BATCH + 4, &to.to_le_bytes());

@@ -10,17 +10,21 @@ use std::{
 
 use tcmu_sys::TCMU_SENSE_BUFFERSIZE;
 
-const CHECK_CONDITION: u8 = 0x02;
+/// SAM-5 5.3.1.
+pub(super) const CHECK_CONDITION: u8 = 0x02;
 /// SAM-5 5.3.1.
 pub const TASK_ABORTED: u8 = 0x40;
+
+/// The sense data of an answer.
+pub type SenseBytes = [u8; TCMU_SENSE_BUFFERSIZE as usize];
 
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Completion {
     /// SAM-5 status.
     pub status: u8,
-    /// Sense data, zeros behind.
-    pub sense: [u8; TCMU_SENSE_BUFFERSIZE as usize],
+    /// Sense data, zeros behind; seldom, so apart.
+    pub sense: Option<Box<SenseBytes>>,
     /// Bytes of data-in, where that is less than there was room for.
     pub read_len: Option<u32>,
     /// The operation was not known.
@@ -30,15 +34,15 @@ pub struct Completion {
 impl Completion {
     /// A status without sense data.
     pub fn status(status: u8) -> Completion {
-        Completion { status, sense: [0; TCMU_SENSE_BUFFERSIZE as usize], read_len: None, unknown_op: false }
+        Completion { status, sense: None, read_len: None, unknown_op: false }
     }
 
     /// CHECK CONDITION with sense data; what is longer than the ring's 96 bytes is cut.
     pub fn check_condition(sense: &[u8]) -> Completion {
-        let mut completion = Completion::status(CHECK_CONDITION);
-        let len = sense.len().min(completion.sense.len());
-        completion.sense[..len].copy_from_slice(&sense[..len]);
-        completion
+        let mut bytes = [0; TCMU_SENSE_BUFFERSIZE as usize];
+        let len = sense.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&sense[..len]);
+        Completion { sense: Some(Box::new(bytes)), ..Completion::status(CHECK_CONDITION) }
     }
 
     /// The answer to an entry whose operation is not known.

@@ -18,7 +18,7 @@ use super::{
     Device, RingError,
     device::{HEAD, TAIL},
     entry::{self, Entry, Header, Place},
-    record::{Answer, Found, MAX_BATCH, Once, Record, RingId},
+    record::{Answer, AnswerHead, Found, MAX_BATCH, Once, Record, RingId},
     reply::{Completion, Done, KEPT, Queue, Reply},
 };
 use crate::sys::mem::Mapping;
@@ -63,6 +63,8 @@ pub struct Ring {
     capabilities: Capabilities,
     /// Where the next entry is read.
     cursor: u32,
+    /// Up to where there are entries, as far as we have looked: the kernel writes to that cache line while we read.
+    head: u32,
     /// Where the next answer goes.
     tail: u32,
     slots: VecDeque<Slot>,
@@ -85,6 +87,16 @@ pub struct Ring {
     left: VecDeque<Taken>,
     /// How many commands it left unanswered, if it is known.
     resumed: Option<usize>,
+    calls: Calls,
+}
+
+/// System calls that a ring has made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// The kernel was told of answers.
+    pub kicks: u64,
+    /// The doorbell was read empty.
+    pub reads: u64,
 }
 
 impl Ring {
@@ -145,6 +157,7 @@ impl Ring {
                 dif: flags & abi::TCMU_MAILBOX_FLAG_CAP_DIF != 0,
             },
             cursor: tail,
+            head: tail,
             tail,
             slots: VecDeque::new(),
             published: tail,
@@ -158,6 +171,7 @@ impl Ring {
             kept: HashMap::new(),
             left: VecDeque::new(),
             resumed: None,
+            calls: Calls::default(),
         };
         if let Some(found) = found {
             ring.resume(found)?;
@@ -209,15 +223,21 @@ impl Ring {
         self.wait.try_clone().map_err(RingError::Doorbell)
     }
 
+    /// The system calls so far.
+    pub fn calls(&self) -> Calls {
+        self.calls
+    }
+
     /// Empties the doorbell, so that it can ring again.
-    pub fn acknowledge(&self) {
+    pub fn acknowledge(&mut self) {
+        self.calls.reads += 1;
         // EAGAIN: it is empty already.
         let _ = rustix::io::read(&self.wait, &mut [0u8; 8][..self.width]);
     }
 
     /// Whether an entry waits to be read. One load: this is what a polling loop spins on.
     pub fn has_entries(&self) -> bool {
-        !self.left.is_empty() || self.map.load_acquire(HEAD) != self.cursor
+        !self.left.is_empty() || self.head != self.cursor || self.map.load_acquire(HEAD) != self.cursor
     }
 
     /// The next command or request, with the reply that has to be given (none for a TMR).
@@ -234,15 +254,19 @@ impl Ring {
     /// The next entry of the ring; slots at the places in `dead` have nothing to do.
     fn read_entry(&mut self, dead: &mut HashMap<u32, u32>) -> Result<Option<Taken>, RingError> {
         loop {
-            let head = self.map.load_acquire(HEAD);
-            if head == self.cursor {
-                self.skip();
-                return Ok(None);
-            }
             let place = self.place(self.cursor);
-            if head >= self.cmdr_size || !head.is_multiple_of(8) {
-                return Err(place.broken("cmd_head is", head.into()));
+            if self.head == self.cursor {
+                let head = self.map.load_acquire(HEAD);
+                if head == self.cursor {
+                    self.skip();
+                    return Ok(None);
+                }
+                if head >= self.cmdr_size || !head.is_multiple_of(8) {
+                    return Err(place.broken("cmd_head is", head.into()));
+                }
+                self.head = head;
             }
+            let head = self.head;
             // An entry is contiguous: it ends at the head or at the end of the ring.
             let limit = if head > self.cursor { head - self.cursor } else { self.cmdr_size - self.cursor };
             let mut header = [0; size_of::<Header>()];
@@ -329,7 +353,7 @@ impl Ring {
         }
         let mut done = std::mem::take(&mut *self.done.done.borrow_mut());
         let answered = done.len();
-        for batch in done.chunks(MAX_BATCH) {
+        for batch in done.chunks_mut(MAX_BATCH) {
             self.release(batch);
         }
         done.clear();
@@ -341,7 +365,7 @@ impl Ring {
         drop(slot);
         self.skip();
         if self.tail != self.published {
-            self.release(&[]);
+            self.release(&mut []);
         }
         if answered > 0 || self.unrung {
             self.unrung = false;
@@ -350,7 +374,8 @@ impl Ring {
         Ok(answered)
     }
 
-    fn kick(&self) -> Result<(), RingError> {
+    fn kick(&mut self) -> Result<(), RingError> {
+        self.calls.kicks += 1;
         let one = 1u64.to_ne_bytes();
         loop {
             match rustix::io::write(&self.kick, &one[..self.width]) {
@@ -362,14 +387,14 @@ impl Ring {
     }
 
     /// Puts answers into the slots at the tail and moves it, in the order that [`super::record`] explains.
-    fn release(&mut self, batch: &[Done]) {
+    fn release(&mut self, batch: &mut [Done]) {
         let mut answers = std::mem::take(&mut self.answers);
-        for done in batch {
+        for done in &*batch {
             if let Some(slot) = self.slot(done.slot) {
                 slot.answered = true;
             }
         }
-        for Done { id, completion, .. } in batch {
+        for Done { id, completion, .. } in &mut *batch {
             self.skip();
             // Each reply belongs to one slot with `answer`, so there is one.
             let Some(slot) = self.slots.pop_front() else { break };
@@ -385,7 +410,8 @@ impl Ring {
                 dead_note: 0,
                 undead: slot.dead_note,
                 once: self.record.as_ref().and_then(|r| r.once(*id)).unwrap_or(0),
-                response: self.response(&slot, *id, completion),
+                head: self.answer_head(&slot, *id, completion),
+                sense: completion.sense.take(),
             });
             self.tail = (self.tail + slot.len) % self.cmdr_size;
         }
@@ -401,7 +427,7 @@ impl Ring {
             record.begin(self.published, self.tail, &answers);
         }
         for answer in &answers {
-            let inside = self.map.write(u64::from(self.cmdr_off) + u64::from(answer.at), answer.bytes());
+            let inside = answer.put(&self.map, u64::from(self.cmdr_off) + u64::from(answer.at));
             debug_assert!(inside, "slots lie inside the ring");
         }
         self.map.store_release(TAIL, self.tail);
@@ -434,9 +460,9 @@ impl Ring {
         number
     }
 
-    /// The bytes of an answer, as they stand in its slot.
-    fn response(&self, slot: &Slot, id: u16, completion: &Completion) -> [u8; size_of::<abi::CmdResponse>()] {
-        let mut bytes = [0u8; size_of::<abi::CmdResponse>()];
+    /// The first bytes of an answer, as they stand in its slot; sense data follow.
+    fn answer_head(&self, slot: &Slot, id: u16, completion: &Completion) -> AnswerHead {
+        let mut bytes = AnswerHead::default();
         let mut uflags = 0;
         if completion.unknown_op {
             uflags |= abi::TCMU_UFLAG_UNKNOWN_OP as u8;
@@ -452,9 +478,6 @@ impl Ring {
         bytes[std::mem::offset_of!(abi::CmdResponse, scsi_status)] = completion.status;
         let at = std::mem::offset_of!(abi::CmdResponse, read_len);
         bytes[at..at + 4].copy_from_slice(&read_len.to_le_bytes());
-        let at = std::mem::offset_of!(abi::CmdResponse, sense_buffer);
-        let sense = &completion.sense;
-        bytes[at..at + sense.len()].copy_from_slice(sense);
         bytes
     }
 

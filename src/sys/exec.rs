@@ -3,12 +3,18 @@
 //! A waker is the executor's number, the task's slot and the slot's generation in one word: no allocation, no count. Woken
 //! on another thread than its executor's it does nothing: what crosses threads here goes through an eventfd ([`super::io`]),
 //! never through a waker.
+//!
+//! The memory of a task that has ended is kept for the next of its size, the last one first: a task that ends where it was started costs
+//! no allocation, and its memory is in the cache.
 
 use std::{
+    alloc::{self, Layout},
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::Future,
+    mem::ManuallyDrop,
     pin::Pin,
+    ptr::NonNull,
     rc::Rc,
     sync::atomic::{AtomicU32, Ordering},
     task::{Context, Poll, RawWaker, RawWakerVTable, Waker},
@@ -17,6 +23,115 @@ use std::{
 use slab::Slab;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Pieces of memory of one size that a thread keeps at most: as many as there are commands under way in a busy LUN.
+const KEPT: usize = 320;
+
+/// Larger ones are not kept: futures of opening and closing, which are needed once.
+const LARGEST: usize = 8 << 10;
+
+/// Memory of futures that have ended, by its layout. There are few: a LUN has one kind of task for its commands and one for its messages.
+struct Memory(RefCell<Vec<(Layout, Vec<NonNull<u8>>)>>);
+
+thread_local! {
+    static MEMORY: Memory = const { Memory(RefCell::new(Vec::new())) };
+}
+
+fn is_kept(layout: Layout) -> bool {
+    (1..=LARGEST).contains(&layout.size())
+}
+
+/// What `make` gives, in memory that a future before it had, or in new.
+fn hold<F: Future>(make: impl FnOnce() -> F) -> Pin<Box<F>> {
+    let layout = Layout::new::<F>();
+    // Without its locals a thread is ending.
+    let kept = |layout| MEMORY.try_with(|m| m.take(layout)).ok();
+    let Some(place) = Some(layout).filter(|l| is_kept(*l)).and_then(kept) else {
+        return Box::pin(make());
+    };
+    let place = place.cast::<F>().as_ptr();
+    // SAFETY: the memory has the layout of F, comes from the global allocator as a box's does, and is nobody else's.
+    let boxed = unsafe {
+        place.write(make());
+        Box::from_raw(place)
+    };
+    Box::into_pin(boxed)
+}
+
+/// Drops a future and keeps its memory.
+fn release<F: Future + ?Sized>(future: Pin<Box<F>>) {
+    let layout = Layout::for_value(&*future);
+    if !is_kept(layout) {
+        return;
+    }
+    // SAFETY: the future is dropped where it is, and never moved.
+    let future = Box::into_raw(unsafe { Pin::into_inner_unchecked(future) });
+    // SAFETY: it comes out of its box, and is not used afterwards.
+    unsafe { std::ptr::drop_in_place(future) };
+    let place = future.cast::<u8>();
+    if MEMORY.try_with(|m| m.keep(layout, place)) != Ok(true) {
+        // SAFETY: the box's memory, whose value has been dropped.
+        unsafe { alloc::dealloc(place, layout) }
+    }
+}
+
+/// A future on the heap, in memory that one of its size had before: what makes the futures that wait for it small, and costs no allocation
+/// where it is needed again and again.
+pub struct Boxed<F: Future>(ManuallyDrop<Pin<Box<F>>>);
+
+/// Puts a future on the heap: [`Box::pin`], for those that commands need one after the other.
+pub fn boxed<F: Future>(future: F) -> Boxed<F> {
+    Boxed(ManuallyDrop::new(hold(|| future)))
+}
+
+impl<F: Future> Future for Boxed<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl<F: Future> Drop for Boxed<F> {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here; nobody looks at it afterwards.
+        release(unsafe { ManuallyDrop::take(&mut self.0) });
+    }
+}
+
+impl Memory {
+    fn take(&self, layout: Layout) -> NonNull<u8> {
+        let kept = self.0.borrow_mut().iter_mut().find(|(l, _)| *l == layout).and_then(|(_, all)| all.pop());
+        kept.unwrap_or_else(|| {
+            // SAFETY: the caller's layout has a size.
+            NonNull::new(unsafe { alloc::alloc(layout) }).unwrap_or_else(|| alloc::handle_alloc_error(layout))
+        })
+    }
+
+    /// Keeps a piece; false if there are enough.
+    fn keep(&self, layout: Layout, place: *mut u8) -> bool {
+        let mut kept = self.0.borrow_mut();
+        let at = kept.iter().position(|(l, _)| *l == layout).unwrap_or_else(|| {
+            kept.push((layout, Vec::new()));
+            kept.len() - 1
+        });
+        let all = &mut kept[at].1;
+        let few = all.len() < KEPT;
+        all.extend(NonNull::new(place).filter(|_| few));
+        few
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        for (layout, all) in self.0.get_mut() {
+            for place in all {
+                // SAFETY: it came from the global allocator with this layout, and what was in it has been dropped.
+                unsafe { alloc::dealloc(place.as_ptr(), *layout) }
+            }
+        }
+    }
+}
 
 struct Slot {
     generation: u16,
@@ -66,11 +181,35 @@ impl Executor {
 
     /// Adds a task; it runs at the next [`Executor::run_ready`].
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let task = hold(|| task);
+        let (key, _) = self.add(true, Some(task));
+        self.0.ready.borrow_mut().push_back(key);
+    }
+
+    /// Adds the task that `make` gives and runs it at once, up to where it waits for something. One that waits for nothing has
+    /// ended when this returns.
+    pub fn start<F: Future<Output = ()> + 'static>(&self, make: impl FnOnce() -> F) {
+        let task = hold(make);
+        let (key, generation) = self.add(false, None);
+        self.poll(key, generation, task);
+    }
+
+    fn add(&self, queued: bool, task: Option<Task>) -> (u32, u16) {
         let generation = self.0.generation.get().wrapping_add(1);
         self.0.generation.set(generation);
-        let key =
-            self.0.tasks.borrow_mut().insert(Slot { generation, queued: true, task: Some(Box::pin(task)) });
-        self.0.ready.borrow_mut().push_back(key as u32);
+        (self.0.tasks.borrow_mut().insert(Slot { generation, queued, task }) as u32, generation)
+    }
+
+    /// Runs a task that was taken out of its slot, and puts it back unless it has ended.
+    fn poll(&self, key: u32, generation: u16, mut task: Task) {
+        let waker = waker(self.0.id, generation, key);
+        if task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+            // Dropped outside the borrow: its fields may wake or spawn.
+            release(task);
+            self.0.tasks.borrow_mut().remove(key as usize);
+        } else if let Some(slot) = self.0.tasks.borrow_mut().get_mut(key as usize) {
+            slot.task = Some(task);
+        }
     }
 
     /// Tasks that have not finished.
@@ -90,22 +229,14 @@ impl Executor {
         while left > 0 {
             left -= 1;
             let Some(key) = self.0.ready.borrow_mut().pop_front() else { break };
-            let (mut task, generation) = {
+            let (task, generation) = {
                 let mut tasks = self.0.tasks.borrow_mut();
                 let Some(slot) = tasks.get_mut(key as usize) else { continue };
                 slot.queued = false;
                 let Some(task) = slot.task.take() else { continue };
                 (task, slot.generation)
             };
-            let waker = waker(self.0.id, generation, key);
-            let finished = task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
-            if finished {
-                // Dropped outside the borrow: its fields may wake or spawn.
-                drop(task);
-                self.0.tasks.borrow_mut().remove(key as usize);
-            } else if let Some(slot) = self.0.tasks.borrow_mut().get_mut(key as usize) {
-                slot.task = Some(task);
-            }
+            self.poll(key, generation, task);
         }
         any
     }
@@ -252,6 +383,44 @@ mod tests {
         stale.borrow().as_ref().unwrap().wake_by_ref();
         exec.run_ready();
         assert_eq!(polls.get(), 1);
+    }
+
+    #[test]
+    fn a_started_task_runs_at_once_and_its_memory_serves_the_next() {
+        let exec = Executor::new();
+        let places: Rc<RefCell<Vec<usize>>> = Rc::default();
+        let dropped = Rc::new(Cell::new(0));
+        struct Counts(Rc<Cell<u32>>);
+        impl Drop for Counts {
+            fn drop(&mut self) {
+                self.0.set(self.0.get() + 1);
+            }
+        }
+        let start = |waits: bool| {
+            let (places, counts) = (places.clone(), Counts(dropped.clone()));
+            exec.start(move || async move {
+                let own = [1u64; 16];
+                places.borrow_mut().push(own.as_ptr().addr());
+                if waits {
+                    yield_now().await;
+                }
+                assert_eq!((own, Rc::strong_count(&counts.0) > 1), ([1; 16], true));
+            });
+        };
+        start(true);
+        start(true);
+        assert_eq!((exec.tasks(), dropped.get()), (2, 0));
+        exec.run_ready();
+        assert_eq!((exec.tasks(), dropped.get()), (0, 2));
+        // Both pieces are used again, the last first, and one suffices for tasks that never wait.
+        start(false);
+        start(false);
+        start(true);
+        start(true);
+        exec.clear();
+        assert_eq!((exec.tasks(), dropped.get()), (0, 6));
+        let places = places.borrow();
+        assert_eq!(places[2..], [places[1], places[1], places[1], places[0]]);
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //! in flight: it does not look at a buffer before the operation on it has finished, and the kernel does not touch a
 //! command's data area between queueing and completion (`target_core_user.c` copies at both ends).
 
+mod buffer;
+
 use std::{
-    alloc::{self, Layout},
     fmt,
     fs::File,
     io,
@@ -18,77 +19,15 @@ use std::{
 
 use smallvec::SmallVec;
 
+use buffer::Mem;
+pub use buffer::{BUFFER_ALIGN, Buffer};
+
 /// Bytes of a page of memory, and of the page cache.
 pub fn page_size() -> u64 {
     // SAFETY: it asks for a number, and touches no memory of ours.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     // POSIX has it always; if not, as large as Linux makes them.
     u64::try_from(size).unwrap_or(64 << 10)
-}
-
-/// Alignment of every [`Buffer`]: enough for O_DIRECT on any block device.
-pub const BUFFER_ALIGN: usize = 4096;
-
-struct HeapMem {
-    ptr: NonNull<u8>,
-    layout: Layout,
-}
-
-impl Drop for HeapMem {
-    fn drop(&mut self) {
-        // SAFETY: `ptr` came from `alloc_zeroed` with this layout, and nobody else frees it.
-        unsafe { alloc::dealloc(self.ptr.as_ptr(), self.layout) }
-    }
-}
-
-/// Zeroed, page-aligned memory of its own; clones share it.
-#[derive(Clone)]
-pub struct Buffer {
-    mem: Rc<HeapMem>,
-    len: usize,
-}
-
-impl Buffer {
-    /// `len` zero bytes.
-    pub fn zeroed(len: usize) -> Buffer {
-        let layout =
-            Layout::from_size_align(len.max(1), BUFFER_ALIGN).expect("a buffer is smaller than isize::MAX");
-        // SAFETY: the layout's size is not 0.
-        let ptr = unsafe { alloc::alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout) };
-        Buffer { mem: Rc::new(HeapMem { ptr, layout }), len }
-    }
-
-    /// A buffer that holds those bytes.
-    pub fn from_slice(bytes: &[u8]) -> Buffer {
-        let buffer = Buffer::zeroed(bytes.len());
-        buffer.sg().copy_in(0, bytes);
-        buffer
-    }
-
-    /// Its length in bytes.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The whole buffer as a scatter list of one segment.
-    pub fn sg(&self) -> Sg {
-        let mut segs = SmallVec::new();
-        if self.len > 0 {
-            segs.push(Segment { ptr: self.mem.ptr, len: self.len, keep: Keep::Heap(self.mem.clone()) });
-        }
-        Sg { segs, len: self.len }
-    }
-
-    /// A copy of the bytes.
-    pub fn to_vec(&self) -> Vec<u8> {
-        self.sg().to_vec()
-    }
 }
 
 /// For tests of what a process leaves behind when it is killed: something to do before each store into shared memory.
@@ -213,10 +152,25 @@ impl Mapping {
 
 #[derive(Clone)]
 enum Keep {
-    #[allow(dead_code)] // Held, never read: it keeps the memory alive.
-    Heap(Rc<HeapMem>),
-    #[allow(dead_code)]
+    Heap(Mem),
     Map(Rc<Mapping>),
+}
+
+impl Keep {
+    fn is(&self, other: &Keep) -> bool {
+        match (self, other) {
+            (Keep::Heap(a), Keep::Heap(b)) => a.is(b),
+            (Keep::Map(a), Keep::Map(b)) => Rc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+/// Keeps the memory of a list alive, and says nothing of where it is: what an operation in the kernel holds.
+#[derive(Default)]
+pub(crate) struct Held {
+    #[allow(dead_code)] // Held, never read.
+    keep: SmallVec<[Keep; 1]>,
 }
 
 /// One contiguous run of memory that is kept alive.
@@ -260,6 +214,11 @@ impl Sg {
         Sg::default()
     }
 
+    /// No bytes, and room for that many segments.
+    pub fn with_room(segments: usize) -> Sg {
+        Sg { segs: SmallVec::with_capacity(segments), len: 0 }
+    }
+
     /// Bytes in all.
     pub fn len(&self) -> usize {
         self.len
@@ -281,16 +240,12 @@ impl Sg {
             return;
         }
         self.len += seg.len;
-        if let Some(last) = self.segs.last_mut() {
-            let same = match (&last.keep, &seg.keep) {
-                (Keep::Heap(a), Keep::Heap(b)) => Rc::ptr_eq(a, b),
-                (Keep::Map(a), Keep::Map(b)) => Rc::ptr_eq(a, b),
-                _ => false,
-            };
-            if same && last.ptr.as_ptr().wrapping_add(last.len) == seg.ptr.as_ptr() {
-                last.len += seg.len;
-                return;
-            }
+        if let Some(last) = self.segs.last_mut()
+            && last.keep.is(&seg.keep)
+            && last.ptr.as_ptr().wrapping_add(last.len) == seg.ptr.as_ptr()
+        {
+            last.len += seg.len;
+            return;
         }
         self.segs.push(seg);
     }
@@ -468,10 +423,20 @@ impl Sg {
         Runs(self.segs.iter())
     }
 
-    /// The iovecs of the list, for a system call. Valid while the list lives.
-    pub(crate) fn iovecs(&self, out: &mut Vec<libc::iovec>) {
-        out.clear();
-        out.extend(self.segs.iter().map(|s| libc::iovec { iov_base: s.ptr.as_ptr().cast(), iov_len: s.len }));
+    /// The iovecs of the list, for a system call. Valid while the list lives, or what [`Sg::hold`] gives.
+    pub(crate) fn iovecs(&self) -> impl Iterator<Item = libc::iovec> {
+        self.segs.iter().map(|s| libc::iovec { iov_base: s.ptr.as_ptr().cast(), iov_len: s.len })
+    }
+
+    /// Keeps the list's memory alive.
+    pub(crate) fn hold(&self) -> Held {
+        let mut keep: SmallVec<[Keep; 1]> = SmallVec::new();
+        for seg in &self.segs {
+            if !keep.last().is_some_and(|last| last.is(&seg.keep)) {
+                keep.push(seg.keep.clone());
+            }
+        }
+        Held { keep }
     }
 }
 
@@ -489,12 +454,6 @@ impl Iterator for Runs<'_> {
 impl fmt::Debug for Sg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Sg({} bytes in {} segments)", self.len, self.segs.len())
-    }
-}
-
-impl fmt::Debug for Buffer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffer({} bytes)", self.len)
     }
 }
 

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 pub mod clock;
+pub mod count;
 pub mod exec;
 pub mod io;
 pub mod mem;

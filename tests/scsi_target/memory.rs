@@ -310,10 +310,10 @@ impl Bench {
 
     fn begin(&self, cdb: &[u8], data: &Sg, once: Option<Rc<dyn Once>>) -> Rc<RefCell<Option<Answer>>> {
         let out = Rc::new(RefCell::new(None));
-        let command = Command { cdb: cdb.into(), data: data.clone(), bidi: Sg::new(), dif: Sg::new(), once };
-        let (slot, target, data) = (out.clone(), self.target.clone(), data.clone());
+        let (slot, target, data, cdb) = (out.clone(), self.target.clone(), data.clone(), cdb.to_vec());
         self.exec.spawn(async move {
-            let response = target.execute(command).await;
+            let command = Command { cdb: &cdb, data: &data, dif: &Sg::new(), once };
+            let response = target.execute(&command).await;
             *slot.borrow_mut() = Some(answer(response, &data));
         });
         out

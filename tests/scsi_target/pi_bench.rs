@@ -137,10 +137,9 @@ impl Pi {
     }
 
     pub async fn execute(&self, cdb: &[u8], data: &Sg, dif: &Sg) -> Answer {
-        let command =
-            Command { cdb: cdb.into(), data: data.clone(), bidi: Sg::new(), dif: dif.clone(), once: None };
+        let command = Command { cdb, data, dif, once: None };
         // Boxed, since a test holds many of these futures.
-        answer(Box::pin(self.target.execute(command)).await, data)
+        answer(Box::pin(self.target.execute(&command)).await, data)
     }
 
     /// A command without data, or with plain data-out.

@@ -415,7 +415,7 @@ impl<S: Storage> Sidecar<S> {
 
     /// The tuples of `blocks` blocks, in the form that travels.
     pub async fn read_tuples(&self, lba: Lba, blocks: u64) -> io::Result<Vec<u8>> {
-        let buffer = Buffer::zeroed(blocks as usize * TUPLE_LEN);
+        let buffer = Buffer::unset(blocks as usize * TUPLE_LEN);
         self.storage.read(self.tuple_at(lba), &buffer.sg()).await?;
         let mut bytes = buffer.to_vec();
         invert(&mut bytes);

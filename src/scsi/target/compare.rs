@@ -35,7 +35,7 @@ fn tuples_miscompare(m: PiMismatch) -> Failure {
 }
 
 impl<V: Volume> Target<V> {
-    pub(super) async fn verify(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn verify(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = cdb.range();
         let asked = self.asked(cdb, range.lba)?;
         let (at, len) = self.place(range.lba, range.blocks.0)?;
@@ -128,7 +128,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// Writes to the medium, past any cache, and reads back: with BYTCHK = 01b compared with what was sent.
-    pub(super) async fn write_and_verify(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn write_and_verify(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = cdb.range();
         let asked = self.asked_to_write(cdb, range.lba)?;
         let check = match byte_check(cdb) {
@@ -155,7 +155,7 @@ impl<V: Volume> Target<V> {
 
     /// The buffer holds what to compare with, then what to write; with WRPROTECT other than 0 both with their tuples, and
     /// both are checked. Data are compared, and tuples are not.
-    pub(super) async fn compare_and_write(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn compare_and_write(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let (lba, blocks) = (Lba(cdb.u64(2)), u64::from(cdb.u8(13)));
         let asked = self.asked_to_write(cdb, lba)?;
         let (at, len) = self.place(lba, blocks)?;
@@ -191,7 +191,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// With ORPROTECT other than 0 the tags that were sent are kept, and the guard is that of the result.
-    pub(super) async fn or_write(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn or_write(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = cdb.range();
         let asked = self.asked_to_write(cdb, range.lba)?;
         let (at, len) = self.transfer(range)?;

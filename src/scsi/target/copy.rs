@@ -233,7 +233,7 @@ impl<V: Volume> Target<V> {
         }
     }
 
-    pub(super) async fn extended_copy(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn extended_copy(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let len = cdb.u32(10) as usize;
         if len == 0 {
             return Ok(0);
@@ -351,7 +351,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// COPY STATUS. Nothing of the copy but this is kept.
-    pub(super) fn receive_copy_status(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn receive_copy_status(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let record = self.copies.find(cdb.u8(2)).ok_or(Sense::invalid_field(2, 7))?;
         let mut out = vec![0, 0, 0, 8, 0, 0, 0, 0];
         out[4] = match record.state {
@@ -366,18 +366,18 @@ impl<V: Volume> Target<V> {
     }
 
     /// RECEIVE DATA: no segment of those implemented leaves data to be received.
-    pub(super) fn receive_copy_data(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn receive_copy_data(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         self.copies.find(cdb.u8(2)).ok_or(Sense::invalid_field(2, 7))?;
         self.reply(command, &[0; 4], u64::from(cdb.u32(10)))
     }
 
-    pub(super) fn receive_copy_parameters(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn receive_copy_parameters(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let data = copy_list::operating_parameters(self.block_size);
         self.reply(command, &data, u64::from(cdb.u32(10)))
     }
 
     /// FAILED SEGMENT DETAILS: the status and sense data of a copy that failed, once more.
-    pub(super) fn receive_copy_failure(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn receive_copy_failure(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let record = self.copies.find(cdb.u8(2)).ok_or(Sense::invalid_field(2, 7))?;
         let mut out = vec![0; 4];
         if let State::Failed { sense } = record.state {

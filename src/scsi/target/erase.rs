@@ -221,7 +221,7 @@ impl<V: Volume> Target<V> {
 
     /// FORMAT UNIT: certifies nothing, has no defects, and leaves zeros without protection information. FMTPINFO and
     /// PROTECTION FIELD USAGE choose the type (SBC-4 5.4.2, table 45).
-    pub(super) async fn format_unit(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn format_unit(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let (protect, format_info) = (self.transfer.is_some(), cdb.u8(1) >> 6);
         if format_info == 1 || format_info > 0 && !protect {
             return Err(Sense::invalid_field(1, 7).into());
@@ -259,7 +259,7 @@ impl<V: Volume> Target<V> {
         self.start(Job::sanitize(Method::Free, cdb.bit(1, 5)), cdb.bit(1, 7)).await
     }
 
-    pub(super) async fn sanitize_overwrite(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn sanitize_overwrite(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let len = usize::from(cdb.u16(7));
         let block = self.block_size.bytes() as usize;
         if len <= 4 || len > block + 4 {

@@ -23,7 +23,6 @@ use std::{
     rc::Rc,
 };
 
-use smallvec::SmallVec;
 use tracing::{debug, warn};
 
 use super::{
@@ -44,17 +43,15 @@ use crate::{
 use erase::Medium;
 use gate::Gate;
 
-/// A command as it comes from an initiator.
-#[derive(Debug, Clone, Default)]
-pub struct Command {
+/// A command as it comes from an initiator. It borrows what its transport has, so that nothing is copied on its way.
+#[derive(Debug, Clone)]
+pub struct Command<'a> {
     /// The command descriptor block.
-    pub cdb: SmallVec<[u8; 32]>,
-    /// The data-out buffer, or room for data-in, whichever the command has.
-    pub data: Sg,
-    /// The second buffer of a bidirectional command. No supported command has one.
-    pub bidi: Sg,
+    pub cdb: &'a [u8],
+    /// The data-out buffer, or room for data-in, whichever the command has. (No supported command has both.)
+    pub data: &'a Sg,
     /// Protection information that travels beside the data: a tuple for each block, if the kernel passes it on.
-    pub dif: Sg,
+    pub dif: &'a Sg,
     /// For COMPARE AND WRITE and EXTENDED COPY, if there is a memory that outlives this process.
     pub once: Option<Rc<dyn Once>>,
 }
@@ -300,12 +297,12 @@ impl<V: Volume> Target<V> {
     }
 
     /// Executes one command to its end. Never panics, whatever the command holds.
-    pub async fn execute(&self, command: Command) -> Response {
+    pub async fn execute(&self, command: &Command<'_>) -> Response {
         let failed = |status, sense| {
-            let kind = opcodes::find(&command.cdb, self.abilities()).ok().map(|op| op.kind);
+            let kind = opcodes::find(command.cdb, self.abilities()).ok().map(|op| op.kind);
             Response { status, sense, data_in: 0, gives_data: false, kind }
         };
-        match self.run(&command).await {
+        match self.run(command).await {
             Ok((data_in, kind)) => {
                 let gives_data = !kind.takes_data_out();
                 Response { status: Status::Good, sense: None, data_in, gives_data, kind: Some(kind) }
@@ -319,8 +316,8 @@ impl<V: Volume> Target<V> {
         }
     }
 
-    async fn run(&self, command: &Command) -> Result<(usize, Kind), Failure> {
-        let found = opcodes::find(&command.cdb, self.abilities());
+    async fn run(&self, command: &Command<'_>) -> Result<(usize, Kind), Failure> {
+        let found = opcodes::find(command.cdb, self.abilities());
         if !found.is_ok_and(|op| op.ignores_attention) {
             let pending = self.attentions.borrow_mut().pop_front();
             if let Some(asc) = pending {
@@ -332,7 +329,7 @@ impl<V: Volume> Target<V> {
             NotFound::ServiceAction if command.cdb[0] == VARIABLE_LENGTH => Sense::invalid_field(8, 7),
             NotFound::ServiceAction => Sense::invalid_field(1, 4),
         })?;
-        let cdb = Cdb::new(&command.cdb, op.cdb_len())
+        let cdb = Cdb::new(command.cdb, op.cdb_len())
             .ok_or(Sense::invalid_field(command.cdb.len().min(usize::from(u16::MAX)) as u16, 7))?;
         self.admit(op, cdb)?;
         // Nearly all commands are these two. What the others may wait for is boxed: it would make the future of every command as large
@@ -395,7 +392,7 @@ impl<V: Volume> Target<V> {
         Ok(())
     }
 
-    async fn dispatch(&self, kind: Kind, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    async fn dispatch(&self, kind: Kind, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         match kind {
             Kind::TestUnitReady => Ok(0),
             Kind::RequestSense => self.request_sense(cdb, command),
@@ -438,14 +435,14 @@ impl<V: Volume> Target<V> {
     }
 
     /// Gives `bytes` back as data-in, cut to the allocation length and to the buffer.
-    fn reply(&self, command: &Command, bytes: &[u8], allocation: u64) -> Outcome {
+    fn reply(&self, command: &Command<'_>, bytes: &[u8], allocation: u64) -> Outcome {
         let n = (bytes.len() as u64).min(allocation).min(command.data.len() as u64) as usize;
         command.data.copy_in(0, &bytes[..n]);
         Ok(n)
     }
 
     /// The first `len` bytes of data-out, which the CDB calls a parameter list.
-    fn parameters(&self, command: &Command, len: usize) -> Result<Vec<u8>, Failure> {
+    fn parameters(&self, command: &Command<'_>, len: usize) -> Result<Vec<u8>, Failure> {
         if command.data.len() < len {
             return Err(Sense::parameter_list_length().into());
         }

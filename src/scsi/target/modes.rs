@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl<V: Volume> Target<V> {
-    pub(super) fn mode_sense(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn mode_sense(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let six = cdb.bytes().len() == 6;
         let control = Control::from_bits(cdb.u8(2) >> 6);
         let values = match control {
@@ -59,7 +59,7 @@ impl<V: Volume> Target<V> {
         out
     }
 
-    pub(super) async fn mode_select(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn mode_select(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let six = cdb.bytes().len() == 6;
         let (page_format, save) = (cdb.bit(1, 4), cdb.bit(1, 0));
         if !page_format {

@@ -167,22 +167,22 @@ impl<V: Volume> Target<V> {
     /// The command's buffers for so many blocks. `length_at` is the byte of the CDB with their number.
     pub(super) fn parts(
         &self,
-        command: &Command,
+        command: &Command<'_>,
         asked: &Asked,
         blocks: u64,
         length_at: u16,
     ) -> Result<Parts, Failure> {
         let size = self.block_size;
         let parts = match self.transfer {
-            _ if !asked.travels() => Parts::plain(&command.data, size, blocks),
-            _ if !command.dif.is_empty() => Parts::separate(&command.data, &command.dif, size, blocks),
-            Some(Transfer::Interleaved) => Parts::interleaved(&command.data, size, blocks),
+            _ if !asked.travels() => Parts::plain(command.data, size, blocks),
+            _ if !command.dif.is_empty() => Parts::separate(command.data, command.dif, size, blocks),
+            Some(Transfer::Interleaved) => Parts::interleaved(command.data, size, blocks),
             // A kernel that passes tuples on by themselves counts the data alone, so a buffer of this very length has them
             // between the blocks: a command that a program built by hand (SG_IO).
             Some(Transfer::Separate)
                 if blocks.checked_mul(size.bytes() + TUPLE_LEN as u64) == Some(command.data.len() as u64) =>
             {
-                Parts::interleaved(&command.data, size, blocks)
+                Parts::interleaved(command.data, size, blocks)
             }
             Some(Transfer::Separate) | None => {
                 warn!(
@@ -203,7 +203,7 @@ impl<V: Volume> Target<V> {
     /// What was sent for so many blocks from `lba` on, all of it checked.
     pub(super) fn sent(
         &self,
-        command: &Command,
+        command: &Command<'_>,
         asked: &Asked,
         lba: Lba,
         blocks: u64,

@@ -29,7 +29,7 @@ enum Provisioning {
 }
 
 impl<V: Volume> Target<V> {
-    pub(super) async fn unmap(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn unmap(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         if cdb.bit(1, 0) {
             return Err(Sense::invalid_field(1, 0).into()); // ANCHOR, with ANC_SUP = 0
         }
@@ -70,7 +70,7 @@ impl<V: Volume> Target<V> {
         Ok(0)
     }
 
-    pub(super) async fn write_same(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn write_same(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = cdb.range();
         let asked = self.asked_to_write(cdb, range.lba)?;
         let byte = cdb.flags_at();
@@ -150,7 +150,7 @@ impl<V: Volume> Target<V> {
         Ok(())
     }
 
-    pub(super) async fn get_lba_status(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn get_lba_status(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let start = Lba(cdb.u64(2));
         let allocation = u64::from(cdb.u32(10));
         let end = self.geometry.get().blocks;

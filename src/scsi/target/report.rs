@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl<V: Volume> Target<V> {
-    pub(super) fn inquiry(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn inquiry(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let (evpd, code) = (cdb.bit(1, 0), cdb.u8(2));
         if cdb.bit(1, 1) {
             return Err(Sense::invalid_field(1, 1).into()); // CMDDT of SPC-2
@@ -30,7 +30,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// Gives back, and so clears, what the next command would have been refused with.
-    pub(super) fn request_sense(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn request_sense(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let pending = self.attentions.borrow_mut().pop_front();
         let mut sense = match pending {
             Some(asc) => Sense::new(SenseKey::UnitAttention, asc),
@@ -40,7 +40,7 @@ impl<V: Volume> Target<V> {
         self.reply(command, &sense.to_bytes(), u64::from(cdb.u8(4)))
     }
 
-    pub(super) fn read_capacity_10(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn read_capacity_10(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         if cdb.u32(2) != 0 {
             return Err(Sense::invalid_field(2, 7).into());
         }
@@ -50,7 +50,7 @@ impl<V: Volume> Target<V> {
         self.reply(command, &out, u64::MAX)
     }
 
-    pub(super) fn read_capacity_16(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn read_capacity_16(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let g = self.geometry.get();
         let mut out = vec![0; 32];
         out[..8].copy_from_slice(&g.blocks.saturating_sub(1).to_be_bytes());
@@ -65,7 +65,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// One logical unit, number 0. Through the ring the kernel answers this.
-    pub(super) fn report_luns(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn report_luns(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         if cdb.u32(6) < 16 {
             return Err(Sense::invalid_field(6, 7).into());
         }
@@ -78,7 +78,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// One group, active and optimized, and that is all that it can be (SPC-4 6.37).
-    pub(super) fn report_target_port_groups(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn report_target_port_groups(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let mut body = match cdb.u8(1) >> 5 {
             0 => vec![],
             1 => vec![0x10, 0, 0, 0], // extended header; no implicit transition
@@ -93,7 +93,7 @@ impl<V: Volume> Target<V> {
         self.reply(command, &out, u64::from(cdb.u32(6)))
     }
 
-    pub(super) fn report_supported_opcodes(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn report_supported_opcodes(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let has = self.abilities();
         let (rctd, action) = (cdb.bit(2, 7), cdb.u16(4));
         let one = match cdb.u8(2) & 0x07 {
@@ -111,7 +111,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// What the kernel does for us: ABORT TASK and LOGICAL UNIT RESET.
-    pub(super) fn report_supported_tmf(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn report_supported_tmf(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let extended = cdb.bit(2, 7);
         let mut out = vec![0x88, 0, 0, 0];
         if extended {
@@ -121,7 +121,7 @@ impl<V: Volume> Target<V> {
         self.reply(command, &out, u64::from(cdb.u32(6)))
     }
 
-    pub(super) async fn log_sense(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn log_sense(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         if cdb.u8(1) & 0x03 != 0 {
             return Err(Sense::invalid_field(1, 1).into()); // PPC, SP
         }
@@ -135,7 +135,7 @@ impl<V: Volume> Target<V> {
     }
 
     /// There are no defects, in whichever list and format (SBC-4 5.17, 5.18).
-    pub(super) fn read_defect_data(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) fn read_defect_data(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         match cdb.bytes().len() {
             10 => self.reply(command, &[0, cdb.u8(2) & 0x1f, 0, 0], u64::from(cdb.u16(7))),
             _ => self.reply(command, &[0, cdb.u8(1) & 0x1f, 0, 0, 0, 0, 0, 0], u64::from(cdb.u32(6))),

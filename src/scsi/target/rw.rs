@@ -6,7 +6,7 @@ use crate::{
         cdb::{Cdb, Range},
         sense::Sense,
     },
-    sys::mem::Buffer,
+    sys::{exec::boxed, mem::Buffer},
     units::{Blocks, ByteOffset, Lba},
     volume::{Volume, WriteFlags},
 };
@@ -17,16 +17,16 @@ pub(super) const CHUNK: u64 = 1 << 20;
 const PREFETCH: u64 = 8 << 20;
 
 impl<V: Volume> Target<V> {
-    pub(super) async fn read(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn read(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = cdb.range();
         let asked = self.asked(cdb, range.lba)?;
         let fua = cdb.bytes().len() > 6 && cdb.flag(3);
         let (at, len) = self.transfer(range)?;
         if asked.kind.is_some() || fua || len == 0 || len != command.data.len() as u64 {
-            return Box::pin(self.read_any(range, (at, len), fua, command, asked)).await;
+            return boxed(self.read_any(range, (at, len), fua, command, asked)).await;
         }
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
-        self.volume.read(at, &command.data).await.map_err(|e| self.failure(e))?;
+        self.volume.read(at, command.data).await.map_err(|e| self.failure(e))?;
         Ok(len as usize)
     }
 
@@ -36,7 +36,7 @@ impl<V: Volume> Target<V> {
         range: Range,
         (at, len): (ByteOffset, u64),
         fua: bool,
-        command: &Command,
+        command: &Command<'_>,
         asked: Asked,
     ) -> Outcome {
         // A buffer that is too short gets what fits: the rest is the initiator's residual.
@@ -75,7 +75,7 @@ impl<V: Volume> Target<V> {
         Ok(give as usize)
     }
 
-    pub(super) async fn write(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn write(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = cdb.range();
         let asked = self.asked_to_write(cdb, range.lba)?;
         let fua = cdb.bytes().len() > 6 && cdb.flag(3);
@@ -84,11 +84,11 @@ impl<V: Volume> Target<V> {
             return Ok(0);
         }
         if asked.kind.is_some() || len != command.data.len() as u64 {
-            return Box::pin(self.write_any(range, at, fua, command, asked)).await;
+            return boxed(self.write_any(range, at, fua, command, asked)).await;
         }
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
         let flags = self.write_flags(fua);
-        self.volume.write(at, &command.data, flags).await.map_err(|e| self.failure(e))?;
+        self.volume.write(at, command.data, flags).await.map_err(|e| self.failure(e))?;
         Ok(0)
     }
 
@@ -98,7 +98,7 @@ impl<V: Volume> Target<V> {
         range: Range,
         at: ByteOffset,
         fua: bool,
-        command: &Command,
+        command: &Command<'_>,
         asked: Asked,
     ) -> Outcome {
         let sent = self.sent(command, &asked, range.lba, range.blocks.0, range.length_at)?;
@@ -112,7 +112,7 @@ impl<V: Volume> Target<V> {
     ///
     /// Nobody else is at the piece, nor at the rest of its page, and the flush has brought what was there before to the medium: so the host has
     /// no write of that page under way into which the new data could slip half.
-    pub(super) async fn write_atomic(&self, cdb: Cdb<'_>, command: &Command) -> Outcome {
+    pub(super) async fn write_atomic(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = Range { lba: Lba(cdb.u64(2)), blocks: Blocks(u64::from(cdb.u16(12))), length_at: 12 };
         let asked = self.asked_to_write(cdb, range.lba)?;
         let (at, len) = self.place(range.lba, range.blocks.0)?;

@@ -4,6 +4,7 @@
 //! permitted. An operation owns what it works on (file, memory) until the kernel has finished, so its future may be dropped
 //! at any time. The thread sleeps in `turn` alone: completions, watched descriptors and timers all arrive there.
 
+mod fallocate;
 mod threads;
 mod uring;
 
@@ -24,12 +25,16 @@ use std::{
 
 use slab::Slab;
 
-use super::mem::Sg;
+use super::mem::{Held, Sg};
+pub use fallocate::Fallocate;
 use threads::Pool;
 use uring::Uring;
 
 /// IOV_MAX of Linux: longer scatter lists go in several operations.
 const IOV_MAX: usize = 1024;
+
+/// Lists of iovecs that are kept for the next operation.
+const SPARE: usize = 256;
 
 /// Which way I/O goes to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,27 +51,6 @@ impl std::fmt::Display for Backend {
             Backend::Uring => "io_uring",
             Backend::Threads => "threads",
         })
-    }
-}
-
-/// What a fallocate does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fallocate {
-    /// Allocates zeros, and lets the file grow.
-    Allocate,
-    /// Frees the range (it reads as zeros), and keeps the size.
-    PunchHole,
-    /// Makes the range zeros that are allocated, and keeps the size.
-    ZeroRange,
-}
-
-impl Fallocate {
-    fn mode(self) -> libc::c_int {
-        match self {
-            Fallocate::Allocate => 0,
-            Fallocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-            Fallocate::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
-        }
     }
 }
 
@@ -97,9 +81,19 @@ struct Op {
     abandoned: bool,
     #[allow(dead_code)] // Held, never read: it keeps the descriptor open.
     file: Option<Rc<File>>,
-    #[allow(dead_code)] // Held, never read: it keeps the memory alive.
-    sg: Sg,
+    #[allow(dead_code)] // The same, of the memory.
+    memory: Held,
+    /// For more than one piece of memory, or a thread of the pool; taken from `Inner::spare`, and given back.
     iovecs: Vec<libc::iovec>,
+}
+
+/// System calls that a thread's I/O has made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// `io_uring_enter`, or on threads `ppoll`.
+    pub enters: u64,
+    /// Operations that were begun.
+    pub operations: u64,
 }
 
 struct Timer {
@@ -121,6 +115,12 @@ impl Watch {
     pub fn take_ready(&self) -> bool {
         self.ready.replace(false)
     }
+
+    /// Whether it stays readable until it is read empty. Otherwise (a multishot poll of io_uring) each event is told once, and
+    /// reading is for whoever wants to know how many there were.
+    pub fn has_to_be_emptied(&self) -> bool {
+        !self.armed.get()
+    }
 }
 
 enum Engine {
@@ -130,10 +130,17 @@ enum Engine {
 
 struct Inner {
     ops: RefCell<Slab<Op>>,
+    /// Operations without a result.
+    under_way: Cell<usize>,
+    /// Lists of iovecs that nobody uses.
+    spare: RefCell<Vec<Vec<libc::iovec>>>,
+    calls: Cell<Calls>,
     engine: Engine,
     /// Started with the first work for it: the whole backend, or under io_uring what has no opcode.
     pool: RefCell<Option<Pool>>,
     pool_watch: RefCell<Option<Rc<Watch>>>,
+    /// Reused for the pool's results.
+    results: RefCell<Vec<(usize, i32)>>,
     watches: RefCell<Vec<Rc<Watch>>>,
     timers: RefCell<Slab<Timer>>,
     due: RefCell<BinaryHeap<Reverse<(Instant, usize)>>>,
@@ -155,9 +162,13 @@ impl Io {
         };
         Ok(Io(Rc::new(Inner {
             ops: RefCell::default(),
+            under_way: Cell::new(0),
+            spare: RefCell::default(),
+            calls: Cell::default(),
             engine,
             pool: RefCell::default(),
             pool_watch: RefCell::default(),
+            results: RefCell::default(),
             watches: RefCell::default(),
             timers: RefCell::default(),
             due: RefCell::default(),
@@ -185,7 +196,18 @@ impl Io {
 
     /// Operations under way.
     pub fn in_flight(&self) -> usize {
-        self.0.ops.borrow().iter().filter(|(_, op)| op.result.is_none()).count()
+        self.0.under_way.get()
+    }
+
+    /// The system calls so far.
+    pub fn calls(&self) -> Calls {
+        self.0.calls.get()
+    }
+
+    fn counted(&self, enters: u64, operations: u64) {
+        let calls = self.0.calls.get();
+        let (enters, operations) = (calls.enters + enters, calls.operations + operations);
+        self.0.calls.set(Calls { enters, operations });
     }
 
     /// One read; gives the bytes read, which may be fewer than asked for.
@@ -320,12 +342,18 @@ impl Io {
         };
         match &self.0.engine {
             Engine::Uring(uring) => {
+                // Nothing that could have completed: what the kernel has to say of watches can wait until the thread sleeps.
+                let idle = wait == Wait::No && self.0.under_way.get() == 0;
                 let watches = self.0.watches.borrow();
-                uring.borrow_mut().turn(&watches, wait, |key, result| self.complete(key, result))?;
+                let mut uring = uring.borrow_mut();
+                let turned = uring.turn(&watches, wait, idle, |key, result| self.complete(key, result));
+                self.counted(uring.take_enters(), 0);
+                turned?;
             }
+            Engine::Threads if wait == Wait::No => {}
             Engine::Threads => {
-                let watches = self.0.watches.borrow();
-                threads::wait(&watches, wait)?;
+                self.counted(1, 0);
+                threads::wait(&self.0.watches.borrow(), wait)?;
             }
         }
         self.reap_pool();
@@ -359,29 +387,33 @@ impl Io {
     }
 
     fn reap_pool(&self) {
-        let watch = self.0.pool_watch.borrow().clone();
-        let Some(watch) = watch else { return };
-        if !watch.take_ready() {
-            return;
-        }
-        let done = match &*self.0.pool.borrow() {
-            Some(pool) => pool.take_done(),
-            None => return,
+        let mut results = {
+            let (watch, pool) = (self.0.pool_watch.borrow(), self.0.pool.borrow());
+            let (Some(watch), Some(pool)) = (&*watch, &*pool) else { return };
+            // Both are asked: the eventfd has to be emptied, too.
+            if !watch.take_ready() & !pool.has_done() {
+                return;
+            }
+            let mut results = std::mem::take(&mut *self.0.results.borrow_mut());
+            pool.take_done(&mut results);
+            results
         };
-        for (key, result) in done {
+        for (key, result) in results.drain(..) {
             self.complete(key, result);
         }
+        *self.0.results.borrow_mut() = results;
     }
 
     fn complete(&self, key: usize, result: i32) {
         let mut ops = self.0.ops.borrow_mut();
         let Some(op) = ops.get_mut(key) else { return };
         op.result = Some(result);
+        self.0.under_way.set(self.0.under_way.get() - 1);
         let waker = op.waker.take();
         if op.abandoned {
             let op = ops.remove(key);
             drop(ops);
-            drop(op);
+            self.forget(op);
         } else {
             drop(ops);
         }
@@ -391,26 +423,59 @@ impl Io {
     }
 
     fn start(&self, request: Request, file: Option<&Rc<File>>, sg: &Sg) -> OpFuture {
-        let mut iovecs = Vec::new();
-        sg.iovecs(&mut iovecs);
-        iovecs.truncate(IOV_MAX);
         let fd = file.map_or(-1, |f| f.as_raw_fd());
+        let uring = match &self.0.engine {
+            Engine::Uring(uring) if !matches!(request, Request::Call(_)) => Some(uring),
+            _ => None,
+        };
+        // One piece goes into the entry of io_uring itself.
+        let one: [libc::iovec; 1];
+        let mut iovecs = Vec::new();
+        if sg.segments() > 1 || uring.is_none() {
+            iovecs = self.0.spare.borrow_mut().pop().unwrap_or_default();
+            iovecs.extend(sg.iovecs().take(IOV_MAX));
+        }
+        let op = Op {
+            result: None,
+            waker: None,
+            abandoned: false,
+            file: file.cloned(),
+            memory: sg.hold(),
+            iovecs,
+        };
         let mut ops = self.0.ops.borrow_mut();
-        let op =
-            Op { result: None, waker: None, abandoned: false, file: file.cloned(), sg: sg.clone(), iovecs };
         let key = ops.insert(op);
-        let iovecs: &[libc::iovec] = &ops[key].iovecs;
-        let started = match (&self.0.engine, request) {
-            (Engine::Uring(uring), request) if !matches!(request, Request::Call(_)) => {
-                uring.borrow_mut().push(key, fd, &request, iovecs)
+        self.0.under_way.set(self.0.under_way.get() + 1);
+        self.counted(0, 1);
+        let pieces: &[libc::iovec] = match sg.iovecs().next() {
+            Some(first) if ops[key].iovecs.is_empty() => {
+                one = [first];
+                &one
             }
-            (_, request) => self.with_pool(|pool| pool.push(key, fd, request, iovecs)),
+            _ => &ops[key].iovecs,
+        };
+        let started = match uring {
+            Some(uring) => uring.borrow_mut().push(key, fd, &request, pieces),
+            None => self.with_pool(|pool| pool.push(key, fd, request, pieces)),
         };
         if let Err(e) = started {
             ops[key].result = Some(-e.raw_os_error().unwrap_or(libc::EIO));
+            self.0.under_way.set(self.0.under_way.get() - 1);
         }
         drop(ops);
         OpFuture { io: self.clone(), key }
+    }
+
+    /// Lets go of an operation that has its result.
+    fn forget(&self, mut op: Op) {
+        let mut iovecs = std::mem::take(&mut op.iovecs);
+        if iovecs.capacity() > 0 {
+            iovecs.clear();
+            let mut spare = self.0.spare.borrow_mut();
+            if spare.len() < SPARE {
+                spare.push(iovecs);
+            }
+        }
     }
 
     fn with_pool(&self, f: impl FnOnce(&Pool)) -> io::Result<()> {
@@ -432,7 +497,9 @@ impl Drop for Inner {
         // The kernel (or the pool) may still write into memory that the operations own: wait for all of it.
         if let Some(pool) = self.pool.get_mut().take() {
             pool.stop();
-            for (key, result) in pool.take_done() {
+            let mut results = Vec::new();
+            pool.take_done(&mut results);
+            for (key, result) in results {
                 if let Some(op) = self.ops.get_mut().get_mut(key) {
                     op.result = Some(result);
                 }
@@ -449,7 +516,7 @@ impl Drop for Inner {
                     op.result = Some(result);
                 }
             };
-            if uring.borrow_mut().turn(&[], Wait::Event, done).is_err() {
+            if uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
                 // Leaking beats giving the kernel's target memory to somebody else.
                 std::mem::forget(std::mem::take(&mut *self.ops.borrow_mut()));
                 return;
@@ -505,7 +572,7 @@ impl Drop for OpFuture {
         if ops[self.key].result.is_some() {
             let op = ops.remove(self.key);
             drop(ops);
-            drop(op);
+            self.io.forget(op);
         } else {
             ops[self.key].abandoned = true;
             ops[self.key].waker = None;

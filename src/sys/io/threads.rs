@@ -6,12 +6,17 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     rc::Rc,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::Duration,
 };
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use smallvec::SmallVec;
 
 use super::{Request, Wait, Watch};
 
@@ -39,6 +44,8 @@ struct Shared {
     queue: Mutex<Queue>,
     work: Condvar,
     done: Mutex<Vec<(usize, i32)>>,
+    /// There are results, and the event has been or is being set for them.
+    announced: AtomicBool,
     event: OwnedFd,
 }
 
@@ -52,8 +59,13 @@ impl Pool {
     pub(super) fn new() -> io::Result<(Pool, OwnedFd)> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let watched = event.try_clone()?;
-        let shared =
-            Arc::new(Shared { queue: Mutex::default(), work: Condvar::new(), done: Mutex::default(), event });
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            work: Condvar::new(),
+            done: Mutex::default(),
+            announced: AtomicBool::new(false),
+            event,
+        });
         let threads = (0..THREADS)
             .map(|_| {
                 let shared = shared.clone();
@@ -69,11 +81,17 @@ impl Pool {
         self.shared.work.notify_one();
     }
 
-    /// The results since the last call.
-    pub(super) fn take_done(&self) -> Vec<(usize, i32)> {
-        // Emptied before the list is taken, so that a result that comes between is announced anew.
+    /// Whether there are results; a load, and no system call.
+    pub(super) fn has_done(&self) -> bool {
+        self.shared.announced.load(Ordering::Acquire)
+    }
+
+    /// Gives the results since the last call, in a list that is empty.
+    pub(super) fn take_done(&self, into: &mut Vec<(usize, i32)>) {
+        // Both before the list is taken, so that a result that comes between is announced anew.
+        self.shared.announced.store(false, Ordering::Release);
         let _ = rustix::io::read(&self.shared.event, &mut [0u8; 8]);
-        std::mem::take(&mut *self.shared.done.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::swap(&mut *self.shared.done.lock().unwrap_or_else(PoisonError::into_inner), into);
     }
 
     /// Finishes the queue and ends the threads.
@@ -104,7 +122,9 @@ impl Shared {
             drop(queue);
             let (key, result) = (job.key, job.run());
             self.done.lock().unwrap_or_else(PoisonError::into_inner).push((key, result));
-            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+            if !self.announced.swap(true, Ordering::AcqRel) {
+                let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+            }
         }
     }
 }
@@ -151,7 +171,7 @@ pub(super) fn wait(watches: &[Rc<Watch>], wait: Wait) -> io::Result<()> {
         Wait::AtMost(time) => Some(time),
     };
     let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
-    let mut fds: Vec<PollFd<'_>> =
+    let mut fds: SmallVec<[PollFd<'_>; 4]> =
         watches.iter().map(|w| PollFd::from_borrowed_fd(borrow(w), PollFlags::IN)).collect();
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) => {}

@@ -12,6 +12,8 @@ const WATCH: u64 = 1 << 63;
 
 pub(super) struct Uring {
     ring: IoUring,
+    /// Calls of `io_uring_enter` that nobody has asked for yet.
+    enters: u64,
 }
 
 impl Uring {
@@ -27,7 +29,7 @@ impl Uring {
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
-        Ok(Uring { ring })
+        Ok(Uring { ring, enters: 0 })
     }
 
     /// Queues one operation. `iovecs` must stay where it is until the completion.
@@ -73,6 +75,7 @@ impl Uring {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
+            self.enters += 1;
             match self.ring.submit() {
                 Ok(_) => {}
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
@@ -81,10 +84,17 @@ impl Uring {
         }
     }
 
+    /// How often the kernel was entered since the last call.
+    pub(super) fn take_enters(&mut self) -> u64 {
+        std::mem::take(&mut self.enters)
+    }
+
+    /// With `idle` there are no operations under way.
     pub(super) fn turn(
         &mut self,
         watches: &[Rc<Watch>],
         wait: Wait,
+        idle: bool,
         mut done: impl FnMut(usize, i32),
     ) -> io::Result<()> {
         for (i, watch) in watches.iter().enumerate() {
@@ -98,8 +108,13 @@ impl Uring {
         let arrived = !self.ring.completion().is_empty();
         let result = match wait {
             _ if arrived && !queued => Ok(0),
-            Wait::Event if !arrived => self.ring.submit_and_wait(1),
+            Wait::No if idle && !queued => return Ok(()),
+            Wait::Event if !arrived => {
+                self.enters += 1;
+                self.ring.submit_and_wait(1)
+            }
             Wait::AtMost(time) if !arrived => {
+                self.enters += 1;
                 let ts = types::Timespec::from(time);
                 self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&ts))
             }
@@ -135,6 +150,7 @@ impl Uring {
 
     /// Submits, and runs deferred task work, without waiting.
     fn enter_no_wait(&mut self) -> io::Result<usize> {
+        self.enters += 1;
         const GETEVENTS: u32 = 1;
         let queued = {
             let mut sq = self.ring.submission();
