@@ -14,6 +14,7 @@ mod files;
 pub mod image;
 pub mod kernel;
 pub mod lun;
+pub mod nbd;
 pub mod peer;
 pub mod pi;
 pub mod ring;

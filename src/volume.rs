@@ -351,6 +351,8 @@ pub enum IoErrorKind {
     Failed,
     /// The volume cannot do this.
     Unsupported,
+    /// The server that has the image is away, and was waited for long enough.
+    Unreachable,
     /// Somebody else has the image.
     Locked,
     /// Aborted before it began.
@@ -469,6 +471,7 @@ impl fmt::Display for IoErrorKind {
             }
             IoErrorKind::Failed => f.write_str("the volume has failed"),
             IoErrorKind::Unsupported => f.write_str("not supported by the volume"),
+            IoErrorKind::Unreachable => f.write_str("the server cannot be reached"),
             IoErrorKind::Locked => f.write_str("the image is in use"),
             IoErrorKind::Cancelled => f.write_str("cancelled"),
         }

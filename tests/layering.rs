@@ -19,8 +19,9 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("storage", &["sys", "units"]),
     ("ring", &["sys", "units", "sync"]),
     ("kernel", &["sys", "units"]),
-    ("image", &["volume", "storage", "sync", "sys", "units"]),
-    ("pi", &["volume", "storage", "files", "sync", "sys", "units"]),
+    ("nbd", &["units"]),
+    ("image", &["nbd", "volume", "storage", "sync", "sys", "units"]),
+    ("pi", &["nbd", "volume", "storage", "files", "sync", "sys", "units"]),
     ("scsi", &["volume", "pi", "sync", "sys", "units"]),
     ("job", &["volume", "pi", "sync", "sys", "units"]),
     ("handover", &["units"]),
@@ -42,7 +43,10 @@ const ROOMS: &[(&str, &[&str])] = &[
             "storage", "files", "sync", "sys", "units",
         ],
     ),
-    ("admin", &["daemon", "control", "lun", "kernel", "pi", "image", "volume", "files", "sys", "units"]),
+    (
+        "admin",
+        &["daemon", "control", "lun", "kernel", "nbd", "pi", "image", "volume", "files", "sys", "units"],
+    ),
     ("dbus", &[]),
     (
         "cli",

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Refusal, create::look_at_image, order::Order};
 use crate::{
-    image::open::OpenError,
+    image::{nbd::is_uri, open::OpenError},
     kernel::{
         dif::{self, Dif},
         names::Name,
@@ -128,7 +128,7 @@ fn order(config: &DeviceConfig, block_size: BlockSize) -> Result<Order, Refusal>
 /// The protection information that is asked for, as it is.
 fn protection(config: &DeviceConfig) -> Result<Option<StatusReport>, Refusal> {
     let Some(pi) = config.pi else { return Ok(None) };
-    if config.image.symlink_metadata().is_err() {
+    if !is_uri(&config.image) && config.image.symlink_metadata().is_err() {
         // What is wrong with the image is said first, and in its own words.
         return Ok(None);
     }

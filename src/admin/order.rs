@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::Refusal;
 use crate::{
-    image::{Format, direct::CacheMode},
+    image::{Format, direct::CacheMode, nbd::is_uri},
     kernel::{
         fabric::Fabric,
         names::{Name, Wwn},
@@ -21,6 +21,7 @@ use crate::{
         cpus::Cpus,
         throttle::limits::Limits,
     },
+    nbd::uri::Uri,
     pi::{Exposure, PiMode, PiType, Transfer},
     units::{BlockSize, parse_size},
 };
@@ -230,7 +231,7 @@ impl Words {
         }
         // Neither a file nor a message has a folder that a path could begin in.
         for (key, path) in [("image", Some(&self.image)), ("sidecar", self.sidecar.as_ref())] {
-            if let Some(path) = path.filter(|path| !path.is_absolute()) {
+            if let Some(path) = path.filter(|path| !(path.is_absolute() || key == "image" && is_uri(path))) {
                 let why = "not an absolute path";
                 return Err(Refusal::usage(key, path.display(), why).then("give it from the root on"));
             }
@@ -277,8 +278,9 @@ impl Order {
             std::path::absolute(path).map_err(|e| Refusal::usage("path", format!("{path:?}"), e.to_string()))
         };
         self.check()?;
+        let image = if is_uri(&self.image) { self.image.clone() } else { absolute(&self.image)? };
         let config = DeviceConfig {
-            image: absolute(&self.image)?,
+            image,
             // The longest word, for the check of the length; what the image is comes when it has been looked at.
             format: Some(self.format.unwrap_or(Format::Qcow2)),
             pi: self.pi,
@@ -306,8 +308,42 @@ impl Order {
         Ok(config)
     }
 
+    /// What an NBD export cannot be asked for.
+    fn check_uri(&self) -> Result<(), Refusal> {
+        let uri = self.image.to_str().map(Uri::parse);
+        let path = self.image.display();
+        match uri {
+            Some(Ok(_)) => {}
+            Some(Err(e)) => {
+                return Err(Refusal::usage("--image", path, e.to_string())
+                    .then("write it as nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=/PATH"));
+            }
+            None => return Err(Refusal::usage("--image", path, "it is no text")),
+        }
+        if let Some(size) = self.size {
+            return Err(Refusal::usage("--size", size, "an NBD export is made by its server")
+                .then("leave --size out"));
+        }
+        if self.format == Some(Format::Qcow2) {
+            return Err(Refusal::usage("--format", Format::Qcow2, "an NBD export is used as it is, as raw")
+                .then("have the server look into the qcow2 file: qemu-nbd does"));
+        }
+        if self.pi.is_some() && self.sidecar.is_none() {
+            return Err(Refusal::usage(
+                "--pi",
+                path,
+                "there is no place beside an NBD export for its protection information",
+            )
+            .then("say where on this host it is kept: --sidecar /PATH"));
+        }
+        Ok(())
+    }
+
     /// Words that contradict each other.
     fn check(&self) -> Result<(), Refusal> {
+        if is_uri(&self.image) {
+            self.check_uri()?;
+        }
         let block = self.block_size;
         if let Some(bytes) = self.size.filter(|s| !s.is_multiple_of(block.bytes())) {
             let up = bytes.next_multiple_of(block.bytes());

@@ -22,6 +22,7 @@ use crate::{
     admin::images::{Looked, make, open_failed},
     image::{
         Format,
+        nbd::is_uri,
         open::{OpenError, OpenOptions, open},
         qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation},
     },
@@ -148,7 +149,8 @@ struct Info {
     filename: String,
     format: String,
     virtual_size: u64,
-    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -167,7 +169,8 @@ fn info(args: &ImageInfo) -> Done {
         Format::Raw => None,
         Format::Qcow2 => Some(header(path)?),
     };
-    let meta = fs::metadata(path).map_err(|e| CliError::from("image", path.display(), &e))?;
+    let meta = (!is_uri(path)).then(|| fs::metadata(path)).transpose();
+    let meta = meta.map_err(|e| CliError::from("image", path.display(), &e))?;
     let info = Info {
         snapshots: match looked.format {
             Format::Raw => Vec::new(),
@@ -177,7 +180,7 @@ fn info(args: &ImageInfo) -> Done {
         format: looked.format.to_string(),
         virtual_size: looked.capacity,
         // st_blocks counts 512 bytes whatever the file system's block is (stat(2)).
-        actual_size: meta.blocks() * 512,
+        actual_size: meta.map(|meta| meta.blocks() * 512),
         cluster_size: header.as_ref().map(|h| 1 << h.cluster_bits),
         backing_filename: header.as_ref().and_then(|h| h.backing_file.clone()),
         backing_filename_format: header.as_ref().and_then(|h| h.backing_format.clone()),
@@ -221,7 +224,7 @@ fn text(info: &Info, header: Option<&HeaderInfo>) -> String {
         format!("image: {}", info.filename),
         format!("file format: {}", info.format),
         format!("virtual size: {}", bytes(info.virtual_size)),
-        format!("disk size: {}", size::human(info.actual_size)),
+        format!("disk size: {}", info.actual_size.map_or("unavailable".to_owned(), size::human)),
     ];
     out.extend(info.cluster_size.map(|c| format!("cluster_size: {c}")));
     out.extend(info.backing_filename.as_ref().map(|b| format!("backing file: {b}")));

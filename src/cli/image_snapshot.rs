@@ -105,7 +105,7 @@ fn list(path: &Path, lock: bool) -> Result<Vec<SnapshotInfo>, CliError> {
         let options = OpenOptions { read_only: true, lock, ..OpenOptions::default() };
         let image = open_any_size(&io, &at, &options).await?;
         Ok(match image.driver() {
-            Driver::Raw(_) | Driver::Null(_) => Vec::new(),
+            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => Vec::new(),
             Driver::Qcow2(qcow2) => qcow2.snapshots(),
         })
     });

@@ -78,6 +78,14 @@ pub enum OpenErrorKind {
         /// Bytes of a block of the disk.
         block_size: u64,
     },
+    /// It is an NBD URI that cannot be used.
+    Uri(String),
+    /// Its NBD server does not answer.
+    Unreachable,
+    /// Its NBD server will not serve it, or not as a LUN needs it.
+    ServerRefuses(String),
+    /// It is an NBD export, which this is not there for.
+    NotForNbd(&'static str),
     /// Reading it failed.
     Io,
 }
@@ -136,6 +144,7 @@ impl OpenError {
             | IoErrorKind::OutOfRange
             | IoErrorKind::Protection(_)
             | IoErrorKind::Failed
+            | IoErrorKind::Unreachable
             | IoErrorKind::Cancelled => OpenErrorKind::Io,
         };
         OpenError::new(path, what).source(e)
@@ -219,6 +228,15 @@ impl OpenError {
             OpenErrorKind::Sectors { sector, .. } => {
                 format!("leave the cache at writeback, or make the disk one with blocks of {sector} bytes")
             }
+            OpenErrorKind::Uri(_) => {
+                "write it as nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=/PATH".to_owned()
+            }
+            OpenErrorKind::Unreachable | OpenErrorKind::ServerRefuses(_) => {
+                format!("see what the server has: nbdinfo --list '{path}'")
+            }
+            OpenErrorKind::NotForNbd(_) => {
+                "leave it to the server: qemu-nbd serves qcow2 files, for instance".to_owned()
+            }
             OpenErrorKind::Io => return None,
         };
         Some(step)
@@ -266,6 +284,12 @@ impl fmt::Display for OpenErrorKind {
                     f,
                     "lies on sectors of {sector} bytes, and blocks of {block_size} cannot go past the host's cache"
                 )
+            }
+            OpenErrorKind::Uri(why) => write!(f, "is no NBD URI that can be used: {why}"),
+            OpenErrorKind::Unreachable => f.write_str("its NBD server does not answer"),
+            OpenErrorKind::ServerRefuses(why) => write!(f, "cannot be used: {why}"),
+            OpenErrorKind::NotForNbd(what) => {
+                write!(f, "is an NBD export, and {what} are not to be had over NBD")
             }
             OpenErrorKind::Io => f.write_str("cannot be read"),
         }

@@ -1,4 +1,4 @@
-//! Images: raw files, block devices and qcow2, and the one way to open them.
+//! Images: raw files, block devices, qcow2 and NBD exports, and the one way to open them.
 //!
 //! [`open::open`] probes the format, takes QEMU's locks, walks the chain of backing files and gives an [`Image`], which is a
 //! [`Volume`]. A LUN is built over it; the PI room and the command line ask it for its path and its stamp.
@@ -7,6 +7,7 @@ pub mod create;
 pub mod direct;
 pub mod error;
 pub mod lock;
+pub mod nbd;
 pub mod null;
 pub mod open;
 mod power;
@@ -88,6 +89,8 @@ pub enum Driver {
     Null(null::Null),
     /// A qcow2 image, over its backing files.
     Qcow2(Box<qcow2::Qcow2>),
+    /// An export of an NBD server, as raw as a device.
+    Nbd(Box<nbd::Nbd>),
 }
 
 /// Counters of a chain's metadata caches: L2 tables, refcount blocks.
@@ -112,8 +115,8 @@ pub struct ImageInfo {
     pub format: Format,
     /// Bytes of the disk in it.
     pub virtual_size: u64,
-    /// Bytes that it takes on the host's file system.
-    pub actual_size: u64,
+    /// Bytes that it takes on the host's file system, if it has a file there.
+    pub actual_size: Option<u64>,
     /// Bytes of a cluster, if it has clusters.
     pub cluster_size: Option<u64>,
     /// The backing file's name as it stands in its header, and the format as it stands there.
@@ -124,7 +127,8 @@ pub struct ImageInfo {
 pub struct Image {
     driver: Driver,
     path: PathBuf,
-    file: Rc<File>,
+    /// None of an NBD export.
+    file: Option<Rc<File>>,
     /// The files of the chain, this one first.
     files: Vec<PathBuf>,
     /// The files that hold the guest's bytes, by depth: those of `files`, or their external data files.
@@ -132,7 +136,7 @@ pub struct Image {
     /// This image's external data file.
     data: Option<Rc<File>>,
     /// What is under this one, from the top down, with the open files.
-    beneath: Vec<(ImageInfo, Rc<File>)>,
+    beneath: Vec<(ImageInfo, Option<Rc<File>>)>,
     /// Of all qcow2 images of the chain.
     caches: Caches,
     /// What transfers past the page cache have to be multiples of.
@@ -142,7 +146,7 @@ pub struct Image {
 }
 
 impl Image {
-    fn new(driver: Driver, path: PathBuf, file: Rc<File>) -> Image {
+    fn new(driver: Driver, path: PathBuf, file: Option<Rc<File>>) -> Image {
         let files = vec![path.clone()];
         let places = files.clone();
         Image {
@@ -162,7 +166,7 @@ impl Image {
     /// The format it was opened as.
     pub fn format(&self) -> Format {
         match self.driver {
-            Driver::Raw(_) | Driver::Null(_) => Format::Raw,
+            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => Format::Raw,
             Driver::Qcow2(_) => Format::Qcow2,
         }
     }
@@ -194,14 +198,14 @@ impl Image {
         let beneath = self
             .beneath
             .iter()
-            .map(|(info, file)| ImageInfo { actual_size: allocated(file), ..info.clone() });
+            .map(|(info, file)| ImageInfo { actual_size: allocated(file.as_deref()), ..info.clone() });
         std::iter::once(self.info()).chain(beneath).collect()
     }
 
     /// This image alone.
     fn info(&self) -> ImageInfo {
         let (cluster_size, backing) = match &self.driver {
-            Driver::Raw(_) | Driver::Null(_) => (None, None),
+            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => (None, None),
             Driver::Qcow2(v) => {
                 let header = v.header();
                 let backing = header.backing_file.clone().map(|name| (name, header.backing_format.clone()));
@@ -212,9 +216,16 @@ impl Image {
             path: self.path.clone(),
             format: self.format(),
             virtual_size: self.limits().capacity,
-            actual_size: allocated(&self.file),
+            actual_size: allocated(self.file.as_deref()),
             cluster_size,
             backing,
+        }
+    }
+
+    /// The LUN over it was told to end, and will close it: what cannot be had soon is given up.
+    pub fn ending(&self) {
+        if let Driver::Nbd(v) = &self.driver {
+            v.ending();
         }
     }
 
@@ -233,17 +244,19 @@ impl Image {
             let meta = file.metadata()?;
             Ok(Stamp { size: raw::size_of(file)?, mtime: (meta.mtime(), meta.mtime_nsec() as u32) })
         };
-        let own = stamp(&self.file)?;
+        // As of a block device: an NBD export has no time of its own.
+        let Some(file) = &self.file else { return Ok(Stamp { size: self.limits().capacity, mtime: (0, 0) }) };
+        let own = stamp(file)?;
         let Some(data) = &self.data else { return Ok(own) };
         let data = stamp(data)?;
         Ok(Stamp { size: own.size + data.size, mtime: own.mtime.max(data.mtime) })
     }
 }
 
-/// Bytes that a file takes on its file system.
-fn allocated(file: &File) -> u64 {
+/// Bytes that a file takes on its file system; `None`, if it is not known.
+fn allocated(file: Option<&File>) -> Option<u64> {
     // Of a file that is open fstat fails only where the host has lost its file system.
-    file.metadata().map_or(0, |meta| meta.blocks() * 512)
+    file.map(|file| file.metadata().map_or(0, |meta| meta.blocks() * 512))
 }
 
 impl fmt::Debug for Image {
@@ -260,6 +273,7 @@ macro_rules! driver {
             Driver::Raw($v) => $call.await,
             Driver::Null($v) => $call.await,
             Driver::Qcow2($v) => Box::pin($call).await,
+            Driver::Nbd($v) => Box::pin($call).await,
         }
     };
 }
@@ -270,6 +284,7 @@ impl Volume for Image {
             Driver::Raw(v) => v.limits(),
             Driver::Null(v) => v.limits(),
             Driver::Qcow2(v) => v.limits(),
+            Driver::Nbd(v) => v.limits(),
         }
     }
 
@@ -278,6 +293,7 @@ impl Volume for Image {
             Driver::Raw(v) => v.read(at, to).await,
             Driver::Null(v) => v.read(at, to).await,
             Driver::Qcow2(v) => v.read(at, to).await,
+            Driver::Nbd(v) => Box::pin(v.read(at, to)).await,
         }
     }
 
@@ -286,6 +302,7 @@ impl Volume for Image {
             Driver::Raw(v) => v.write(at, from, flags).await,
             Driver::Null(v) => v.write(at, from, flags).await,
             Driver::Qcow2(v) => v.write(at, from, flags).await,
+            Driver::Nbd(v) => Box::pin(v.write(at, from, flags)).await,
         }
     }
 

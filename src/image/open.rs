@@ -18,7 +18,7 @@ use super::{
     Caches, Driver, Format, Image,
     direct::{CacheMode, Ways},
     lock::{ImageLock, LockMode},
-    null,
+    nbd, null,
     qcow2::{self, Backing, MAX_CLUSTER, Qcow2, probe_header},
     raw::{QCOW2_MAGIC, Raw},
 };
@@ -98,7 +98,15 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     if let Some(size) = options.null_size.filter(|_| null::is_null(path)) {
         let file = File::open(path).map_err(|e| OpenError::io(path, e, false))?;
         let driver = Driver::Null(null::Null::new(size, options.read_only));
-        return Ok(Image::new(driver, path.to_owned(), Rc::new(file)));
+        return Ok(Image::new(driver, path.to_owned(), Some(Rc::new(file))));
+    }
+    if nbd::is_uri(path) {
+        if options.format == Some(Format::Qcow2) {
+            return Err(OpenError::new(path, OpenErrorKind::NotForNbd("qcow2 images")));
+        }
+        // There are no locks over NBD.
+        let driver = nbd::Nbd::open(io, path, options.read_only).await?;
+        return Ok(Image::new(Driver::Nbd(Box::new(driver)), path.to_owned(), None));
     }
     let layers = open_chain(io, path, options).await?;
     let mut locks = Vec::new();
@@ -145,7 +153,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
         };
         let above = i.checked_sub(1).map(|i| names[i].clone());
         let driver = driver.map_err(|e| OpenError::driver(&layer.path, e).backing_of(above))?;
-        image = Some(Image::new(driver, layer.path, layer.file));
+        image = Some(Image::new(driver, layer.path, Some(layer.file)));
     }
     let Some(mut image) = image else { return Err(OpenError::new(path, OpenErrorKind::Io)) };
     image.locks.replace(locks);

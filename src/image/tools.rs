@@ -281,8 +281,10 @@ pub async fn measure(io: &Io, path: &Path, options: &MeasureOptions) -> Result<M
         && options.create.version >= 3
     {
         let failed = |e| OpenError::io(path, e, false);
-        let storage = FileStorage::new(io, image.file.clone()).map_err(failed)?;
-        measured.bitmaps = Some(bitmaps_size(&storage, driver.header(), cluster).await.map_err(failed)?);
+        if let Some(file) = image.file.clone() {
+            let storage = FileStorage::new(io, file).map_err(failed)?;
+            measured.bitmaps = Some(bitmaps_size(&storage, driver.header(), cluster).await.map_err(failed)?);
+        }
     }
     Ok(measured)
 }

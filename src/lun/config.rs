@@ -1,6 +1,6 @@
 //! What a LUN is told through the kernel's `dev_config`: the image, and how to use it.
 //!
-//! The string after the subtype (`dif/`) is the absolute path, then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
+//! The string after the subtype (`dif/`) is the absolute path (or an NBD URI), then `;`-separated settings: `;format=qcow2`, `;pi=type1`,
 //! `;pimode=journal`, `;exposure=initiator`, `;transfer=interleaved`, `;ro`, `;cache=none`, `;cachesize=64M`, `;cpus=2-3`, `;sidecar=PATH`, `;serial=S`, and the limits' words ([`super::throttle::limits`]), `;iops=500`. In values, `;`, `%`, `,` (the kernel splits its `control` file there), control characters
 //! and bytes that are no UTF-8 are percent-encoded, so that what is printed is parsed back to the same. Written by
 //! `create`, read by the daemon; a person may write it by hand.
@@ -20,7 +20,7 @@ use super::{
 };
 pub use crate::image::direct::CacheMode;
 use crate::{
-    image::Format,
+    image::{Format, nbd::is_uri},
     pi::{Exposure, PiMode, PiType, Transfer},
     units::parse_size,
 };
@@ -35,7 +35,7 @@ pub const MAX_DEV_CONFIG: usize = 255;
 /// One LUN's settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceConfig {
-    /// The image, an absolute path.
+    /// The image, an absolute path or an NBD URI.
     pub image: PathBuf,
     /// The image's format. Without it the first bytes decide at every start, and a guest of a raw image may not write what
     /// looks like another format there.
@@ -128,7 +128,7 @@ impl DeviceConfig {
     /// A [`ConfigError`] that names the part that is wrong.
     pub fn parse(text: &str) -> Result<DeviceConfig, ConfigError> {
         let mut parts = text.split(';');
-        let image = path(parts.next().unwrap_or_default())?;
+        let image = image(parts.next().unwrap_or_default())?;
         let mut out = DeviceConfig::new(image);
         let (mut exposure, mut transfer, mut cache) = (None, None, None);
         let mut limits: Vec<(String, u64)> = Vec::new();
@@ -215,7 +215,7 @@ impl DeviceConfig {
     /// Paths that aren't absolute, and what is longer than the kernel keeps.
     pub fn dev_config(&self) -> Result<String, ConfigError> {
         for path in std::iter::once(&self.image).chain(&self.sidecar) {
-            if !path.is_absolute() {
+            if !(path.is_absolute() || path == &self.image && is_uri(path)) {
                 return Err(ConfigError::NotAbsolute(path.clone()));
             }
         }
@@ -298,6 +298,11 @@ fn once<T>(key: &'static str, slot: &mut Option<T>, value: T) -> Result<(), Conf
     }
 }
 
+fn image(text: &str) -> Result<PathBuf, ConfigError> {
+    let name = PathBuf::from(OsString::from_vec(decode(text)?));
+    if is_uri(&name) { Ok(name) } else { path(text) }
+}
+
 fn path(text: &str) -> Result<PathBuf, ConfigError> {
     let path = PathBuf::from(OsString::from_vec(decode(text)?));
     if Path::is_absolute(&path) { Ok(path) } else { Err(ConfigError::NotAbsolute(path)) }
@@ -360,7 +365,10 @@ mod tests {
 
     prop_compose! {
         fn any_config()(
-            image in any_path(),
+            image in prop_oneof![
+                8 => any_path(),
+                1 => "nbd://[a-z%;,&=]{1,20}".prop_map(PathBuf::from),
+            ],
             format in prop::option::of(prop::sample::select(vec![Format::Raw, Format::Qcow2])),
             (pi, exposure, transfer) in protection(),
             mode in prop::option::of(prop::sample::select(vec![PiMode::Bitmap, PiMode::Journal])),

@@ -165,6 +165,7 @@ impl Events {
             | IoErrorKind::ReadOnly
             | IoErrorKind::Corrupt
             | IoErrorKind::Failed
+            | IoErrorKind::Unreachable
             | IoErrorKind::Locked => {
                 let Some(missed) = self.io.admit(Instant::now()) else { return };
                 self.tell(Event::IoError {

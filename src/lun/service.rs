@@ -304,6 +304,7 @@ impl Service for Lun {
 
     fn ending(&self) {
         self.calls.end_soon();
+        self.stack.image().ending();
     }
 
     fn ended(&self) {

@@ -45,6 +45,7 @@ use super::{
     tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
+    nbd::uri::is_uri,
     storage::{FileStorage, Storage},
     sync::{AsyncMutex, RangeLock},
     sys::{exec::join, io::Io, mem::Sg},
@@ -144,8 +145,10 @@ impl<V: Volume> Protected<V> {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(fault(PiOpenErrorKind::Missing)),
             Err(e) => return Err(fault(PiOpenErrorKind::Store(e.into()))),
         };
-        let image = how.image.clone();
-        Protected::attach(volume, storage, how, Box::new(move || Stamp::of(&image))).await
+        let (image, found) = (how.image.clone(), how.found);
+        // The size of an NBD export is its server's, and does not change while it is in use.
+        let stamp = move || if is_uri(&image) { Ok(found) } else { Stamp::of(&image) };
+        Protected::attach(volume, storage, how, Box::new(stamp)).await
     }
 }
 

@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     files,
+    nbd::uri::is_uri,
     storage::{FileStorage, Storage},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Lba},
@@ -206,17 +207,32 @@ pub async fn inspect(
 /// As [`inspect`]; [`Kind::Image`] if the image cannot be looked at.
 pub async fn status(io: &Io, image: &Path, sidecar: &Path) -> std::result::Result<StatusReport, PiOpenError> {
     let info = inspect(io, image, sidecar).await?.info();
-    let found = stamp_of(image, sidecar)?;
+    // Nothing tells an NBD export from what it was, as nothing does of a block device.
+    let found = if is_uri(image) { Stamp::of_size(info.stamp.size) } else { stamp_of(image, sidecar)? };
     let image_changed = (!info.in_use).then_some(!info.stamp.matches(&found));
     Ok(StatusReport { info, found, image_changed })
 }
 
 /// Brings the image's data to stable storage, whoever wrote them: a tuple that outlives its data is a false alarm.
-fn sync_image(image: &Path, sidecar: &Path) -> std::result::Result<(), PiOpenError> {
+async fn sync_image(
+    volume: &impl Volume,
+    image: &Path,
+    sidecar: &Path,
+) -> std::result::Result<(), PiOpenError> {
+    if is_uri(image) {
+        let flushed = volume.flush().await;
+        return flushed.map_err(|e| PiOpenError::new(sidecar, image, Kind::Image(Box::new(e))));
+    }
+    // A volume that is read-only flushes nothing; the data may be in the page cache alone.
     File::open(image).and_then(|file| file.sync_data()).map_err(|e| {
         let e = IoError::from_io(IoOp::Flush, e).path(image);
         PiOpenError::new(sidecar, image, Kind::Image(Box::new(e)))
     })
+}
+
+/// The stamp of a volume's image.
+fn stamp_now(volume: &impl Volume, image: &Path, sidecar: &Path) -> std::result::Result<Stamp, PiOpenError> {
+    if is_uri(image) { Ok(Stamp::of_size(volume.limits().capacity)) } else { stamp_of(image, sidecar) }
 }
 
 fn stamp_of(image: &Path, sidecar: &Path) -> std::result::Result<Stamp, PiOpenError> {
@@ -313,7 +329,7 @@ pub async fn rebuild<V: Volume>(
     let block_size = options.block_size.or(old.map(|o| o.1)).unwrap_or(BlockSize::B512);
     let mode = options.mode.or(old.map(|o| o.2)).unwrap_or_default();
     let capacity = block_size.blocks_in(volume.limits().capacity);
-    let stamp = stamp_of(image, sidecar)?;
+    let stamp = stamp_now(volume, image, sidecar)?;
 
     let unfinished = unfinished_path(sidecar);
     files::remove(&unfinished).map_err(file)?;
@@ -328,8 +344,7 @@ pub async fn rebuild<V: Volume>(
             return Err(fault(e));
         }
     };
-    // The volume was read only, so its flush has done nothing; the data may be in the page cache alone.
-    sync_image(image, sidecar)?;
+    sync_image(volume, image, sidecar).await?;
     std::fs::rename(&unfinished, sidecar).map_err(file)?;
     let dir = sidecar.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(file)?;

@@ -62,6 +62,7 @@ impl Asc {
     pub const MANUAL_INTERVENTION_REQUIRED: Asc = Asc(0x04, 0x03);
     pub const FORMAT_IN_PROGRESS: Asc = Asc(0x04, 0x04);
     pub const SANITIZE_IN_PROGRESS: Asc = Asc(0x04, 0x1b);
+    pub const COMMUNICATION_FAILURE: Asc = Asc(0x08, 0x00);
     pub const UNREACHABLE_COPY_TARGET: Asc = Asc(0x08, 0x04);
     pub const WRITE_ERROR: Asc = Asc(0x0c, 0x00);
     pub const COPY_TARGET_NOT_REACHABLE: Asc = Asc(0x0d, 0x02);
@@ -300,6 +301,7 @@ pub fn from_io_error(error: &IoError, block_size: BlockSize) -> Failure {
         }
         IoErrorKind::Failed => Sense::new(HardwareError, Asc::INTERNAL_TARGET_FAILURE),
         IoErrorKind::Unsupported => Sense::new(IllegalRequest, Asc::INVALID_OPERATION_CODE),
+        IoErrorKind::Unreachable => Sense::new(NotReady, Asc::COMMUNICATION_FAILURE),
         IoErrorKind::Locked => Sense::new(NotReady, Asc::MANUAL_INTERVENTION_REQUIRED),
         IoErrorKind::Cancelled => return Failure::Status(Status::TaskAborted),
     };
@@ -374,6 +376,7 @@ mod tests {
         assert_eq!(of(mismatch(PiTag::Reference), IoOp::Read), (0xb, 0x10, 3, Some(77)));
         assert_eq!(of(Failed, IoOp::Flush), (4, 0x44, 0, None));
         assert_eq!(of(Unsupported, IoOp::Discard), (5, 0x20, 0, None));
+        assert_eq!(of(Unreachable, IoOp::Read), (2, 8, 0, None));
         assert_eq!(of(Locked, IoOp::Write), (2, 4, 3, None));
         assert_eq!(of(Cancelled, IoOp::Read), (0xff, 0x40, 0, None));
     }

@@ -329,6 +329,31 @@ pub async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F:
     running.into_iter().filter_map(|(_, out)| out).collect()
 }
 
+/// Runs two futures side by side to the end of one; the other is dropped. The first is asked first.
+pub async fn race<T>(a: impl Future<Output = T>, b: impl Future<Output = T>) -> T {
+    let mut a = std::pin::pin!(a);
+    let mut b = std::pin::pin!(b);
+    std::future::poll_fn(|cx| match a.as_mut().poll(cx) {
+        Poll::Pending => b.as_mut().poll(cx),
+        ready => ready,
+    })
+    .await
+}
+
+/// Runs any number of futures side by side to the end of one; the others are dropped. For ever, if there are none.
+pub async fn race_all<T>(futures: Vec<Pin<Box<dyn Future<Output = T> + '_>>>) -> T {
+    let mut futures = futures;
+    std::future::poll_fn(|cx| {
+        for future in &mut futures {
+            if let Poll::Ready(value) = future.as_mut().poll(cx) {
+                return Poll::Ready(value);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
 /// Lets every other ready task run before going on.
 pub async fn yield_now() {
     let mut yielded = false;

@@ -9,15 +9,17 @@ use std::process::{Command, Stdio};
 
 /// What `cargo xtask test --quick` needs: bindgen's library, the images' second opinion, what installs QEMU's own QMP client, the unit's
 /// second opinion, the metrics' (`promtool`, and the one strict reader of OpenMetrics), a private bus and its clients (`gdbus`, `busctl`), and who reads what is printed for guests: libvirt's
-/// schema (`virt-xml-validate` calls xmllint) and QEMU.
+/// schema (`virt-xml-validate` calls xmllint) and QEMU. NBD's servers and clients (`nbdkit`, `nbdinfo`, `nbdcopy`; `qemu-nbd` is in qemu-utils).
 pub const FOR_TESTS: &[&str] = &[
     "dbus",
     "libclang-14-dev",
     "libglib2.0-bin",
     "libisal2",
+    "libnbd-bin",
     "libvirt-clients",
     "libvirt0",
     "libxml2-utils",
+    "nbdkit",
     "prometheus",
     "python3",
     "python3-pip",

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{BadBlock, LISTED, stamp_of, sync_image};
+use super::{BadBlock, LISTED, stamp_now, sync_image};
 use crate::{
     pi::{
         check::Checker,
@@ -48,7 +48,7 @@ pub async fn adopt<V: Volume>(
     progress: impl FnMut(u64, u64),
 ) -> Result<AdoptReport, PiOpenError> {
     let fault = |what| PiOpenError::new(sidecar, image, what);
-    let stamp = stamp_of(image, sidecar)?;
+    let stamp = stamp_now(volume, image, sidecar)?;
     let storage = match open_file(io, sidecar, false).await {
         Ok(storage) => storage,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(fault(Kind::Missing)),
@@ -56,7 +56,7 @@ pub async fn adopt<V: Volume>(
     };
     let store = Sidecar::open(storage).await.map_err(|e| fault(Kind::Store(e)))?;
     let report = take(volume, &store, progress).await.map_err(fault)?;
-    sync_image(image, sidecar)?;
+    sync_image(volume, image, sidecar).await?;
     finish(&store, stamp).await.map_err(fault)?;
     Ok(report)
 }

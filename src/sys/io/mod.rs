@@ -5,6 +5,8 @@
 //! at any time. The thread sleeps in `turn` alone: completions, watched descriptors and timers all arrive there.
 
 mod fallocate;
+pub mod net;
+mod op_future;
 mod threads;
 mod uring;
 
@@ -16,10 +18,9 @@ use std::{
     future::poll_fn,
     io,
     os::fd::{AsRawFd, OwnedFd, RawFd},
-    pin::Pin,
     rc::Rc,
     sync::{Arc, Mutex},
-    task::{Context, Poll, Waker},
+    task::{Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -27,6 +28,7 @@ use slab::Slab;
 
 use super::mem::{Held, Sg};
 pub use fallocate::Fallocate;
+use op_future::OpFuture;
 use threads::Pool;
 use uring::Uring;
 
@@ -67,11 +69,24 @@ pub enum Wait {
 
 /// One system call's worth of work, as both backends take it.
 enum Request {
-    Read { at: u64 },
-    Write { at: u64, dsync: bool },
+    Read {
+        at: u64,
+    },
+    Write {
+        at: u64,
+        dsync: bool,
+    },
     Fdatasync,
-    Fallocate { mode: libc::c_int, at: u64, len: u64 },
+    Fallocate {
+        mode: libc::c_int,
+        at: u64,
+        len: u64,
+    },
     Call(Box<dyn FnOnce() + Send>),
+    /// Waits for poll(2)'s events on the descriptor, once.
+    Poll {
+        events: i16,
+    },
 }
 
 /// An operation under way. Everything that the kernel may touch is owned here until the result is in.
@@ -79,6 +94,8 @@ struct Op {
     result: Option<i32>,
     waker: Option<Waker>,
     abandoned: bool,
+    /// It only waits for a descriptor, perhaps for ever: taken back when nobody waits for it any more.
+    poll: bool,
     #[allow(dead_code)] // Held, never read: it keeps the descriptor open.
     file: Option<Rc<File>>,
     #[allow(dead_code)] // The same, of the memory.
@@ -94,6 +111,13 @@ pub struct Calls {
     pub enters: u64,
     /// Operations that were begun.
     pub operations: u64,
+}
+
+/// A descriptor that an operation waits for.
+struct Polled {
+    key: usize,
+    fd: RawFd,
+    events: i16,
 }
 
 struct Timer {
@@ -142,6 +166,8 @@ struct Inner {
     /// Reused for the pool's results.
     results: RefCell<Vec<(usize, i32)>>,
     watches: RefCell<Vec<Rc<Watch>>>,
+    /// Descriptors that operations wait for, where there is no ring that does it.
+    polls: RefCell<Vec<Polled>>,
     timers: RefCell<Slab<Timer>>,
     due: RefCell<BinaryHeap<Reverse<(Instant, usize)>>>,
 }
@@ -170,6 +196,7 @@ impl Io {
             pool_watch: RefCell::default(),
             results: RefCell::default(),
             watches: RefCell::default(),
+            polls: RefCell::default(),
             timers: RefCell::default(),
             due: RefCell::default(),
         })))
@@ -350,10 +377,17 @@ impl Io {
                 self.counted(uring.take_enters(), 0);
                 turned?;
             }
-            Engine::Threads if wait == Wait::No => {}
+            Engine::Threads if wait == Wait::No && self.0.polls.borrow().is_empty() => {}
             Engine::Threads => {
                 self.counted(1, 0);
-                threads::wait(&self.0.watches.borrow(), wait)?;
+                let done = {
+                    let (watches, polls) = (self.0.watches.borrow(), self.0.polls.borrow());
+                    threads::wait(&watches, &polls, wait)?
+                };
+                for (key, events) in done {
+                    self.0.polls.borrow_mut().retain(|p| p.key != key);
+                    self.complete(key, events);
+                }
             }
         }
         self.reap_pool();
@@ -439,6 +473,7 @@ impl Io {
             result: None,
             waker: None,
             abandoned: false,
+            poll: matches!(request, Request::Poll { .. }),
             file: file.cloned(),
             memory: sg.hold(),
             iovecs,
@@ -454,9 +489,13 @@ impl Io {
             }
             _ => &ops[key].iovecs,
         };
-        let started = match uring {
-            Some(uring) => uring.borrow_mut().push(key, fd, &request, pieces),
-            None => self.with_pool(|pool| pool.push(key, fd, request, pieces)),
+        let started = match (uring, request) {
+            (Some(uring), request) => uring.borrow_mut().push(key, fd, &request, pieces),
+            (None, Request::Poll { events }) => {
+                self.0.polls.borrow_mut().push(Polled { key, fd, events });
+                Ok(())
+            }
+            (None, request) => self.with_pool(|pool| pool.push(key, fd, request, pieces)),
         };
         if let Err(e) = started {
             ops[key].result = Some(-e.raw_os_error().unwrap_or(libc::EIO));
@@ -537,45 +576,6 @@ impl Drop for TimerGuard {
         if !timer.fired {
             let (due, key) = (self.due, self.key);
             self.io.0.due.borrow_mut().retain(|Reverse((d, k))| !(*k == key && *d == due));
-        }
-    }
-}
-
-/// Waits for one operation; dropping it lets the operation finish on its own.
-struct OpFuture {
-    io: Io,
-    key: usize,
-}
-
-impl Future for OpFuture {
-    type Output = io::Result<usize>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut ops = self.io.0.ops.borrow_mut();
-        let op = &mut ops[self.key];
-        match op.result {
-            Some(n) if n < 0 => Poll::Ready(Err(io::Error::from_raw_os_error(-n))),
-            Some(n) => Poll::Ready(Ok(n as usize)),
-            None => {
-                if !op.waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
-                    op.waker = Some(cx.waker().clone());
-                }
-                Poll::Pending
-            }
-        }
-    }
-}
-
-impl Drop for OpFuture {
-    fn drop(&mut self) {
-        let mut ops = self.io.0.ops.borrow_mut();
-        if ops[self.key].result.is_some() {
-            let op = ops.remove(self.key);
-            drop(ops);
-            self.io.forget(op);
-        } else {
-            ops[self.key].abandoned = true;
-            ops[self.key].waker = None;
         }
     }
 }

@@ -18,7 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use smallvec::SmallVec;
 
-use super::{Request, Wait, Watch};
+use super::{Polled, Request, Wait, Watch};
 
 const THREADS: usize = 4;
 
@@ -137,6 +137,8 @@ impl Job {
                 let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
                 return if caught.is_ok() { 0 } else { -libc::EIO };
             }
+            // Waited for by the thread itself.
+            Request::Poll { .. } => return -libc::EINVAL,
             Request::Read { at } => {
                 // SAFETY: the descriptor is open, and the iovecs and their memory are live until the result is in; see `Job`.
                 unsafe { libc::preadv2(self.fd, self.iovecs, count, at as i64, 0) }
@@ -163,8 +165,8 @@ impl Job {
     }
 }
 
-/// Waits for one of the watches to become readable.
-pub(super) fn wait(watches: &[Rc<Watch>], wait: Wait) -> io::Result<()> {
+/// Waits for one of the watches to become readable, or for what operations wait for: gives those that have ended.
+pub(super) fn wait(watches: &[Rc<Watch>], polls: &[Polled], wait: Wait) -> io::Result<Vec<(usize, i32)>> {
     let timeout = match wait {
         Wait::No => Some(Duration::ZERO),
         Wait::Event => None,
@@ -173,17 +175,24 @@ pub(super) fn wait(watches: &[Rc<Watch>], wait: Wait) -> io::Result<()> {
     let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
     let mut fds: SmallVec<[PollFd<'_>; 4]> =
         watches.iter().map(|w| PollFd::from_borrowed_fd(borrow(w), PollFlags::IN)).collect();
+    fds.extend(polls.iter().map(|p| {
+        // SAFETY: the operation owns the descriptor until it has ended or is taken back, which removes it from the list.
+        let fd = unsafe { BorrowedFd::borrow_raw(p.fd) };
+        PollFd::from_borrowed_fd(fd, PollFlags::from_bits_truncate(p.events as u16))
+    }));
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) => {}
-        Err(rustix::io::Errno::INTR) => return Ok(()),
+        Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
         Err(e) => return Err(e.into()),
     }
-    for (fd, watch) in fds.iter().zip(watches) {
+    let (of_watches, of_polls) = fds.split_at(watches.len());
+    for (fd, watch) in of_watches.iter().zip(watches) {
         if !fd.revents().is_empty() {
             watch.ready.set(true);
         }
     }
-    Ok(())
+    let ended = of_polls.iter().zip(polls).filter(|(fd, _)| !fd.revents().is_empty());
+    Ok(ended.map(|(fd, p)| (p.key, i32::from(fd.revents().bits()))).collect())
 }
 
 fn borrow(watch: &Watch) -> BorrowedFd<'_> {

@@ -9,6 +9,8 @@ use super::{Request, Wait, Watch};
 const ENTRIES: u32 = 256;
 /// user_data of watches; operations have their slab keys.
 const WATCH: u64 = 1 << 63;
+/// user_data of what takes other operations back; its own result says nothing.
+const CANCEL: u64 = 1 << 62;
 
 pub(super) struct Uring {
     ring: IoUring,
@@ -63,9 +65,15 @@ impl Uring {
             (Request::Fallocate { mode, at, len }, _) => {
                 opcode::Fallocate::new(fd, *len).offset(*at).mode(*mode).build()
             }
+            (Request::Poll { events }, _) => opcode::PollAdd::new(fd, u32::from(*events as u16)).build(),
             (Request::Call(_), _) => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         };
         self.push_entry(&entry.user_data(key as u64))
+    }
+
+    /// Takes back a [`Request::Poll`] that has not ended; it then ends with ECANCELED.
+    pub(super) fn cancel_poll(&mut self, key: usize) -> io::Result<()> {
+        self.push_entry(&opcode::PollRemove::new(key as u64).build().user_data(CANCEL))
     }
 
     fn push_entry(&mut self, entry: &squeue::Entry) -> io::Result<()> {
@@ -138,6 +146,9 @@ impl Uring {
         }
         for cqe in self.ring.completion() {
             let data = cqe.user_data();
+            if data == CANCEL {
+                continue;
+            }
             if data & WATCH == 0 {
                 done(data as usize, cqe.result());
             } else if let Some(watch) = watches.get((data & !WATCH) as usize) {

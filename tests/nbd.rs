@@ -1,0 +1,26 @@
+//! NBD, from outside: exports of qemu-nbd, nbdkit and a server of our own as volumes and LUNs, with servers that fail, lie, die and come back;
+//! and LUNs as exports, read by QEMU and libnbd. `TCMU_DIF_SCALE` (quick, default, full) sets how long.
+#![allow(clippy::unwrap_used)] // A test may panic.
+#![allow(missing_docs)]
+
+#[path = "nbd/fake.rs"]
+mod fake;
+#[path = "nbd/hostile.rs"]
+mod hostile;
+#[path = "nbd/lun.rs"]
+mod lun;
+#[path = "qcow2/model.rs"]
+#[allow(dead_code)] // The qcow2 tests use more of it.
+mod model;
+#[path = "nbd/reconnect.rs"]
+mod reconnect;
+#[path = "nbd/servers.rs"]
+mod servers;
+#[path = "qcow2/support.rs"]
+#[allow(dead_code)]
+mod support;
+#[path = "nbd/volume.rs"]
+mod volume;
+#[path = "qcow2/work.rs"]
+#[allow(dead_code)]
+mod work;
