@@ -10,6 +10,7 @@ pub mod control;
 pub mod daemon;
 pub mod dbus;
 pub mod demo;
+pub mod export;
 mod files;
 pub mod image;
 pub mod kernel;

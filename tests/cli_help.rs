@@ -27,6 +27,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["show"],
         &["resize"],
         &["throttle"],
+        &["export"],
         &["scrub"],
         &["trace"],
         &["image"],

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)] // A test may panic.
 #![allow(missing_docs)]
 
+#[path = "nbd/export.rs"]
+mod export;
 #[path = "nbd/fake.rs"]
 mod fake;
 #[path = "nbd/hostile.rs"]
@@ -14,6 +16,9 @@ mod lun;
 mod model;
 #[path = "nbd/reconnect.rs"]
 mod reconnect;
+#[path = "common/qmp_rig.rs"]
+#[allow(dead_code)] // The QMP tests use more of it.
+mod rig;
 #[path = "nbd/servers.rs"]
 mod servers;
 #[path = "qcow2/support.rs"]

@@ -69,6 +69,8 @@ pub enum Command {
     /// Given limits replace all that there were. They hold at once, also for commands that wait, and outlive a restart of the daemon,
     /// until the LUN is deleted.
     Throttle(Throttle),
+    /// Let programs of this host read a LUN over NBD while it is in use, or end that
+    Export(super::export_args::Export),
     /// Make images and look at them
     #[command(subcommand)]
     Image(Image),
@@ -225,7 +227,7 @@ pub struct Create {
     /// The LUN's name: letters, digits, and . _ : + -
     #[arg(value_parser = Name::new)]
     pub name: Name,
-    /// The image: a raw or qcow2 file, or a block device
+    /// The image: a raw or qcow2 file, a block device, or an NBD export by its URI
     #[arg(long, value_name = "PATH")]
     pub image: PathBuf,
     /// Make the image first, with that size (bytes, or with K, M, G, T)

@@ -47,6 +47,7 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "list",
         "show",
         "resize",
+        "export",
         "image",
         "pi",
         "scrub",

@@ -9,6 +9,8 @@ mod conformance;
 mod create;
 mod delete;
 mod error;
+mod export;
+mod export_args;
 mod image;
 mod image_args;
 mod image_check;
@@ -91,6 +93,7 @@ fn run(cli: &Cli) -> Done {
         Command::Image(args) => image::run(args),
         Command::Pi(args) => pi::run(args),
         Command::Scrub(args) => scrub::run(cli, args),
+        Command::Export(args) => export::run(cli, args),
         Command::Throttle(args) => throttle::run(cli, args),
         Command::Top(args) => top::run(cli, args),
         Command::SupportBundle(args) => support_bundle::run(cli, args),

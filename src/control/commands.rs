@@ -4,6 +4,7 @@
 //! the table in `docs/qmp.md`.
 
 mod block;
+mod export;
 mod jobs;
 mod luns;
 mod throttle;
@@ -37,6 +38,8 @@ const NOTHING: Type = Type::Object(&EMPTY);
 
 /// Every command.
 static COMMANDS: &[Command] = &[
+    export::ADD,
+    export::DEL,
     Command {
         name: "block-job-set-speed",
         args: &[has("device", Type::Str), has("speed", Type::Int)],
@@ -122,6 +125,10 @@ static COMMANDS: &[Command] = &[
         run: luns::del,
         after: None,
     },
+    export::SERVER_ADD,
+    export::SERVER_REMOVE,
+    export::SERVER_START,
+    export::SERVER_STOP,
     Command {
         name: "pi-scrub",
         args: &[has("device", Type::Str), may("speed", Type::Int)],
@@ -150,6 +157,7 @@ static COMMANDS: &[Command] = &[
         run: block::query_block,
         after: None,
     },
+    export::QUERY,
     Command {
         name: "query-blockstats",
         args: &[],
@@ -317,6 +325,16 @@ impl Arguments {
 
     fn flag(&self, name: &str) -> bool {
         self.0.get(name).and_then(Value::as_bool).unwrap_or_default()
+    }
+
+    /// A member of an argument that is an object.
+    fn within(&self, name: &str, member: &str) -> Option<&str> {
+        self.0.get(name)?.get(member)?.as_str()
+    }
+
+    /// A member of an object in an argument that is one.
+    fn within_two(&self, name: &str, object: &str, member: &str) -> Option<&str> {
+        self.0.get(name)?.get(object)?.get(member)?.as_str()
     }
 
     /// All of them.

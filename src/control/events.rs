@@ -57,6 +57,11 @@ pub(super) static EVENTS: &[Declared] = &[
                counts those before it that the limit of 10 a second kept back",
     },
     Declared {
+        name: "BLOCK_EXPORT_DELETED",
+        data: &[has("id", Type::Str)],
+        help: "as in QEMU: an export was removed, with its server or its LUN perhaps",
+    },
+    Declared {
         name: "JOB_STATUS_CHANGE",
         data: &[has("id", Type::Str), has("status", Type::Enum(&JOB_STATUS))],
         help: "as in QEMU: `created`, `running`, `paused`; `waiting`, `pending`, `concluded`, `null` of a scrub that has looked at \

@@ -28,7 +28,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use crate::lun::Remote;
+use crate::{export::Exports, lun::Remote};
 use events::Bus;
 
 /// The socket's name in the run directory.
@@ -86,6 +86,8 @@ struct Inner {
     restarts: Mutex<BTreeMap<String, u64>>,
     /// Clients of the QMP socket.
     clients: Arc<AtomicUsize>,
+    /// LUNs that are exported over NBD.
+    exports: Exports,
 }
 
 /// The LUNs that serve, by name; what happens to them; and the daemon, if there is one.
@@ -143,8 +145,19 @@ impl Registry {
         if luns.get(name).is_some_and(|there| there.is_same(lun)) {
             luns.remove(name);
             drop(luns);
+            self.exports_gone(self.0.exports.lun_gone(lun));
             self.bus().publish("LUN_REMOVED", json!({ "device": name }));
         }
+    }
+
+    /// LUNs that are exported over NBD.
+    pub fn exports(&self) -> &Exports {
+        &self.0.exports
+    }
+
+    /// Tells that these exports are no more.
+    fn exports_gone(&self, ids: Vec<String>) {
+        ids.into_iter().for_each(|id| self.bus().publish("BLOCK_EXPORT_DELETED", json!({ "id": id })));
     }
 
     fn counted(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {

@@ -118,6 +118,37 @@ pub(super) static PI_INFO: Object = object(
     ],
 );
 
+/// BlockExportType, with the one of ours.
+pub(super) static EXPORT_TYPE: Enum = Enum { name: "BlockExportType", values: &["nbd"] };
+
+/// BlockExportRemoveMode.
+pub(super) static EXPORT_REMOVE_MODE: Enum =
+    Enum { name: "BlockExportRemoveMode", values: &["safe", "hard"] };
+
+/// BlockExportInfo.
+pub(super) static BLOCK_EXPORT_INFO: Object = object(
+    "BlockExportInfo",
+    &[
+        has("id", Type::Str),
+        has("type", Type::Enum(&EXPORT_TYPE)),
+        has("node-name", Type::Str),
+        has("shutting-down", Type::Bool),
+        may("uri", Type::Str),
+    ],
+);
+
+static ADDRESS_TYPE: Enum = Enum { name: "SocketAddressType", values: &["inet", "unix"] };
+
+/// What is in SocketAddressLegacy's `data`: InetSocketAddress' members, or UnixSocketAddress'.
+static ADDRESS_DATA: Object =
+    object("SocketAddressData", &[may("host", Type::Str), may("port", Type::Str), may("path", Type::Str)]);
+
+/// SocketAddressLegacy.
+pub(super) static SOCKET_ADDRESS: Object = object(
+    "SocketAddressLegacy",
+    &[has("type", Type::Enum(&ADDRESS_TYPE)), has("data", Type::Object(&ADDRESS_DATA))],
+);
+
 static LUN_STATE: Enum = Enum { name: "LunState", values: &["online", "stopped", "failed", "silent"] };
 
 /// A cache of qcow2 metadata, for all images of the chain.

@@ -46,6 +46,8 @@ pub(super) enum Message {
     Trace(Watching, SyncSender<()>),
     /// Do something for a copy that another LUN executes.
     Errand(Errand, Return),
+    /// Do something for somebody outside who waits for it.
+    Order(Errand, SyncSender<neighbours::Outcome>),
     /// Another LUN's answer to the errand of that number.
     Answered(u64, neighbours::Outcome),
     /// Show that the loop turns: [`Pulse`].

@@ -5,7 +5,8 @@
 //!
 //! An errand is a message to the other's inbox with the way back ([`Return`]), which answers also if it is dropped: a LUN that ends drops
 //! what its inbox holds and what comes later. The answer is a message to the asker's inbox, and wakes the task that waits. Nobody waits
-//! for another's thread in any other way, and no lock is held but around a list. Used by the LUN's service alone.
+//! for another's thread in any other way, and no lock is held but around a list. Used by the LUN's service; and
+//! by those outside who have a LUN do the same ([`Remote::order`]), whose threads may wait.
 
 use std::{
     cell::{Cell, RefCell},
@@ -22,7 +23,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::inbox::{Message, Outbox};
+use super::{
+    LunError, Remote,
+    inbox::{Message, Outbox},
+};
 use crate::{
     scsi::neighbour::{Answer, Answering, Designator, Errand, Neighbour, Neighbours, Undone},
     sync::Notify,
@@ -65,6 +69,16 @@ pub(super) struct Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         self.neighbourhood.with(|members| members.retain(|m| m.number != self.number));
+    }
+}
+
+impl Remote {
+    /// Has it do something as a command would, protection and all, and waits for that.
+    ///
+    /// # Errors
+    /// That the LUN does not answer; in the inner result what an initiator would be told.
+    pub fn order(&self, errand: Errand) -> Result<Result<Answer, Undone>, LunError> {
+        self.ask(|back| Message::Order(errand, back))
     }
 }
 

@@ -292,6 +292,9 @@ impl Service for Lun {
             Message::Errand(errand, back) => {
                 back.give(self.target.run_errand(errand).await.map_err(Undone::Failed));
             }
+            Message::Order(errand, back) => {
+                drop(back.send(self.target.run_errand(errand).await.map_err(Undone::Failed)));
+            }
             Message::Answered(ticket, outcome) => self.calls.answered(ticket, outcome),
             Message::Stop | Message::Ping => {}
         }

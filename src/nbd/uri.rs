@@ -143,16 +143,17 @@ impl Uri {
 
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.place {
-            Place::Tcp { host, port } => {
-                let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-                write!(f, "nbd://{host}:{port}/{}", encode(self.export.as_bytes()))
-            }
-            Place::Unix(path) => {
-                let socket = encode(path.as_os_str().as_bytes());
-                write!(f, "nbd+unix:///{}?socket={socket}", encode(self.export.as_bytes()))
-            }
-        }
+        f.write_str(&of(&self.place, &self.export))
+    }
+}
+
+/// The URI of an export at that place.
+pub fn of(place: &Place, export: &str) -> String {
+    let export = encode(export.as_bytes());
+    match place {
+        Place::Tcp { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
+        Place::Tcp { host, port } => format!("nbd://{host}:{port}/{export}"),
+        Place::Unix(path) => format!("nbd+unix:///{export}?socket={}", encode(path.as_os_str().as_bytes())),
     }
 }
 

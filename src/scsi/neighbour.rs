@@ -1,4 +1,4 @@
-//! Another logical unit, as a copy between two of them reaches it: who it is, what it can be asked, and what it answers.
+//! Another logical unit, as a copy between two of them reaches it (and a LUN itself, as an export does): who it is, what it can be asked, and what it answers.
 //!
 //! The target that executes EXTENDED COPY knows of others by these traits alone. Whoever owns the targets says which of them
 //! may be reached, and carries questions and answers across: they hold nothing that is bound to a thread.
@@ -6,7 +6,10 @@
 use std::{future::Future, pin::Pin, rc::Rc};
 
 use super::sense::Failure;
-use crate::units::{BlockSize, Lba};
+use crate::{
+    units::{BlockSize, Lba},
+    volume::ExtentKind,
+};
 
 /// A designation descriptor of a logical unit (SPC-4 7.8.6.1).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +41,24 @@ pub enum Errand {
         /// What they are to hold.
         data: Vec<u8>,
     },
+    /// Bring every write that was answered to stable storage.
+    Flush,
+    /// Make blocks zeros; without `may_unmap` their space is kept.
+    Zero {
+        /// The first.
+        lba: Lba,
+        /// How many.
+        blocks: u64,
+        /// They may be freed.
+        may_unmap: bool,
+    },
+    /// Say what blocks hold, or the first of them.
+    Map {
+        /// The first.
+        lba: Lba,
+        /// How many.
+        blocks: u64,
+    },
 }
 
 /// What it answers.
@@ -52,8 +73,10 @@ pub enum Answer {
     },
     /// To [`Errand::Read`].
     Data(Vec<u8>),
-    /// To [`Errand::Write`].
+    /// To [`Errand::Write`], [`Errand::Flush`] and [`Errand::Zero`].
     Written,
+    /// To [`Errand::Map`]: runs of bytes from the first block on, and what they hold.
+    Mapped(Vec<(u64, ExtentKind)>),
 }
 
 /// Why an errand came to nothing.

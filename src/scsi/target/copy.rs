@@ -230,6 +230,22 @@ impl<V: Volume> Target<V> {
                 }
                 Ok(Answer::Written)
             }
+            Errand::Flush => {
+                self.volume.flush().await.map_err(|e| self.failure(e))?;
+                Ok(Answer::Written)
+            }
+            Errand::Zero { lba, blocks, may_unmap } => {
+                self.is_writable()?;
+                let (at, len) = self.place(lba, blocks)?;
+                let _pass = self.gate.pass(lba.0, blocks).await;
+                self.volume.write_zeroes(at, len, may_unmap).await.map_err(|e| self.failure(e))?;
+                Ok(Answer::Written)
+            }
+            Errand::Map { lba, blocks } => {
+                let (at, len) = self.place(lba, blocks)?;
+                let runs = self.volume.map_extents(at, len).await.map_err(|e| self.failure(e))?;
+                Ok(Answer::Mapped(runs.iter().map(|run| (run.len, run.kind)).collect()))
+            }
         }
     }
 
@@ -299,7 +315,7 @@ impl<V: Volume> Target<V> {
         };
         let (block_size, blocks) = match self.ask(other.as_ref(), Errand::Describe).await {
             Ok(Answer::Described { block_size, blocks }) => (block_size, blocks),
-            Ok(Answer::Data(_) | Answer::Written) => {
+            Ok(Answer::Data(_) | Answer::Written | Answer::Mapped(_)) => {
                 return Err(undone(Undone::Unreachable, segment, byte));
             }
             Err(e) => return Err(undone(e, segment, byte)),

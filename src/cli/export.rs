@@ -1,0 +1,80 @@
+//! `tcmu-dif export`: a LUN over NBD, for programs that read disks. The daemon does it.
+
+use serde_json::{Map, Value, json};
+
+use super::{CliError, Done, args::Cli, error, export_args::Export, output};
+use crate::control::{
+    SOCKET,
+    client::{Client, ClientError},
+};
+
+/// The socket of the daemon's NBD server, in its directory, unless somebody names another.
+const NBD_SOCKET: &str = "nbd.sock";
+
+fn words(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+/// Runs `export`.
+pub fn run(cli: &Cli, args: &Export) -> Done {
+    let name = args.name.as_str();
+    let refused = |e: ClientError, next: String| {
+        let said = error::from_client("export", name, &e);
+        if matches!(e, ClientError::Refused(_)) { said.then(next) } else { said }
+    };
+    let mut client =
+        Client::connect(&cli.run_dir.join(SOCKET)).map_err(|e| error::from_client("export", name, &e))?;
+    if args.end {
+        let mode = if args.force { "hard" } else { "safe" };
+        client.execute("block-export-del", words(json!({ "id": name, "mode": mode }))).map_err(|e| {
+            refused(e, format!("end its clients too, if it has any: tcmu-dif export {name} --end --force"))
+        })?;
+        if args.json.json {
+            return output::json(&json!({ "name": name, "exported": false }));
+        }
+        return output::print(&format!("{name} is no longer exported"));
+    }
+    listen(&mut client, cli, args)?;
+    let mut order = json!({ "type": "nbd", "id": name, "node-name": name, "writable": args.writable });
+    if let Some(export) = &args.export_name {
+        order["name"] = json!(export);
+    }
+    let look = "see which LUNs there are, and how they do: tcmu-dif list";
+    client.execute("block-export-add", words(order)).map_err(|e| refused(e, look.to_owned()))?;
+    let all = client
+        .execute("query-block-exports", Map::new())
+        .map_err(|e| error::from_client("export", name, &e))?;
+    let export = all.as_array().into_iter().flatten().find(|e| e["id"] == name);
+    let uri = export.and_then(|e| e["uri"].as_str()).unwrap_or_default();
+    if args.json.json {
+        let told = json!({ "name": name, "exported": true, "uri": uri, "writable": args.writable });
+        return output::json(&told);
+    }
+    let how = if args.writable { "for reading and writing" } else { "for reading" };
+    output::print(&format!("{name} is exported {how}: {uri}"))
+}
+
+/// Has the daemon listen, unless it does.
+fn listen(client: &mut Client, cli: &Cli, args: &Export) -> Result<(), CliError> {
+    let path = match &args.socket {
+        Some(path) => {
+            std::path::absolute(path).map_err(|e| CliError::from("--socket", path.display(), &e))?
+        }
+        None => cli.run_dir.join(NBD_SOCKET),
+    };
+    let address = json!({ "type": "unix", "data": { "path": path.to_string_lossy() } });
+    match client.execute("nbd-server-start", words(json!({ "addr": address }))) {
+        Ok(_) => Ok(()),
+        Err(ClientError::Refused(why)) if why.to_string().contains("already running") => match args.socket {
+            None => Ok(()),
+            Some(_) => {
+                Err(CliError::new("--socket", path.display(), "the daemon's NBD server is running already")
+                    .then("leave --socket out"))
+            }
+        },
+        Err(e) => Err(error::from_client("--socket", &path.display().to_string(), &e)),
+    }
+}
