@@ -448,6 +448,31 @@ mod tests {
     }
 
     #[test]
+    fn an_nbd_export_is_an_image_and_what_it_cannot_be_asked_for_is_refused() {
+        let config = |image: &str, more: &str| {
+            let words: Words = toml::from_str(&format!("image = \"{image}\"\n{more}")).unwrap();
+            words.order(Name::new("vm1").unwrap()).unwrap().config()
+        };
+        let uri = "nbd+unix:///a%20disk?socket=/run/x";
+        let made = config(uri, "pi = \"type1\"\nsidecar = \"/var/lib/x.pi\"").unwrap();
+        assert_eq!(made.image.to_str(), Some(uri));
+        // What the kernel keeps is read back as it was.
+        let text = made.dev_config().unwrap();
+        assert_eq!(DeviceConfig::parse(text.strip_prefix("dif/").unwrap()), Ok(made));
+        for (image, more, word) in [
+            (uri, "size = 512", "made by its server"),
+            (uri, "format = \"qcow2\"", "as raw"),
+            (uri, "pi = \"type1\"", "no place beside"),
+            ("nbds://x/", "", "TLS"),
+            ("nbd+unix:///", "", "socket"),
+            ("nbd://x/?retains=2M", "", "retains"),
+        ] {
+            let e = config(image, more).unwrap_err().in_one_line();
+            assert!(e.contains(word), "{image} {more}: {e}");
+        }
+    }
+
+    #[test]
     fn a_word_or_value_that_makes_no_sense_is_named() {
         for (toml, named) in [
             ("pi = 'type1'", "image"),

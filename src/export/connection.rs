@@ -176,14 +176,14 @@ fn shake_hands(shared: &Shared, client: u64, socket: &mut Socket) -> io::Result<
                     let sizes = BlockSizes { minimum, preferred: minimum.max(4096), maximum: MAX_PAYLOAD };
                     say(answer::INFO, &sizes.to_info())?;
                 }
+                if number == option::GO {
+                    // Before it hears of it, so that nobody ends the export in between.
+                    shared.clients.uses(client, &export.id);
+                }
                 say(answer::ACK, &[])?;
                 if number == option::GO {
                     let allocation = mapped.as_deref() == Some(&export.name);
-                    return Ok(begun(
-                        shared,
-                        client,
-                        Agreed { export, block_size, size, structured, allocation },
-                    ));
+                    return Ok(begun(shared, Agreed { export, block_size, size, structured, allocation }));
                 }
             }
             option::EXPORT_NAME => {
@@ -194,16 +194,13 @@ fn shake_hands(shared: &Shared, client: u64, socket: &mut Socket) -> io::Result<
                 else {
                     return Ok(None);
                 };
+                shared.clients.uses(client, &export.id);
                 socket.write_all(&handshake::Export { size, flags: flags(&export) }.to_info()[2..])?;
                 if theirs & u32::from(flag::NO_ZEROES) == 0 {
                     socket.write_all(&[0; 124])?;
                 }
                 let allocation = mapped.as_deref() == Some(&export.name);
-                return Ok(begun(
-                    shared,
-                    client,
-                    Agreed { export, block_size, size, structured, allocation },
-                ));
+                return Ok(begun(shared, Agreed { export, block_size, size, structured, allocation }));
             }
             _ => say(answer::ERR_UNSUP, &[])?,
         }
@@ -212,8 +209,7 @@ fn shake_hands(shared: &Shared, client: u64, socket: &mut Socket) -> io::Result<
 }
 
 /// The client is one of that export's from now on, if that is there still.
-fn begun(shared: &Shared, client: u64, agreed: Agreed) -> Option<Agreed> {
-    shared.clients.uses(client, &agreed.export.id);
+fn begun(shared: &Shared, agreed: Agreed) -> Option<Agreed> {
     shared.has(&agreed.export.id).then_some(agreed)
 }
 
