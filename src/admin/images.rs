@@ -8,6 +8,7 @@ use crate::{
         Format,
         create::{CreateError, create_qcow2, create_raw},
         direct::CacheMode,
+        nbd::is_uri,
         open::{OpenError, OpenOptions, open},
         qcow2::CreateOptions,
     },
@@ -70,6 +71,9 @@ pub fn create_new(path: &Path, format: Format, size: u64) -> Result<(), Refusal>
 /// # Errors
 /// Nothing is left behind then.
 pub fn make(path: &Path, format: Format, options: CreateOptions) -> Result<(), Refusal> {
+    if is_uri(path) {
+        return Err(Refusal::new("image", path.display(), "an NBD export is made by its server"));
+    }
     let at = path.to_owned();
     let made = sys::run(async move |io| match format {
         Format::Raw => create_raw(&io, &at, options.size).await,

@@ -234,9 +234,9 @@ impl OpenError {
             OpenErrorKind::Unreachable | OpenErrorKind::ServerRefuses(_) => {
                 format!("see what the server has: nbdinfo --list '{path}'")
             }
-            OpenErrorKind::NotForNbd(_) => {
-                "leave it to the server: qemu-nbd serves qcow2 files, for instance".to_owned()
-            }
+            OpenErrorKind::NotForNbd(_) => format!(
+                "see what its server tells: nbdinfo --map '{path}'; qemu-nbd serves what is in a qcow2 file"
+            ),
             OpenErrorKind::Io => return None,
         };
         Some(step)
@@ -288,9 +288,7 @@ impl fmt::Display for OpenErrorKind {
             OpenErrorKind::Uri(why) => write!(f, "is no NBD URI that can be used: {why}"),
             OpenErrorKind::Unreachable => f.write_str("its NBD server does not answer"),
             OpenErrorKind::ServerRefuses(why) => write!(f, "cannot be used: {why}"),
-            OpenErrorKind::NotForNbd(what) => {
-                write!(f, "is an NBD export, and {what} are not to be had over NBD")
-            }
+            OpenErrorKind::NotForNbd(why) => write!(f, "is an NBD export, and {why}"),
             OpenErrorKind::Io => f.write_str("cannot be read"),
         }
     }

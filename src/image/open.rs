@@ -102,7 +102,7 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     }
     if nbd::is_uri(path) {
         if options.format == Some(Format::Qcow2) {
-            return Err(OpenError::new(path, OpenErrorKind::NotForNbd("qcow2 images")));
+            return Err(OpenError::new(path, OpenErrorKind::NotForNbd("is used as it is, as raw")));
         }
         // There are no locks over NBD.
         let driver = nbd::Nbd::open(io, path, options.read_only).await?;
@@ -349,6 +349,10 @@ async fn read_head(io: &Io, file: &Rc<File>) -> std::io::Result<Vec<u8>> {
 
 /// Opens a regular file or block device, and nothing else: opening a FIFO would wait, opening a tape would rewind it.
 async fn open_file(io: &Io, path: &Path, read_only: bool) -> Result<(Rc<File>, (u64, u64)), OpenError> {
+    if nbd::is_uri(path) {
+        let why = "this is for files and block devices of this host";
+        return Err(OpenError::new(path, OpenErrorKind::NotForNbd(why)));
+    }
     let wanted = path.to_owned();
     let call = move || {
         let failed = |e| OpenError::io(&wanted, e, !read_only);

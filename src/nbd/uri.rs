@@ -170,6 +170,9 @@ fn tcp(authority: &str) -> Result<Place, UriError> {
         None => authority.split_once(':').map_or((authority, None), |(host, port)| (host, Some(port))),
     };
     let host = string(host)?;
+    if let Some(c) = host.chars().find(|c| !(c.is_ascii_alphanumeric() || ".:_-".contains(*c))) {
+        return wrong(format!("{c:?} is in no name of a host"));
+    }
     let port = match port.filter(|p| !p.is_empty()) {
         None => Some(PORT),
         Some(port) => port.parse().ok().filter(|p| *p > 0),
@@ -270,6 +273,8 @@ mod tests {
             ("nbd://x:0", "port"),
             ("nbd://x:70000", "port"),
             ("nbd://u@x", "users"),
+            ("nbd://a%2Fb", "name of a host"),
+            ("nbd://[a%5D]", "name of a host"),
             ("nbd://x/?colour=red", "colour"),
             ("nbd://x/?timeout", "no value"),
             ("nbd://x/?timeout=0", "timeout"),
