@@ -212,7 +212,8 @@ mod tests {
             let from = scattered(&sent);
             assert!(from.segments() > IOV_MAX);
             let (a, b) = join(stream.send(&from), stream.receive_all(&got)).await;
-            (a.unwrap(), b.unwrap());
+            a.unwrap();
+            b.unwrap();
             assert!(got.to_vec() == sent);
             echo.join().unwrap();
             assert_eq!(stream.receive(&got).await.unwrap(), 0);
