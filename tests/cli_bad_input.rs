@@ -27,6 +27,8 @@ impl Images {
         fs::write(at("odd.raw"), vec![0; 1000]).unwrap();
         fs::write(at("odd4k.raw"), vec![0; 4096 + 512]).unwrap();
         fs::create_dir(at("dir")).unwrap();
+        fs::write(at("settings.toml"), "log = 'warn'\ncolour = 'red'\n").unwrap();
+        fs::write(at("open.toml"), "metrics-listen = '0.0.0.0:9967'\n").unwrap();
         let images = Images { dir };
         images.must("image create -f qcow2 good.qcow2 1M");
         images.must("image create -f qcow2 corrupt.qcow2 1M");
@@ -144,6 +146,14 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
             &["0.0.0.0:9967", "can be reached by others", "127.0.0.1:9967"],
         ),
         ("daemon --metrics-listen 9967", &["9967", "127.0.0.1:9967"]),
+        (
+            "daemon --config settings.toml",
+            &["config", "settings.toml", "line 2", "colour", "`log`, `io`", "--help"],
+        ),
+        ("daemon --check --config settings.toml", &["line 2", "colour"]),
+        ("daemon --config open.toml", &["open.toml", "line 1", "metrics-listen", "can be reached by others"]),
+        ("daemon --io fast", &["--io", "fast"]),
+        ("daemon --json", &["--check"]),
         ("trace", &["<NAME>"]),
         ("destroy vm1", &["destroy"]),
         ("create vm1", &["--image"]),
@@ -183,6 +193,26 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
     let long = format!("create vm1 --image /{} --size 1M", "x/".repeat(130));
     refused(&images, &long, 2, &["--image", "255"]);
     refused(&images, &format!("create {} --image good.raw", "n".repeat(65)), 2, &["65", "64"]);
+}
+
+#[test]
+fn a_settings_file_that_is_named_has_to_be_there_and_check_says_what_counts_and_why() {
+    let images = Images::new();
+    refused(&images, "daemon --config none.toml", 1, &["none.toml", "no such file"]);
+    fs::write(images.at("good.toml"), "io = 'threads'\ncache-size = '1M'\npolling = false\n").unwrap();
+    let out = images.run("daemon --check --json --config good.toml --io uring --polling");
+    assert!(out.status.success(), "{}", stderr(&out));
+    let rows: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let row = |word: &str| rows.as_array().unwrap().iter().find(|r| r["word"] == word).unwrap().clone();
+    let [io, polling, cache, log] = ["io", "polling", "cache-size", "log"].map(row);
+    assert_eq!((&io["value"], &io["from"]), (&"uring".into(), &"command line".into()));
+    assert_eq!((&polling["value"], &polling["from"]), (&"true".into(), &"command line".into()));
+    assert_eq!((&cache["value"], &cache["from"]), (&"1048576".into(), &"file".into()));
+    assert_eq!((&log["value"], &log["from"]), (&"info".into(), &"default".into()));
+    assert!(row("metrics-listen")["value"].is_null());
+    let out = images.run("daemon --check --config good.toml --no-polling");
+    let said = String::from_utf8(out.stdout).unwrap();
+    assert!(said.contains("SETTING") && said.contains("polling         false"), "{said}");
 }
 
 #[test]

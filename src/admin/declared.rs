@@ -19,6 +19,7 @@ use super::{
     order::{Order, Words},
 };
 use crate::{
+    daemon::settings::Shared,
     files,
     image::null,
     kernel::{fabric, names::Name},
@@ -36,8 +37,8 @@ const SERIALS: &str = "serials";
 pub struct Declared {
     /// Who makes them.
     pub admin: Admin,
-    /// The directory; if it isn't there, none is declared.
-    pub dir: PathBuf,
+    /// The directory's name is in them; if it isn't there, none is declared.
+    pub settings: Shared,
 }
 
 /// The serial number of a declared LUN, and the image that it belongs to.
@@ -59,10 +60,11 @@ enum Brought {
 impl crate::daemon::declaring::Declared for Declared {
     /// Failures are logged, and keep no other LUN from coming.
     fn bring(&self) {
-        let files = match read(&self.dir) {
+        let dir = self.settings.get().luns_d;
+        let files = match read(&dir) {
             Ok(files) => files,
             Err(e) => {
-                tracing::error!("{}: {e}; the LUNs stay as they are", self.dir.display());
+                tracing::error!("{}: {e}; the LUNs stay as they are", dir.display());
                 return;
             }
         };
@@ -254,12 +256,23 @@ fn parse(path: &Path, name: &str) -> Result<Order, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{admin::luns::Places, daemon::declaring::Declared as _};
+    use crate::{
+        admin::luns::Places,
+        daemon::{declaring::Declared as _, settings::Settings},
+    };
 
     fn at(dir: &Path) -> Declared {
         let places = Places::at(&dir.join("configfs"), &dir.join("run"), &dir.join("lib"));
         fs::create_dir_all(dir.join("run")).unwrap();
-        Declared { admin: Admin { places, protect: |_, _, _, _, _| Ok(()) }, dir: dir.join("luns.d") }
+        let settings = Shared::new(Settings {
+            log: "info".into(),
+            backend: None,
+            polling: true,
+            luns_d: dir.join("luns.d"),
+            metrics_at: None,
+            cache_size: None,
+        });
+        Declared { admin: Admin { places, protect: |_, _, _, _, _| Ok(()) }, settings }
     }
 
     #[test]

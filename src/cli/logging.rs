@@ -11,32 +11,52 @@ use std::{
 };
 
 use tracing_journald::{Layer, Priority, PriorityMappings};
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
-use super::{CliError, args::Cli};
+use super::CliError;
 
-/// Begins to log, `usual` unless the command line says what.
+/// What is logged, while it is.
+#[derive(Debug, Clone)]
+pub struct Filter(reload::Handle<EnvFilter, Registry>);
+
+impl Filter {
+    /// Logs by that filter from now on.
+    ///
+    /// # Errors
+    /// In words: a filter that makes no sense.
+    pub fn set(&self, words: &str) -> Result<(), String> {
+        self.0.reload(filter(words)?).map_err(|e| e.to_string())
+    }
+}
+
+/// A filter of that name, or as in `RUST_LOG`.
+///
+/// # Errors
+/// In words: it makes no sense.
+pub fn filter(words: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(words).map_err(|e| e.to_string())
+}
+
+/// Begins to log what `words` say.
 ///
 /// # Errors
 /// A filter that makes no sense.
-pub fn begin(cli: &Cli, usual: &str) -> Result<(), CliError> {
-    let words = cli.log.as_deref().unwrap_or(usual);
-    let filter = EnvFilter::try_new(words).map_err(|e| {
-        CliError::usage("--log", words, e.to_string()).then("choose error, warn, info or debug")
-    })?;
+pub fn begin(words: &str) -> Result<Filter, CliError> {
+    let filter = filter(words)
+        .map_err(|e| CliError::usage("--log", words, e).then("choose error, warn, info or debug"))?;
+    let (filter, handle) = reload::Layer::new(filter);
     // A journal that has gone since is no reason not to log.
     let journal = is_journal(std::env::var_os("JOURNAL_STREAM").as_deref(), io::stderr());
     if let Some(layer) = journal.then(layer).and_then(Result::ok) {
         tracing_subscriber::registry().with(filter).with(layer).init();
-        return Ok(());
+        return Ok(Filter(handle));
     }
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let text = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .init();
-    Ok(())
+        .with_target(false);
+    tracing_subscriber::registry().with(filter).with(text).init();
+    Ok(Filter(handle))
 }
 
 /// The journal, with fields that have no prefix, and priorities as syslog(3) names them.

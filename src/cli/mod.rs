@@ -26,6 +26,7 @@ mod pi;
 mod release;
 mod resize;
 mod scrub;
+mod settings;
 mod show;
 mod size;
 mod support_bundle;
@@ -35,7 +36,7 @@ mod trace;
 
 use std::{ffi::OsString, io::ErrorKind, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
-use args::{Cli, Command, IoWay};
+use args::{Cli, Command};
 pub use error::CliError;
 
 use crate::{
@@ -44,12 +45,12 @@ use crate::{
         real::RealHost,
         rundir::RunDir,
         serve::{self, DaemonError},
+        settings::{Settings, Shared},
     },
     dbus,
     kernel::{SYSFS, netlink::NetlinkError},
     lun::config::SUBTYPE,
     peer::vhost,
-    sys::io::Backend,
 };
 
 /// How a command ends that hasn't failed.
@@ -71,18 +72,18 @@ pub fn main() -> ExitCode {
             return e.exit_code();
         }
     };
-    let done = logging(&cli).and_then(|()| run(&cli));
+    let done = run(&cli);
     done.unwrap_or_else(|e| {
         eprintln!("{e}");
         e.exit_code()
     })
 }
 
-fn logging(cli: &Cli) -> Result<(), CliError> {
-    logging::begin(cli, if matches!(cli.command, Command::Daemon(_)) { "info" } else { "warn" })
-}
-
 fn run(cli: &Cli) -> Done {
+    // What a daemon logs may stand in its file.
+    if !matches!(cli.command, Command::Daemon(_)) {
+        logging::begin(cli.log.as_deref().unwrap_or("warn"))?;
+    }
     match &cli.command {
         Command::Daemon(args) => daemon(cli, args),
         Command::Create(args) => create::run(cli, args),
@@ -108,24 +109,26 @@ fn run(cli: &Cli) -> Done {
 }
 
 fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
+    let source = settings::Source::of(cli, args);
+    if args.check {
+        return source.tell(args.json);
+    }
+    let settings = source.read()?;
+    let log = logging::begin(&settings.log)?;
     require_root("daemon")?;
-    let backend = match args.io {
-        IoWay::Auto => None,
-        IoWay::Uring => Some(Backend::Uring),
-        IoWay::Threads => Some(Backend::Threads),
-    };
+    let settings = Shared::new(settings);
     let run = RunDir::at(&cli.run_dir);
     let host = RealHost {
         configfs: cli.configfs.clone(),
         run: run.clone(),
         state_dir: cli.state_dir.clone(),
         neighbourhood: Default::default(),
-        backend,
-        polling: !args.no_polling,
+        settings: settings.clone(),
     };
     let admin = cli.admin();
-    let declared = Declared { admin: admin.clone(), dir: args.luns_d.clone() };
-    serve::run(Arc::new(host), run, &cli.configfs, args.metrics_listen, admin, declared, offer_to_targetcli)
+    let declared = Declared { admin: admin.clone(), settings: settings.clone() };
+    let reread = move || reread(&source, &log);
+    serve::run(Arc::new(host), run, &cli.configfs, settings, reread, admin, declared, offer_to_targetcli)
         .map_err(|e| {
             let next = match &e {
                 DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
@@ -144,6 +147,13 @@ fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
             CliError::from("daemon", "", &e).then(next)
         })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is set by now, already logged by; nothing if that makes no sense.
+fn reread(source: &settings::Source, log: &logging::Filter) -> Option<Settings> {
+    let read = source.read().map_err(|e| e.in_one_line());
+    let read = read.and_then(|new| log.set(&new.log).map(|()| new).map_err(|why| format!("log: {why}")));
+    read.map_err(|why| tracing::error!("{why}; what is set stays as it is")).ok()
 }
 
 /// What targetcli finds on the system bus.

@@ -10,5 +10,6 @@ pub mod real;
 pub mod resize;
 pub mod rundir;
 pub mod serve;
+pub mod settings;
 pub mod systemd;
 pub mod worker;

@@ -6,6 +6,7 @@ use tracing::{info, warn};
 
 use super::{
     rundir::RunDir,
+    settings::Shared,
     worker::{Failure, Host, Identity, Lun, Report},
 };
 use crate::{
@@ -16,7 +17,6 @@ use crate::{
     },
     lun::{self, LunError, LunHandle, LunParams, Neighbourhood, Remote, State, chain, config::DeviceConfig},
     ring::Device,
-    sys::io::Backend,
     units::BlockSize,
 };
 
@@ -38,10 +38,8 @@ pub struct RealHost {
     pub state_dir: PathBuf,
     /// The LUNs that may copy to each other.
     pub neighbourhood: Neighbourhood,
-    /// The way of I/O; the best that the kernel permits if none is given.
-    pub backend: Option<Backend>,
-    /// LUNs may look at their rings for a moment before they sleep.
-    pub polling: bool,
+    /// What a LUN is started with besides its own configuration.
+    pub settings: Shared,
 }
 
 impl RealHost {
@@ -169,17 +167,19 @@ impl Host for RealHost {
         {
             warn!(lun = %device.name.name, "the kernel's time limits stay as they are: {}", chain(&e));
         }
+        let settings = self.settings.get();
+        let cache_size = config.cache_size.or(settings.cache_size);
         let handle = lun::start(LunParams {
             name: device.name.name.clone(),
-            config: config.clone(),
+            config: DeviceConfig { cache_size, ..config.clone() },
             block_size,
             capacity: identity.capacity,
             write_cache: identity.write_cache,
             serial: Some(identity.serial.clone()),
             state_dir: Some(self.state_dir.clone()),
             neighbourhood: self.neighbourhood.clone(),
-            backend: self.backend,
-            polling: self.polling,
+            backend: settings.backend,
+            polling: settings.polling,
             device: ring,
         })?;
         if !identity.enabled
@@ -252,8 +252,7 @@ mod tests {
             run: RunDir::at("/none"),
             state_dir: "/none".into(),
             neighbourhood: Neighbourhood::default(),
-            backend: None,
-            polling: true,
+            settings: Shared::new(super::super::settings::tests::settings()),
         };
         let name = crate::kernel::uio::UioName::parse("tcm-user/0/a/dif//a").unwrap();
         let device = UioDevice { minor: 0, name, map_size: 4096, node: "/dev/none".into() };

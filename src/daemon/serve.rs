@@ -16,6 +16,7 @@ use super::{
     declaring::{Declared, Declaring},
     devices::Devices,
     rundir::RunDir,
+    settings::{InForce, Settings, Shared},
     systemd::Manager,
     worker::Host,
 };
@@ -69,17 +70,19 @@ pub enum DaemonError {
     Io(&'static str, #[source] io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT; SIGHUP tries again at once what failed, and looks anew at what is declared. `admin` does what is asked over
-/// QMP; `metrics_at` is where metrics are served besides their socket; `beside` begins what has threads of its own, and what it gives is kept until the
+/// Runs until SIGTERM or SIGINT; SIGHUP takes up what `reread` says is set by now (nothing, if that makes no sense), tries again at once what failed, and
+/// looks anew at what is declared. `admin` does what is asked over QMP; `beside` begins what has threads of its own, and what it gives is kept until the
 /// daemon stops. To be called on the main thread, before any other is started.
 ///
 /// # Errors
 /// What keeps it from beginning; later failures are logged, and it goes on.
+#[allow(clippy::too_many_arguments)] // Each is another's business; the command line puts them together, once.
 pub fn run<B>(
     host: Arc<dyn Host>,
     run: RunDir,
     configfs: &Path,
-    metrics_at: Option<SocketAddr>,
+    settings: Shared,
+    reread: impl Fn() -> Option<Settings>,
     admin: impl control::Host + 'static,
     declared: impl Declared + 'static,
     beside: impl FnOnce() -> B,
@@ -107,10 +110,8 @@ pub fn run<B>(
     let _server = Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
     let socket = run.path().join(metrics::SOCKET);
     let _metrics = http::Server::unix(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
-    let _port = match metrics_at {
-        Some(at) => Some(http::Server::tcp(at, registry.clone()).map_err(|e| DaemonError::Metrics(at, e))?),
-        None => None,
-    };
+    let mut in_force =
+        InForce::begin(settings, registry.clone()).map_err(|(at, e)| DaemonError::Metrics(at, e))?;
     let socket = run.path().join(trace::SOCKET);
     let _trace = trace::Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
     let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
@@ -147,6 +148,9 @@ pub fn run<B>(
                 Ok(Some(Signal::Reload)) => {
                     tracing::info!("looking anew at what there is, and trying again what failed");
                     manager.reloading();
+                    if let Some(new) = reread() {
+                        in_force.take_up(new);
+                    }
                     look(&mut devices, false);
                     looked = Instant::now();
                     declaring.begin();

@@ -386,11 +386,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("luns.d")).unwrap();
         fs::write(dir.path().join("luns.d/vm1.toml"), "image = \"/a\"\npassword = \"hunter2\"\n").unwrap();
+        fs::write(dir.path().join("tcmu-dif.toml"), "log = \"debug\"\n").unwrap();
         fs::write(dir.path().join("server.pem"), "hunter2").unwrap();
         let files = settings(dir.path()).unwrap();
         let all: String =
             files.iter().map(|(n, b)| format!("{n}\n{}\n", String::from_utf8_lossy(b))).collect();
         assert!(all.contains("settings/luns.d/vm1.toml") && all.contains("image = \"/a\""), "{all}");
+        assert!(all.contains("settings/tcmu-dif.toml") && all.contains("log = \"debug\""), "{all}");
         assert!(all.contains("server.pem") && !all.contains("hunter2"), "{all}");
     }
 }
