@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::{
-    io::Write,
+    io::{Read, Write},
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -63,6 +63,65 @@ fn a_sample_has_the_rates_of_its_second_and_the_counters_so_far() {
     assert!((rate / from_operations - 1.0).abs() < 1e-9, "{rate} is not {from_operations}: {seen}");
     assert!(number("/luns/0/rates/verified") > 0.0 && number("/luns/0/protection/generated") > 0.0, "{seen}");
     assert_eq!(number("/luns/0/protection/guard_errors"), 0.0);
+
+    // One command at a time: never more than one on the average, and each took longer than nothing.
+    let depth = number("/luns/0/rates/queue_depth");
+    assert!(depth > 0.0 && depth <= 1.01, "{seen}");
+    for kind in ["read", "write", "read_write"] {
+        let at = |p: &str| number(&format!("/luns/0/rates/latency/{kind}/{p}"));
+        let (half, most, nearly_all) = (at("p50_us"), at("p99_us"), at("p999_us"));
+        assert!(0.0 < half && half <= most && most <= nearly_all, "{kind}: {seen}");
+        // So many of them end in a second that the median cannot be longer than a second through half of them.
+        let done = number("/luns/0/rates/rd_operations") + number("/luns/0/rates/wr_operations");
+        assert!(half <= 2e6 / done * 2.0, "{kind}: {seen}");
+    }
+    assert!(seen["luns"][0]["rates"]["latency"]["flush"].is_null(), "{seen}");
+}
+
+#[test]
+fn kill_minus_term_hup_or_int_gives_the_terminal_back_as_it_was() {
+    let rig = Rig::new(Registry::default());
+    let _guest = rig.protected("vm1", 8 * MIB);
+    for signal in ["TERM", "HUP", "INT"] {
+        let pid_file = rig.dir.path().join(format!("pid-{signal}"));
+        // The program is in the shell's place: killed is top, and not who looks after it.
+        let line = format!(
+            "stty rows 20 cols 100; before=$(stty -g); sh -c 'echo $$ > {}; exec {BIN} top --run-dir {}'; \
+             echo status $?; test \"$before\" = \"$(stty -g)\" && echo as before",
+            pid_file.display(),
+            rig.dir.path().display()
+        );
+        let mut child = Command::new("script")
+            .args(["--quiet", "--return", "--command", &line, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .env("TERM", "xterm")
+            .spawn()
+            .unwrap();
+        let keys = child.stdin.take().unwrap();
+        let mut out = child.stdout.take().unwrap();
+        let mut said = Vec::new();
+        let end = Instant::now() + Duration::from_secs(60);
+        let mut read_until = |part: &str| {
+            while !String::from_utf8_lossy(&said).contains(part) {
+                assert!(Instant::now() < end, "no {part:?}: {:?}", String::from_utf8_lossy(&said));
+                let mut more = [0; 4096];
+                let n = out.read(&mut more).unwrap();
+                assert!(n > 0, "no {part:?}: {:?}", String::from_utf8_lossy(&said));
+                said.extend_from_slice(&more[..n]);
+            }
+        };
+        read_until("vm1");
+        let pid = std::fs::read_to_string(&pid_file).unwrap();
+        let killed = Command::new("kill").args([&format!("-{signal}"), pid.trim()]).status().unwrap();
+        assert!(killed.success());
+        read_until("as before");
+        drop(keys);
+        assert!(child.wait().unwrap().success());
+        let said = String::from_utf8_lossy(&said);
+        let at = |part: &str| said.rfind(part).unwrap_or_else(|| panic!("{signal}: no {part:?}: {said:?}"));
+        assert!(at("\x1b[?1049l") > at("\x1b[?1049h") && at("status 0") > at("\x1b[?1049l"), "{said:?}");
+    }
 }
 
 #[test]
@@ -73,7 +132,19 @@ fn a_sample_for_people_has_the_same_columns() {
     let said = String::from_utf8(out.stdout).unwrap();
     assert!(said.starts_with("1 LUN, 1 online: ") && said.contains(" MB/s"), "{said}");
     let heading = said.lines().nth(1).unwrap();
-    for column in ["NAME", "STATE", "IN FLIGHT", "READ/s", "WRITE/s", "PI", "G/A/R ERR"] {
+    for column in [
+        "NAME",
+        "STATE",
+        "IN FLIGHT",
+        "DEPTH",
+        "READ/s",
+        "WRITE/s",
+        "P50 µs",
+        "P99 µs",
+        "P99.9 µs",
+        "PI",
+        "G/A/R ERR",
+    ] {
         assert!(heading.contains(column), "{said}");
     }
     assert!(said.lines().nth(2).unwrap().starts_with("vm1 "), "{said}");
@@ -121,7 +192,7 @@ fn on_a_terminal_it_draws_until_q_and_gives_the_terminal_back() {
     drop(quit.join().unwrap());
     let said = String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success(), "{said}");
-    for drawn in ["vm1", "type1", "IN FLIGHT"] {
+    for drawn in ["vm1", "type1", "DEPTH", "P99 µs"] {
         assert!(said.contains(drawn), "{said:?}");
     }
     // Into the alternate screen, and out of it.

@@ -162,8 +162,8 @@ static COMMANDS: &[Command] = &[
         name: "query-blockstats",
         args: &[],
         returns: Type::List(&Type::Object(&types::BLOCK_STATS)),
-        help: "as in QEMU: bytes and commands of every LUN since it started; what is not counted here (times, merges, zones, \
-               `wr_highest_offset`) is left out",
+        help: "as in QEMU: bytes and commands of every LUN since it started, and the time that they took, whose histograms are always on; \
+               what is not counted here (merges, zones, `wr_highest_offset`) is left out",
         run: block::query_stats,
         after: None,
     },

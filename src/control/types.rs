@@ -334,6 +334,12 @@ pub(super) static BLOCK_INFO: Object = object(
     ],
 );
 
+/// BlockLatencyHistogramInfo. A command that took exactly as long as a boundary is in the bin before it.
+static LATENCY_HISTOGRAM: Object = object(
+    "BlockLatencyHistogramInfo",
+    &[has("boundaries", Type::List(&Type::Int)), has("bins", Type::List(&Type::Int))],
+);
+
 static BLOCK_DEVICE_STATS: Object = object(
     "BlockDeviceStats",
     &[
@@ -351,6 +357,13 @@ static BLOCK_DEVICE_STATS: Object = object(
         has("invalid_wr_operations", Type::Int),
         has("invalid_unmap_operations", Type::Int),
         has("invalid_flush_operations", Type::Int),
+        has("rd_total_time_ns", Type::Int),
+        has("wr_total_time_ns", Type::Int),
+        has("unmap_total_time_ns", Type::Int),
+        has("flush_total_time_ns", Type::Int),
+        may("rd_latency_histogram", Type::Object(&LATENCY_HISTOGRAM)),
+        may("wr_latency_histogram", Type::Object(&LATENCY_HISTOGRAM)),
+        may("flush_latency_histogram", Type::Object(&LATENCY_HISTOGRAM)),
     ],
 );
 

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::traffic::Class;
 use crate::scsi::{Response, Sense, opcodes::Kind};
 
 /// Buckets of a histogram. Bucket `i` holds what took more than 2^(i-1) and at most 2^i microseconds, the first also what is shorter,
@@ -48,6 +49,19 @@ pub struct Measured {
     pub latencies: Vec<(&'static str, Histogram)>,
     /// Commands that ended in CHECK CONDITION, unit attentions included.
     pub senses: Vec<(SenseCodes, u64)>,
+}
+
+impl Measured {
+    /// What all commands of a class took together.
+    pub fn of(&self, class: Class) -> Histogram {
+        let is_of = |name: &str| Kind::ALL.iter().any(|k| k.name() == name && Class::of(*k) == Some(class));
+        let mut all = Histogram::default();
+        for (_, one) in self.latencies.iter().filter(|(name, _)| is_of(name)) {
+            all.buckets.iter_mut().zip(one.buckets).for_each(|(sum, more)| *sum += more);
+            all.sum += one.sum;
+        }
+        all
+    }
 }
 
 /// The name of all commands that are not supported.
@@ -177,5 +191,10 @@ mod tests {
         assert_eq!((read[1], read[2], read[3]), (0, 1, 1));
         assert_eq!(got.latencies[1].1.buckets[BUCKETS - 1], 1);
         assert_eq!(got.senses, [((5, 0x20, 0), 1), ((0xb, 0x10, 1), 2)]);
+        measures.count(&response(Some(Kind::WriteSame), None), Duration::from_micros(3));
+        let (reads, writes) = (measures.get().of(Class::Read), measures.get().of(Class::Write));
+        assert_eq!((reads.count(), reads.sum), (2, Duration::from_micros(8)));
+        assert_eq!((writes.count(), writes.buckets[2], writes.buckets[BUCKETS - 1]), (2, 1, 1));
+        assert_eq!(measures.get().of(Class::Flush), Histogram::default());
     }
 }

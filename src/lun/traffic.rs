@@ -30,6 +30,37 @@ pub struct Traffic {
     pub flush: Count,
 }
 
+/// What a command counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// A read.
+    Read,
+    /// A write, also WRITE SAME, COMPARE AND WRITE and their like.
+    Write,
+    /// UNMAP.
+    Unmap,
+    /// SYNCHRONIZE CACHE.
+    Flush,
+}
+
+impl Class {
+    /// Of that command; nothing for those that move no blocks of the initiator's.
+    pub fn of(kind: Kind) -> Option<Class> {
+        match kind {
+            Kind::Read => Some(Class::Read),
+            Kind::Write
+            | Kind::WriteAtomic
+            | Kind::WriteAndVerify
+            | Kind::WriteSame
+            | Kind::CompareAndWrite
+            | Kind::OrWrite => Some(Class::Write),
+            Kind::Unmap => Some(Class::Unmap),
+            Kind::SynchronizeCache => Some(Class::Flush),
+            _ => None,
+        }
+    }
+}
+
 /// The counters.
 #[derive(Default)]
 pub(super) struct Counters(Cell<Traffic>);
@@ -42,19 +73,12 @@ impl Counters {
     /// Counts a command that has ended. `room` is its buffer.
     pub(super) fn count(&self, response: &Response, room: usize) {
         let mut traffic = self.0.get();
-        let (count, bytes) = match response.kind {
-            Some(Kind::Read) => (&mut traffic.read, response.data_in),
-            Some(
-                Kind::Write
-                | Kind::WriteAtomic
-                | Kind::WriteAndVerify
-                | Kind::WriteSame
-                | Kind::CompareAndWrite
-                | Kind::OrWrite,
-            ) => (&mut traffic.write, room),
-            Some(Kind::Unmap) => (&mut traffic.unmap, 0),
-            Some(Kind::SynchronizeCache) => (&mut traffic.flush, 0),
-            _ => return,
+        let (count, bytes) = match response.kind.and_then(Class::of) {
+            Some(Class::Read) => (&mut traffic.read, response.data_in),
+            Some(Class::Write) => (&mut traffic.write, room),
+            Some(Class::Unmap) => (&mut traffic.unmap, 0),
+            Some(Class::Flush) => (&mut traffic.flush, 0),
+            None => return,
         };
         match (response.status, response.sense.as_ref().map(|s| s.key)) {
             (Status::Good, _) => {

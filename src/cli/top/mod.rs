@@ -11,7 +11,7 @@ use std::{
     io::{self, IsTerminal},
     path::PathBuf,
     process::ExitCode,
-    sync::mpsc,
+    sync::mpsc::{self, TryRecvError},
     time::{Duration, Instant},
 };
 
@@ -22,9 +22,12 @@ use super::{
     args::{self, Cli},
     error, output,
 };
-use crate::control::{
-    SOCKET,
-    client::{Client, ClientError},
+use crate::{
+    control::{
+        SOCKET,
+        client::{Client, ClientError},
+    },
+    sys::signals::{Signal, Signals},
 };
 use sample::Sample;
 use screen::Screen;
@@ -47,11 +50,26 @@ pub fn run(cli: &Cli, args: &args::Top) -> Done {
     }
     // What is wrong from the start is said before the screen is taken.
     let first = asked.look().map_err(|e| failed(&e))?;
-    let mut terminal = ratatui::try_init().map_err(|e| CliError::from("top", "terminal", &e))?;
-    let shown = watch(&mut terminal, asked, first);
-    ratatui::restore();
+    // Before any thread is there.
+    let shown = Signals::take().and_then(|end| on_terminal(|terminal| watch(terminal, &end, asked, first)));
     shown.map_err(|e| CliError::from("top", "terminal", &e))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Gives the terminal back as it was, however it is left.
+struct GiveBack;
+
+impl Drop for GiveBack {
+    fn drop(&mut self) {
+        ratatui::restore();
+    }
+}
+
+/// Shows something on the whole terminal. A panic, on whatever thread, gives it back before its message is printed.
+fn on_terminal<T>(show: impl FnOnce(&mut ratatui::DefaultTerminal) -> io::Result<T>) -> io::Result<T> {
+    let mut terminal = ratatui::try_init()?;
+    let _give_back = GiveBack;
+    show(&mut terminal)
 }
 
 fn failed(e: &ClientError) -> CliError {
@@ -85,7 +103,13 @@ fn once(asked: &mut Asked, json: bool) -> Done {
     if json { output::json(&view) } else { output::print(&screen::text(&view)) }
 }
 
-fn watch(terminal: &mut ratatui::DefaultTerminal, asked: Asked, first: Sample) -> io::Result<()> {
+/// Draws until somebody presses a key that ends it, or a signal comes that would.
+fn watch(
+    terminal: &mut ratatui::DefaultTerminal,
+    end: &Signals,
+    asked: Asked,
+    first: Sample,
+) -> io::Result<()> {
     let (send, receive) = mpsc::channel();
     let Asked { socket, begun, .. } = asked;
     let ask = move || {
@@ -104,6 +128,11 @@ fn watch(terminal: &mut ratatui::DefaultTerminal, asked: Asked, first: Sample) -
     let mut screen = Screen::of(first);
     loop {
         terminal.draw(|frame| screen.draw(frame))?;
+        while let Some(signal) = end.take_next()? {
+            if matches!(signal, Signal::Stop | Signal::Reload) {
+                return Ok(());
+            }
+        }
         if event::poll(TICK)?
             && let Event::Key(key) = event::read()?
             && key.kind == KeyEventKind::Press
@@ -116,8 +145,54 @@ fn watch(terminal: &mut ratatui::DefaultTerminal, asked: Asked, first: Sample) -
                 _ => {}
             }
         }
-        for look in receive.try_iter() {
-            screen.take(look);
+        loop {
+            match receive.try_recv() {
+                Ok(look) => screen.take(look),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    return Err(io::Error::other("nobody asks the daemon any more"));
+                }
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Run on a terminal by the test below, and by nobody else.
+    #[test]
+    #[ignore = "panics, for another test"]
+    fn panics_on_a_terminal() {
+        on_terminal(|terminal| -> io::Result<()> {
+            terminal.draw(|frame| frame.render_widget("drawn", frame.area()))?;
+            panic!("for the test");
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_panic_leaves_the_terminal_as_it_was_and_its_message_on_it() {
+        let me = std::env::current_exe().unwrap();
+        let line = format!(
+            "stty rows 20 cols 100; before=$(stty -g); {} --ignored --exact --nocapture {}; \
+             test \"$before\" = \"$(stty -g)\" && echo as before",
+            me.display(),
+            "cli::top::tests::panics_on_a_terminal"
+        );
+        let out = std::process::Command::new("script")
+            .args(["--quiet", "--command", &line, "/dev/null"])
+            .env("TERM", "xterm")
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stdout);
+        let at = |part: &str| said.rfind(part).unwrap_or_else(|| panic!("no {part:?}: {said:?}"));
+        assert!(at("\x1b[?1049h") < at("drawn") && at("drawn") < at("\x1b[?1049l"), "{said:?}");
+        assert!(at("\x1b[?1049l") < at("as before"), "{said:?}");
+        // On the screen that stays.
+        let first_out = said.find("\x1b[?1049l").unwrap();
+        assert!(at("for the test") > first_out, "{said:?}");
     }
 }

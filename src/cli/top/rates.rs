@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::sample::{Job, Lun, Sample, Traffic};
+use super::sample::{Histogram, Job, Lun, Sample, Times, Traffic};
 use crate::pi::Counters;
 
 /// What is shown.
@@ -41,6 +41,31 @@ pub struct Row {
     pub protection: Option<Counters>,
 }
 
+/// How long commands of one kind took, in microseconds: half of them, 99 and 99.9 of a hundred no longer than that. Within a factor of two, as
+/// the bins are, and interpolated there as Prometheus does.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Percentiles {
+    /// The median.
+    pub p50_us: f64,
+    /// 99 %.
+    pub p99_us: f64,
+    /// 99.9 %.
+    pub p999_us: f64,
+}
+
+/// How long commands took; nothing where there were none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Latency {
+    /// Reads.
+    pub read: Option<Percentiles>,
+    /// Writes.
+    pub write: Option<Percentiles>,
+    /// SYNCHRONIZE CACHE.
+    pub flush: Option<Percentiles>,
+    /// Reads and writes together.
+    pub read_write: Option<Percentiles>,
+}
+
 /// What happened in a second.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Rates {
@@ -58,6 +83,71 @@ pub struct Rates {
     pub wr_bytes: f64,
     /// Blocks whose protection information was compared and right; none for a LUN without.
     pub verified: Option<f64>,
+    /// Commands under way, on the average: the time that all took together, by the time that has passed.
+    pub queue_depth: Option<f64>,
+    /// Of the commands that ended in the interval.
+    pub latency: Latency,
+}
+
+/// What is in a histogram and was not in it before; nothing if that makes no sense.
+fn since(before: &Histogram, after: &Histogram) -> Option<Histogram> {
+    if before.boundaries != after.boundaries || before.bins.len() != after.bins.len() {
+        return None;
+    }
+    let bins = after.bins.iter().zip(&before.bins).map(|(new, old)| new.checked_sub(*old));
+    Some(Histogram { boundaries: after.boundaries.clone(), bins: bins.collect::<Option<_>>()? })
+}
+
+fn together(a: &Histogram, b: &Histogram) -> Histogram {
+    let bins = a.bins.iter().zip(&b.bins).map(|(a, b)| a + b).collect();
+    Histogram { boundaries: a.boundaries.clone(), bins }
+}
+
+/// How long that share of the commands took at most, in microseconds. In the last bin, which has no end, it is where that begins.
+fn percentile(took: &Histogram, share: f64) -> Option<f64> {
+    let all: u64 = took.bins.iter().sum();
+    if all == 0 {
+        return None;
+    }
+    let rank = share * all as f64;
+    let mut below = 0;
+    for (i, bin) in took.bins.iter().enumerate().filter(|(_, bin)| **bin > 0) {
+        let from = i.checked_sub(1).and_then(|i| took.boundaries.get(i)).map_or(0.0, |ns| *ns as f64);
+        let Some(to) = took.boundaries.get(i) else { return Some(from / 1e3) };
+        if (below + bin) as f64 >= rank {
+            let part = (rank - below as f64) / *bin as f64;
+            return Some((from + (*to as f64 - from) * part) / 1e3);
+        }
+        below += bin;
+    }
+    None
+}
+
+fn percentiles(took: &Histogram) -> Option<Percentiles> {
+    Some(Percentiles {
+        p50_us: percentile(took, 0.5)?,
+        p99_us: percentile(took, 0.99)?,
+        p999_us: percentile(took, 0.999)?,
+    })
+}
+
+/// Latency and queue depth of the time between two measurements; `None` if the counters began anew.
+fn waited(before: &Times, after: &Times, seconds: f64) -> Option<(Latency, f64)> {
+    let total = |of: fn(&Times) -> u64| of(after).checked_sub(of(before));
+    let ns = total(|t| t.rd_total_time_ns)?
+        + total(|t| t.wr_total_time_ns)?
+        + total(|t| t.unmap_total_time_ns)?
+        + total(|t| t.flush_total_time_ns)?;
+    let read = since(&before.rd_latency_histogram, &after.rd_latency_histogram)?;
+    let write = since(&before.wr_latency_histogram, &after.wr_latency_histogram)?;
+    let flush = since(&before.flush_latency_histogram, &after.flush_latency_histogram)?;
+    let latency = Latency {
+        read: percentiles(&read),
+        write: percentiles(&write),
+        flush: percentiles(&flush),
+        read_write: percentiles(&together(&read, &write)),
+    };
+    Some((latency, ns as f64 / 1e9 / seconds))
 }
 
 /// The rates of the `seconds` between two states of a LUN; nothing if that cannot be said.
@@ -71,7 +161,13 @@ pub fn between(before: &Lun, after: &Lun, seconds: f64) -> Option<Rates> {
         (Some(old), Some(new)) => Some(new.verified.checked_sub(old.verified)? as f64 / seconds),
         _ => None,
     };
+    let waited = match (&before.times, &after.times) {
+        (Some(old), Some(new)) => Some(waited(old, new, seconds)?),
+        _ => None,
+    };
     Some(Rates {
+        queue_depth: waited.map(|(_, depth)| depth),
+        latency: waited.map(|(latency, _)| latency).unwrap_or_default(),
         rd_operations: rate(|t| t.rd_operations)?,
         wr_operations: rate(|t| t.wr_operations)?,
         unmap_operations: rate(|t| t.unmap_operations)?,
@@ -107,6 +203,24 @@ pub mod tests {
     use super::*;
     use std::time::Duration;
 
+    /// Bins that end at 1, 2 and 4 µs, with that many commands.
+    fn bins(counted: [u64; 4]) -> Histogram {
+        Histogram { boundaries: vec![1000, 2000, 4000], bins: counted.to_vec() }
+    }
+
+    /// Every read took 2 µs at most and every write 4.
+    fn times(counted: u64) -> Times {
+        Times {
+            rd_total_time_ns: counted * 1500,
+            wr_total_time_ns: counted / 2 * 3000,
+            unmap_total_time_ns: 0,
+            flush_total_time_ns: 1,
+            rd_latency_histogram: bins([0, counted, 0, 0]),
+            wr_latency_histogram: bins([0, 0, counted / 2, 0]),
+            flush_latency_histogram: bins([0, 1, 0, 0]),
+        }
+    }
+
     /// A LUN that has counted that much of everything.
     pub fn lun(name: &str, counted: u64) -> Lun {
         Lun {
@@ -123,6 +237,7 @@ pub mod tests {
                 rd_bytes: counted * 4096,
                 wr_bytes: counted * 2048,
             }),
+            times: Some(times(counted)),
             protection: Some(Counters {
                 verified: counted * 8,
                 generated: counted * 4,
@@ -146,12 +261,37 @@ pub mod tests {
     }
 
     #[test]
+    fn percentiles_are_of_the_commands_of_the_interval_and_interpolated_in_their_bin() {
+        let took = |counted| percentiles(&bins(counted)).unwrap();
+        // Of 1000 the 500th is the last of the first bin, the 990th and the 999th lie in the third.
+        let p = took([500, 400, 100, 0]);
+        assert_eq!(p.p50_us, 1.0);
+        assert!((p.p99_us - 3.8).abs() < 1e-9 && (p.p999_us - 3.98).abs() < 1e-9, "{p:?}");
+        assert_eq!(took([1, 0, 0, 0]).p50_us, 0.5);
+        // Nobody knows how long those of the last bin took.
+        assert_eq!(took([0, 0, 0, 7]).p50_us, 4.0);
+        assert_eq!(percentiles(&bins([0; 4])), None);
+
+        let rates = between(&lun("a", 1000), &lun("a", 3000), 2.0).unwrap();
+        let latency = rates.latency;
+        assert_eq!((latency.read.unwrap().p50_us, latency.write.unwrap().p50_us), (1.5, 3.0));
+        // Two reads for each write.
+        assert_eq!(latency.read_write.unwrap().p50_us, 1.75);
+        assert_eq!(latency.flush, None);
+        // 2000 reads of 1.5 µs and 1000 writes of 3 µs in two seconds.
+        assert!((rates.queue_depth.unwrap() - 0.003).abs() < 1e-12, "{rates:?}");
+    }
+
+    #[test]
     fn counters_that_began_anew_give_no_rates_instead_of_absurd_ones() {
         assert_eq!(between(&lun("a", 1000), &lun("a", 10), 1.0), None);
         // One of them is enough.
         let mut one = lun("a", 2000);
         one.traffic.as_mut().unwrap().flush_operations = 0;
         assert_eq!(between(&lun("a", 1000), &one, 1.0), None);
+        let mut bins = lun("a", 2000);
+        bins.times.as_mut().unwrap().rd_latency_histogram.bins[1] = 5;
+        assert_eq!(between(&lun("a", 1000), &bins, 1.0), None);
         let mut tuples = lun("a", 2000);
         tuples.protection.as_mut().unwrap().verified = 0;
         assert_eq!(between(&lun("a", 1000), &tuples, 1.0), None);
@@ -159,7 +299,7 @@ pub mod tests {
 
     #[test]
     fn what_is_not_known_at_both_ends_has_no_rate() {
-        let silent = Lun { traffic: None, protection: None, in_flight: None, ..lun("a", 0) };
+        let silent = Lun { traffic: None, times: None, protection: None, in_flight: None, ..lun("a", 0) };
         assert_eq!(between(&silent, &lun("a", 10), 1.0), None);
         assert_eq!(between(&lun("a", 10), &silent, 1.0), None);
         let plain = |n| Lun { protection: None, ..lun("a", n) };

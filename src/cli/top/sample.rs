@@ -38,8 +38,38 @@ pub struct Lun {
     pub in_flight: Option<u64>,
     /// Counted since it started.
     pub traffic: Option<Traffic>,
+    /// Measured since it started.
+    pub times: Option<Times>,
     /// Counted since it started.
     pub protection: Option<Counters>,
+}
+
+/// How long a LUN's commands took since it started.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Times {
+    /// All reads together, in nanoseconds.
+    pub rd_total_time_ns: u64,
+    /// All writes.
+    pub wr_total_time_ns: u64,
+    /// All UNMAPs.
+    pub unmap_total_time_ns: u64,
+    /// All flushes.
+    pub flush_total_time_ns: u64,
+    /// Each read.
+    pub rd_latency_histogram: Histogram,
+    /// Each write.
+    pub wr_latency_histogram: Histogram,
+    /// Each flush.
+    pub flush_latency_histogram: Histogram,
+}
+
+/// Commands by how long they took.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Histogram {
+    /// Where a bin ends and the next begins, in nanoseconds.
+    pub boundaries: Vec<u64>,
+    /// Commands; one bin more than boundaries.
+    pub bins: Vec<u64>,
 }
 
 /// Commands and bytes since the LUN started.
@@ -94,7 +124,15 @@ struct LunCounters {
 #[derive(Deserialize)]
 struct BlockStats {
     device: String,
-    stats: Traffic,
+    stats: Stats,
+}
+
+#[derive(Deserialize)]
+struct Stats {
+    #[serde(flatten)]
+    traffic: Traffic,
+    #[serde(flatten)]
+    times: Times,
 }
 
 #[derive(Deserialize)]
@@ -119,7 +157,8 @@ impl Sample {
         let protections: Vec<PiInfo> = ask(client, socket, "query-pi")?;
         let jobs = ask(client, socket, "query-jobs")?;
         let lun = |lun: LunInfo| Lun {
-            traffic: stats.iter().find(|s| s.device == lun.name).map(|s| s.stats),
+            traffic: stats.iter().find(|s| s.device == lun.name).map(|s| s.stats.traffic),
+            times: stats.iter().find(|s| s.device == lun.name).map(|s| s.stats.times.clone()),
             protection: protections.iter().find(|p| p.device == lun.name).and_then(|p| p.counters),
             in_flight: lun.counters.map(|c| c.in_flight),
             name: lun.name,

@@ -25,23 +25,45 @@ struct Column {
     heading: &'static str,
     /// The width on a terminal; of the first, at least that.
     width: u16,
+    /// Where there is no room for all, those of a higher number go first.
+    rank: u8,
     cell: fn(&Row) -> String,
 }
 
-/// The columns. Latency is not among them, as nothing counts it yet.
+const fn column(heading: &'static str, width: u16, rank: u8, cell: fn(&Row) -> String) -> Column {
+    Column { heading, width, rank, cell }
+}
+
+/// The columns. Depth is the average of the interval, percentiles are of reads and writes together.
 const COLUMNS: &[Column] = &[
-    Column { heading: "NAME", width: 10, cell: |r| r.name.clone() },
-    Column { heading: "STATE", width: 8, cell: |r| r.state.clone() },
-    Column { heading: "IN FLIGHT", width: 9, cell: |r| known(r.in_flight, |n| n.to_string()) },
-    Column { heading: "READ/s", width: 8, cell: |r| rate(r, |r| r.rd_operations) },
-    Column { heading: "WRITE/s", width: 8, cell: |r| rate(r, |r| r.wr_operations) },
-    Column { heading: "RD MB/s", width: 8, cell: |r| megabytes(r, |r| r.rd_bytes) },
-    Column { heading: "WR MB/s", width: 8, cell: |r| megabytes(r, |r| r.wr_bytes) },
-    Column { heading: "PI", width: 5, cell: |r| r.pi.clone() },
-    Column { heading: "CHECKED/s", width: 9, cell: |r| known(r.rates.and_then(|r| r.verified), whole) },
+    column("NAME", 10, 0, |r| r.name.clone()),
+    column("STATE", 8, 0, |r| r.state.clone()),
+    column("IN FLIGHT", 9, 6, |r| known(r.in_flight, |n| n.to_string())),
+    column("DEPTH", 6, 2, |r| known(r.rates.and_then(|r| r.queue_depth), |n| format!("{n:.1}"))),
+    column("READ/s", 8, 1, |r| rate(r, |r| r.rd_operations)),
+    column("WRITE/s", 8, 1, |r| rate(r, |r| r.wr_operations)),
+    column("RD MB/s", 8, 3, |r| megabytes(r, |r| r.rd_bytes)),
+    column("WR MB/s", 8, 3, |r| megabytes(r, |r| r.wr_bytes)),
+    column("P50 µs", 8, 5, |r| latency(r, |p| p.p50_us)),
+    column("P99 µs", 8, 2, |r| latency(r, |p| p.p99_us)),
+    column("P99.9 µs", 8, 5, |r| latency(r, |p| p.p999_us)),
+    column("PI", 5, 4, |r| r.pi.clone()),
+    column("CHECKED/s", 9, 7, |r| known(r.rates.and_then(|r| r.verified), whole)),
     // Guard, application tag, reference tag: since the LUN started.
-    Column { heading: "G/A/R ERR", width: 9, cell: errors },
+    column("G/A/R ERR", 9, 1, errors),
 ];
+
+/// The columns that fit.
+fn fitting(width: u16) -> Vec<&'static Column> {
+    let mut columns: Vec<_> = COLUMNS.iter().collect();
+    // One blank between two.
+    let needs = |columns: &[&Column]| columns.iter().map(|c| c.width + 1).sum::<u16>().saturating_sub(1);
+    while needs(&columns) > width {
+        let Some(last) = columns.iter().map(|c| c.rank).max().filter(|rank| *rank > 0) else { break };
+        columns.retain(|c| c.rank != last);
+    }
+    columns
+}
 
 fn known<T>(value: Option<T>, text: impl Fn(T) -> String) -> String {
     value.map_or_else(|| UNKNOWN.to_owned(), text)
@@ -57,6 +79,11 @@ fn rate(row: &Row, of: fn(&rates::Rates) -> f64) -> String {
 
 fn megabytes(row: &Row, of: fn(&rates::Rates) -> f64) -> String {
     known(row.rates.as_ref().map(of), |bytes| format!("{:.1}", bytes / 1e6))
+}
+
+fn latency(row: &Row, of: fn(&rates::Percentiles) -> f64) -> String {
+    let took = row.rates.and_then(|r| r.latency.read_write);
+    known(took.as_ref().map(of), |us| if us < 10.0 { format!("{us:.1}") } else { whole(us) })
 }
 
 fn errors(row: &Row) -> String {
@@ -171,13 +198,14 @@ impl Screen {
             "NAME" | "STATE" | "PI" => Cell::from(text),
             _ => number(text),
         };
+        let columns = fitting(area.width);
         let header =
-            Cells::new(COLUMNS.iter().map(|c| cell(c, c.heading.to_owned()))).style(Style::new().bold());
+            Cells::new(columns.iter().map(|c| cell(c, c.heading.to_owned()))).style(Style::new().bold());
         let rows = self.view.luns.iter().skip(self.first).map(|l| {
             let style = if is_bad(l) { Style::new().red() } else { Style::new() };
-            Cells::new(COLUMNS.iter().map(|c| cell(c, (c.cell)(l)))).style(style)
+            Cells::new(columns.iter().map(|c| cell(c, (c.cell)(l)))).style(style)
         });
-        let widths = COLUMNS.iter().enumerate().map(|(i, c)| match i {
+        let widths = columns.iter().enumerate().map(|(i, c)| match i {
             0 => Constraint::Min(c.width),
             _ => Constraint::Length(c.width),
         });
@@ -209,6 +237,7 @@ mod tests {
             pi: "off".to_owned(),
             in_flight: None,
             traffic: None,
+            times: None,
             protection: None,
             ..lun("vm3", 0)
         };
@@ -241,9 +270,10 @@ mod tests {
     #[test]
     fn rates_errors_and_jobs_stand_on_the_screen() {
         let mut screen = Screen::of(sample(1, 3000));
-        snapshot("top_first", drawn(&screen, 96, 12));
+        snapshot("top_first", drawn(&screen, 130, 12));
         screen.take(Ok(sample(2, 15_345)));
-        snapshot("top_second", drawn(&screen, 96, 12));
+        snapshot("top_second", drawn(&screen, 130, 12));
+        snapshot("top_narrow", drawn(&screen, 80, 12));
         snapshot("top_once", text(&screen.view));
     }
 
@@ -256,6 +286,16 @@ mod tests {
         assert!(text.contains("vm1") && text.contains("not up to date: no daemon listens"), "{text}");
         screen.take(Ok(sample(3, 3000)));
         assert!(!drawn(&screen, 96, 12).contains("not up to date"));
+    }
+
+    #[test]
+    fn a_narrow_terminal_has_whole_columns_the_important_ones() {
+        let headings = |width| fitting(width).iter().map(|c| c.heading).collect::<Vec<_>>();
+        assert_eq!(headings(130).len(), COLUMNS.len());
+        assert_eq!(headings(1), ["NAME", "STATE"]);
+        for column in ["READ/s", "WRITE/s", "DEPTH", "P99 µs", "G/A/R ERR"] {
+            assert!(headings(80).contains(&column), "{:?}", headings(80));
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! A LUN is a device by its name, and the node of its image has that name too; the nodes of the backing files are `NAME-backing-1`
 //! and so on, from the top down.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value, json};
 
 use super::{Arguments, done, find, throttle, told};
@@ -11,8 +13,9 @@ use crate::{
     lun::{
         Made, Remote, State, Stats,
         config::{CacheMode, DeviceConfig, pi_word},
+        measured::{BUCKETS, Histogram},
         throttle::limits::Limits,
-        traffic::{Count, Traffic},
+        traffic::{Class, Count, Traffic},
     },
 };
 
@@ -134,17 +137,37 @@ pub(super) fn query_nodes(luns: &Registry, _: &Arguments) -> Result<Value, Error
     Ok(of_each(luns, nodes))
 }
 
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// QEMU's BlockLatencyHistogramInfo: boundaries in nanoseconds, and one bin more than there are of them.
+fn histogram(took: &Histogram) -> Value {
+    let boundaries: Vec<u64> = (0..BUCKETS).filter_map(Histogram::limit).map(|us| us * 1000).collect();
+    json!({ "boundaries": boundaries, "bins": took.buckets.to_vec() })
+}
+
 /// QEMU's BlockStats of every LUN.
 pub(super) fn query_stats(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
     Ok(of_each(luns, |name, lun| {
-        let Traffic { read, write, unmap, flush } = told(lun.stats())?.traffic;
+        let told = told(lun.stats())?;
+        let Traffic { read, write, unmap, flush } = told.traffic;
         let mut stats = Map::from_iter([
             ("rd_bytes".to_owned(), read.bytes.into()),
             ("wr_bytes".to_owned(), write.bytes.into()),
         ]);
-        for (kind, Count { operations, failed, invalid, .. }) in
-            [("rd", read), ("wr", write), ("unmap", unmap), ("flush", flush)]
-        {
+        for (kind, class, Count { operations, failed, invalid, .. }) in [
+            ("rd", Class::Read, read),
+            ("wr", Class::Write, write),
+            ("unmap", Class::Unmap, unmap),
+            ("flush", Class::Flush, flush),
+        ] {
+            let took = told.measured.of(class);
+            stats.insert(format!("{kind}_total_time_ns"), nanoseconds(took.sum).into());
+            // As in QEMU, where UNMAP has none.
+            if class != Class::Unmap {
+                stats.insert(format!("{kind}_latency_histogram"), histogram(&took));
+            }
             stats.insert(format!("{kind}_operations"), operations.into());
             stats.insert(format!("failed_{kind}_operations"), failed.into());
             stats.insert(format!("invalid_{kind}_operations"), invalid.into());
