@@ -9,8 +9,12 @@ use std::{
 };
 
 use tcmu_dif::{
-    lun::{LunError, LunHandle, LunParams, State, config::DeviceConfig, start},
+    lun::{
+        LunError, LunHandle, LunParams, State, config::DeviceConfig, continued::ContinuedFile, start,
+        start_where,
+    },
     peer::kernel::{Data, Kernel, KernelError, Options},
+    scsi::continued::{Continued, Keeper as _, Unfinished},
     sys::backend_from_env,
     units::BlockSize,
 };
@@ -65,6 +69,42 @@ impl Rig {
     fn start(&mut self) -> Result<(), LunError> {
         self.lun = Some(start(self.params())?);
         Ok(())
+    }
+
+    fn continued(&self, device: u64) -> ContinuedFile {
+        ContinuedFile { path: self.image.with_file_name("uio0.json"), device }
+    }
+
+    /// As the daemon starts a LUN: with an in-flight record, and what initiators have set.
+    fn start_as(&mut self, device: u64) -> Result<(), LunError> {
+        self.start_with(device, |_| {})
+    }
+
+    fn start_with(&mut self, device: u64, change: impl FnOnce(&mut LunParams)) -> Result<(), LunError> {
+        let record = self.image.with_file_name("uio0");
+        let options = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
+        let mut params = self.params();
+        params.device = params.device.with_record(options.open(record).unwrap(), device);
+        change(&mut params);
+        self.lun = Some(start_where(params, Some(self.continued(device)))?);
+        Ok(())
+    }
+
+    /// Waits until unit attentions that were given are kept no more.
+    fn wait_until_told(&self) {
+        let end = std::time::Instant::now() + Duration::from_secs(30);
+        while !self.continued(7).load().unwrap().unwrap().attentions.is_empty() {
+            assert!(std::time::Instant::now() < end, "they are kept for ever");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Ends the LUN, and leaves of what was kept what stood there before: a daemon that was killed at that moment.
+    fn kill(&mut self) {
+        let path = self.continued(0).path;
+        let kept = std::fs::read(&path).unwrap();
+        self.stop().unwrap();
+        std::fs::write(&path, kept).unwrap();
     }
 
     fn lun(&self) -> &LunHandle {
@@ -214,6 +254,185 @@ fn a_saved_mode_page_outlives_a_restart_and_one_that_was_not_saved_does_not() {
     rig.run(&[0; 6], Data::None); // POWER ON
     assert_eq!(sense(&mut rig, 0x08)[2] & 4, 0, "WCE as it was saved");
     assert_eq!(sense(&mut rig, 0x0a)[2] & 4, 0, "D_SENSE was not saved");
+    rig.stop().unwrap();
+}
+
+fn mode_page(rig: &mut Rig, control: u8, page: u8) -> Vec<u8> {
+    rig.run(&[0x1a, 8, control << 6 | page, 0, 255, 0], Data::In(255)).data[4..].to_vec()
+}
+
+fn mode_select(rig: &mut Rig, page: &[u8]) {
+    let mut list = [&[0; 4], page].concat();
+    list[4] &= 0x7f;
+    let cdb = [0x15, 0x10, 0, 0, list.len() as u8, 0];
+    assert_eq!(rig.run(&cdb, Data::Out(&list)).status, 0);
+}
+
+/// D_SENSE on and WCE off, unsaved.
+fn change_pages(rig: &mut Rig) {
+    for (page, byte, bit) in [(0x0a, 2, 4), (0x08, 2, 4)] {
+        let mut changed = mode_page(rig, 0, page);
+        changed[byte] ^= bit;
+        mode_select(rig, &changed);
+    }
+}
+
+fn d_sense_and_wce(rig: &mut Rig, control: u8) -> (bool, bool) {
+    (mode_page(rig, control, 0x0a)[2] & 4 != 0, mode_page(rig, control, 0x08)[2] & 4 != 0)
+}
+
+const READY: (u8, u8, u8) = (0, 0, 0);
+const POWER_ON: (u8, u8, u8) = (6, 0x29, 0);
+
+/// What TEST UNIT READY says, once.
+fn ready(rig: &mut Rig) -> (u8, u8, u8) {
+    let ended = rig.run(&[0; 6], Data::None);
+    if ended.status == 0 { READY } else { ended.key_asc_ascq() }
+}
+
+#[test]
+fn mode_pages_that_were_not_saved_outlive_the_daemon_stopped_or_killed_but_not_the_device() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.stop().unwrap();
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), POWER_ON);
+    assert_eq!(d_sense_and_wce(&mut rig, 0), (false, true));
+    rig.wait_until_told();
+    change_pages(&mut rig);
+    for killed in [true, false, true] {
+        if killed {
+            rig.kill()
+        } else {
+            rig.stop().unwrap()
+        }
+        rig.start_as(7).unwrap();
+        assert_eq!(ready(&mut rig), READY, "no initiator has noticed anything");
+        assert_eq!(d_sense_and_wce(&mut rig, 0), (true, false));
+        assert_eq!(d_sense_and_wce(&mut rig, 3), (false, true), "saved is what was saved");
+        // In descriptor format, as was set.
+        let failed = rig.run(&rw16(READ16, u64::MAX, 1), Data::In(512));
+        assert_eq!(failed.sense[0], 0x72);
+    }
+    rig.stop().unwrap();
+    // Another device, as after delete and create: a power on, and the saved values.
+    rig.start_as(8).unwrap();
+    assert_eq!(ready(&mut rig), POWER_ON);
+    assert_eq!(d_sense_and_wce(&mut rig, 0), (false, true));
+    rig.stop().unwrap();
+}
+
+#[test]
+fn a_unit_attention_is_told_by_the_next_daemon_if_it_may_not_have_arrived_and_once_if_it_has() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    let changed = (6, 0x2a, 9);
+    rig.stop().unwrap();
+    rig.start_as(7).unwrap();
+    // Not told yet: the power on too.
+    rig.lun().resize(2 * MIB).unwrap();
+    rig.kill();
+    rig.capacity = 2 * MIB;
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), POWER_ON);
+    assert_eq!(ready(&mut rig), changed);
+    // Killed as the answer left: told again. It is the power on that came first.
+    rig.kill();
+    rig.start_as(7).unwrap();
+    assert_eq!([ready(&mut rig), ready(&mut rig), ready(&mut rig)], [POWER_ON, changed, READY]);
+    // A while after it, or if the daemon was stopped in good order, never again.
+    rig.stop().unwrap();
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), READY);
+    rig.lun().resize(3 * MIB).unwrap();
+    rig.capacity = 3 * MIB;
+    assert_eq!(ready(&mut rig), changed);
+    rig.wait_until_told();
+    rig.kill();
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), READY);
+    rig.stop().unwrap();
+}
+
+#[test]
+fn a_write_cache_that_was_set_from_outside_while_no_daemon_was_there_counts_and_is_told() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.stop().unwrap();
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), POWER_ON);
+    rig.stop().unwrap();
+    rig.start_with(7, |params| params.write_cache = false).unwrap();
+    assert_eq!(ready(&mut rig), (6, 0x2a, 1));
+    assert_eq!(d_sense_and_wce(&mut rig, 0), (false, false));
+    // As it is now, it stays, and nobody is told.
+    rig.stop().unwrap();
+    rig.start_with(7, |params| params.write_cache = false).unwrap();
+    assert_eq!((ready(&mut rig), d_sense_and_wce(&mut rig, 0)), (READY, (false, false)));
+    rig.stop().unwrap();
+}
+
+#[test]
+fn what_a_newer_daemon_kept_is_not_guessed_at_initiators_are_told_of_a_reset() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.stop().unwrap();
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), POWER_ON);
+    change_pages(&mut rig);
+    rig.stop().unwrap();
+    for other in [r#"{"version":2,"device":7}"#, "{"] {
+        std::fs::write(rig.continued(7).path, other).unwrap();
+        rig.start_as(7).unwrap();
+        assert_eq!(ready(&mut rig), POWER_ON);
+        assert_eq!(d_sense_and_wce(&mut rig, 0), (false, true));
+        rig.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_format_that_was_cut_off_leaves_the_medium_unusable_until_it_is_repeated() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    rig.stop().unwrap();
+    rig.start_as(7).unwrap();
+    assert_eq!(ready(&mut rig), POWER_ON);
+    rig.stop().unwrap();
+    let file = rig.continued(7);
+    let kept = file.load().unwrap().unwrap();
+    file.keep(&Continued { unfinished: Some(Unfinished::Format), ..kept }).unwrap();
+    for _ in 0..2 {
+        rig.start_as(7).unwrap();
+        assert_eq!(rig.run(&rw16(READ16, 0, 1), Data::In(512)).key_asc_ascq(), (3, 0x31, 1));
+        rig.kill();
+    }
+    rig.start_as(7).unwrap();
+    assert_eq!(rig.run(&[4, 0, 0, 0, 0, 0], Data::None).status, 0);
+    assert_eq!(rig.run(&rw16(READ16, 0, 1), Data::In(512)).status, 0);
+    rig.kill();
+    rig.start_as(7).unwrap();
+    assert_eq!(rig.run(&rw16(READ16, 0, 1), Data::In(512)).status, 0);
+    rig.stop().unwrap();
+}
+
+#[test]
+fn saved_mode_pages_of_a_newer_version_are_refused_in_words_and_stay() {
+    let mut rig = Rig::new(MIB, BlockSize::B512);
+    let mut control = mode_page(&mut rig, 0, 0x0a);
+    control[0] &= 0x7f;
+    let list = [&[0; 4], &control[..]].concat();
+    assert_eq!(rig.run(&[0x15, 0x11, 0, 0, list.len() as u8, 0], Data::Out(&list)).status, 0);
+    rig.stop().unwrap();
+    let folder = rig.state_dir().join("mode-pages");
+    let file = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+    let newer = std::fs::read_to_string(&file).unwrap().replace("\"version\":1", "\"version\":2");
+    std::fs::write(&file, &newer).unwrap();
+    let error = rig.start().unwrap_err();
+    let words = tcmu_dif::lun::chain(&error);
+    assert!(words.contains("is of version 2, and this program knows 1"), "{words}");
+    assert!(
+        error.next_step().unwrap().ends_with(&format!("rm {}", file.display())),
+        "{:?}",
+        error.next_step()
+    );
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), newer);
+    std::fs::remove_file(&file).unwrap();
+    rig.start().unwrap();
     rig.stop().unwrap();
 }
 

@@ -23,7 +23,7 @@ use crate::{
     files,
     image::null,
     kernel::{fabric, names::Name},
-    lun::state_file::StateFile,
+    lun::state_file::{NewerVersion, StateFile, check_version},
 };
 
 /// Where the administrator declares LUNs.
@@ -138,7 +138,13 @@ impl Declared {
         }
         let file = self.serial_file(order.name.as_str());
         let failed = |e: io::Error| Refusal::from("serial", file.path().display(), &e);
-        let given = file.load::<Given>().map_err(failed)?.filter(|given| given.image == order.image);
+        let given = file
+            .load::<Given>()
+            .map_err(|e| {
+                let next = NewerVersion::of(&e).map(NewerVersion::next_step);
+                failed(e).maybe_next(next)
+            })?
+            .filter(|given| given.image == order.image);
         let serial = match given {
             Some(given) => given.number,
             None => {
@@ -187,24 +193,53 @@ impl Declared {
 
     /// The names that were declared the last time, since the host was booted.
     fn known(&self) -> BTreeSet<String> {
-        match fs::read(self.known_file()) {
-            Ok(text) => serde_json::from_slice(&text).unwrap_or_else(|e| {
-                tracing::warn!(
-                    "{}: {e}; what was declared and is no more has to be deleted by hand",
-                    self.known_file().display()
-                );
-                BTreeSet::new()
-            }),
-            Err(_) => BTreeSet::new(),
-        }
+        let path = self.known_file();
+        let read = match fs::read(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return BTreeSet::new(),
+            read => read.and_then(|text| Known::parse(&path, &text)),
+        };
+        read.unwrap_or_else(|e| {
+            let next = NewerVersion::of(&e).map(|newer| format!("; next: {}", newer.next_step()));
+            tracing::warn!(
+                "{e}{}; what was declared and is no more has to be deleted by hand",
+                next.unwrap_or_default()
+            );
+            BTreeSet::new()
+        })
     }
 
     fn remember(&self, known: &BTreeSet<String>) {
         let path = self.known_file();
-        let text = serde_json::to_vec(known).map_err(io::Error::other);
+        // A newer version's stays for that one, and has been told of.
+        let newer = fs::read(&path).and_then(|text| Known::parse(&path, &text));
+        if newer.is_err_and(|e| NewerVersion::of(&e).is_some()) {
+            return;
+        }
+        let text = serde_json::to_vec(&Known { version: KNOWN_VERSION, names: known.clone() })
+            .map_err(io::Error::other);
         if let Err(e) = text.and_then(|text| files::replace(&path, &text, false)) {
             tracing::error!("{}: {e}", path.display());
         }
+    }
+}
+
+/// The version of `declared.json`. What is a list alone is from before it had one.
+const KNOWN_VERSION: u32 = 1;
+
+/// `declared.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Known {
+    version: u32,
+    names: BTreeSet<String>,
+}
+
+impl Known {
+    fn parse(path: &Path, text: &[u8]) -> io::Result<BTreeSet<String>> {
+        if let Ok(names) = serde_json::from_slice(text) {
+            return Ok(names);
+        }
+        check_version(path, text, KNOWN_VERSION)?;
+        Ok(serde_json::from_slice::<Known>(text)?.names)
     }
 }
 
@@ -336,6 +371,17 @@ mod tests {
         let names = BTreeSet::from(["vm1".to_owned(), "vm2".to_owned()]);
         declared.remember(&names);
         assert_eq!(at(dir.path()).known(), names);
+        // As it was before it had a version.
+        fs::write(declared.known_file(), r#"["vm1","vm2"]"#).unwrap();
+        assert_eq!(at(dir.path()).known(), names);
+        // A newer one is not understood, and stays.
+        let newer = r#"{"version":2,"luns":{"vm1":{}}}"#;
+        fs::write(declared.known_file(), newer).unwrap();
+        assert!(declared.known().is_empty());
+        declared.remember(&names);
+        assert_eq!(fs::read_to_string(declared.known_file()).unwrap(), newer);
+        fs::remove_file(declared.known_file()).unwrap();
+        declared.remember(&names);
         // Neither is in configfs any more: nothing is left of them.
         fs::create_dir_all(dir.path().join("configfs/target/core")).unwrap();
         declared.bring();

@@ -15,8 +15,11 @@ use crate::{
         tree::{Real, Tree},
         uio::{Uio, UioDevice},
     },
-    lun::{self, LunError, LunHandle, LunParams, Neighbourhood, Remote, State, chain, config::DeviceConfig},
-    ring::Device,
+    lun::{
+        self, LunError, LunHandle, LunParams, Neighbourhood, Remote, State, chain, config::DeviceConfig,
+        continued::ContinuedFile,
+    },
+    ring::{Device, RingError},
     units::BlockSize,
 };
 
@@ -50,10 +53,23 @@ impl RealHost {
         Ok((file, instance))
     }
 
+    /// What to do about a record that another version wrote.
+    fn without_record(&self, device: &UioDevice) -> String {
+        format!(
+            "start the version of tcmu-dif that wrote it, and stop that with systemctl stop tcmu-dif, after which any version goes on; or have all commands in the \
+             ring given back to their initiators, which send them again, also those that were executed: rm {}",
+            self.run.record_file(device.minor).display()
+        )
+    }
+
     /// Without the record of the daemon that was here before, the ring holds commands of which nobody knows whether they were
     /// answered, and to answer one again would break the ring for good. The kernel gives them back as BUSY, and their initiators send them again.
     fn give_back_unknown(&self, device: &UioDevice, ring: &Device) -> Result<(), Failure> {
-        if ring.is_resumable().map_err(|e| Failure::new(libc::EIO, chain(&e)))? {
+        let resumable = ring.is_resumable().map_err(|e| Failure {
+            next: matches!(e, RingError::RecordVersion { .. }).then(|| self.without_record(device)),
+            ..Failure::new(libc::EIO, chain(&e))
+        });
+        if resumable? {
             return Ok(());
         }
         let name = &device.name.name;
@@ -152,11 +168,17 @@ impl Host for RealHost {
             std::io::ErrorKind::ResourceBusy => Failure { next: Some(HELD.to_owned()), ..io(e) },
             _ => io(e),
         })?;
-        match self.record(device) {
-            Ok((file, instance)) => ring = ring.with_record(file, instance),
+        let continued = match self.record(device) {
+            Ok((file, instance)) => {
+                ring = ring.with_record(file, instance);
+                Some(ContinuedFile { path: self.run.continued_file(device.minor), device: instance })
+            }
             // It serves all the same; only a crash would be noticed.
-            Err(e) => warn!(lun = %device.name.name, "no in-flight record can be kept: {e}"),
-        }
+            Err(e) => {
+                warn!(lun = %device.name.name, "no in-flight record can be kept: {e}");
+                None
+            }
+        };
         self.give_back_unknown(device, &ring)?;
         let tree = Real::at(&self.configfs);
         if let Err(e) = backstore::hear_task_management(&tree, device.name.hba, &device.name.name) {
@@ -169,7 +191,7 @@ impl Host for RealHost {
         }
         let settings = self.settings.get();
         let cache_size = config.cache_size.or(settings.cache_size);
-        let handle = lun::start(LunParams {
+        let params = LunParams {
             name: device.name.name.clone(),
             config: DeviceConfig { cache_size, ..config.clone() },
             block_size,
@@ -181,7 +203,8 @@ impl Host for RealHost {
             backend: settings.backend,
             polling: settings.polling,
             device: ring,
-        })?;
+        };
+        let handle = lun::start_where(params, continued)?;
         if !identity.enabled
             && let Err(failure) = same_size(&handle, config, identity)
         {

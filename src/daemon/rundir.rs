@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     files,
-    lun::state_file::now_ms,
+    lun::state_file::{check_version, now_ms},
     scsi::naa_from_serial,
     sys::ofd::{self, OfdLock},
 };
@@ -59,6 +59,9 @@ pub struct LastChange {
     /// Why it wasn't done.
     pub error: Option<String>,
 }
+
+/// The version of [`LunState`], in its file; `tcmu-dif` may be another version than the daemon that runs.
+const VERSION: u32 = 1;
 
 /// One LUN's file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -208,7 +211,13 @@ impl RunDir {
     /// The file system's.
     pub fn write(&self, state: &LunState) -> io::Result<()> {
         let file = self.lun_file(&state.name);
-        let mut text = serde_json::to_vec_pretty(state)?;
+        #[derive(Serialize)]
+        struct Versioned<'a> {
+            version: u32,
+            #[serde(flatten)]
+            state: &'a LunState,
+        }
+        let mut text = serde_json::to_vec_pretty(&Versioned { version: VERSION, state })?;
         text.push(b'\n');
         files::replace(&file, &text, false)
     }
@@ -216,10 +225,14 @@ impl RunDir {
     /// Reads a LUN's file, if there is one.
     ///
     /// # Errors
-    /// The file system's, and InvalidData.
+    /// The file system's, and InvalidData; [`crate::lun::state_file::NewerVersion`] if the daemon is newer than this program.
     pub fn read(&self, name: &str) -> io::Result<Option<LunState>> {
-        match fs::read(self.lun_file(name)) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        let path = self.lun_file(name);
+        match fs::read(&path) {
+            Ok(text) => {
+                check_version(&path, &text, VERSION)?;
+                Ok(Some(serde_json::from_slice(&text)?))
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
         }
@@ -249,11 +262,17 @@ impl RunDir {
         Ok(file)
     }
 
-    fn record_file(&self, minor: u32) -> PathBuf {
+    /// Where the in-flight record of that device is.
+    pub fn record_file(&self, minor: u32) -> PathBuf {
         self.root.join("rings").join(format!("uio{minor}"))
     }
 
-    /// Removes the in-flight record of a device that is gone, unless one that has its minor number by now keeps its own there.
+    /// Where what initiators have set of that device is kept.
+    pub fn continued_file(&self, minor: u32) -> PathBuf {
+        self.record_file(minor).with_extension("json")
+    }
+
+    /// Removes the in-flight record of a device that is gone and what initiators have set of it, unless one that has its minor number by now keeps its own there.
     ///
     /// # Errors
     /// The file system's.
@@ -264,7 +283,7 @@ impl RunDir {
             file => file?,
         };
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => files::remove(&path),
+            Ok(()) => files::remove(&self.continued_file(minor)).and_then(|()| files::remove(&path)),
             Err(_) => Ok(()),
         }
     }
@@ -354,6 +373,22 @@ pub(super) mod tests {
         );
         let _lock = run.lock().unwrap().unwrap();
         assert_eq!(run.read("vm1").unwrap(), None);
+    }
+
+    #[test]
+    fn a_newer_daemon_s_file_is_refused_in_words_and_one_without_a_version_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::at(dir.path());
+        drop(run.lock().unwrap());
+        run.write(&state("vm1")).unwrap();
+        let text = fs::read_to_string(run.lun_file("vm1")).unwrap();
+        let version = "  \"version\": 1,\n";
+        assert!(text.contains(version), "{text}");
+        fs::write(run.lun_file("vm1"), text.replace(version, "")).unwrap();
+        assert_eq!(run.read("vm1").unwrap().unwrap().image, "/images/vm1.raw");
+        fs::write(run.lun_file("vm1"), "{ \"version\": 2, \"all\": \"is otherwise\" }").unwrap();
+        let e = run.read("vm1").unwrap_err();
+        assert!(e.to_string().contains("vm1.json is of version 2, and this program knows 1"), "{e}");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! fails or a panic ends that thread alone: the LUN is [`State::Failed`] with the reason, and the others never notice.
 
 pub mod config;
+pub mod continued;
 pub mod cpus;
 mod event_loop;
 pub mod events;
@@ -25,9 +26,9 @@ mod stats;
 pub mod throttle;
 pub mod trace;
 pub mod traffic;
+mod words;
 
 use std::{
-    any::Any,
     io,
     path::PathBuf,
     rc::Rc,
@@ -44,7 +45,7 @@ use tracing::{error, info, warn};
 pub use crate::image::ImageInfo;
 use crate::{
     image::open::OpenError,
-    pi::{Exposure, PiOpenError, Transfer},
+    pi::PiOpenError,
     ring::{Device, Ring, RingError},
     sys::{
         exec::Executor,
@@ -54,6 +55,7 @@ use crate::{
     volume::{IoError, Volume},
 };
 use config::DeviceConfig;
+use continued::ContinuedFile;
 use cpus::Cpus;
 use event_loop::{EventLoop, run_to_end};
 use events::Watcher;
@@ -64,9 +66,12 @@ use scrub::{Scrub, ScrubError, ScrubOrder};
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
+use state_file::NewerVersion;
 pub use stats::{PublicStats, ScrubSummary, Stats, SystemCalls};
 use throttle::limits::Limits;
 use trace::Trace;
+pub use words::chain;
+use words::panic_text;
 
 /// How often one who waits for an answer looks whether the LUN is still there.
 const LOOK: Duration = Duration::from_millis(200);
@@ -158,6 +163,9 @@ pub enum LunError {
     /// Limits hold, and are not kept.
     #[error("the limits hold now, and could not be saved")]
     Unsaved(#[source] io::Error),
+    /// What initiators have saved was written by a newer version: without it the LUN would behave otherwise than they rely on.
+    #[error("what was saved of the LUN cannot be read")]
+    Saved(#[source] io::Error),
     /// The thread does not answer.
     #[error("the LUN has not answered for {} seconds", .0.as_secs())]
     Silent(Duration),
@@ -182,6 +190,7 @@ impl LunError {
                 Some("create it with --pi type1: the image is read once to protect it".into())
             }
             LunError::Cpus(..) => Some("name processors that this host has (`lscpu`), and that the service may use (CPUAffinity=)".into()),
+            LunError::Saved(e) => NewerVersion::of(e).map(NewerVersion::next_step),
             LunError::Scrub(_)
             | LunError::Ring(_)
             | LunError::Volume(_)
@@ -359,6 +368,14 @@ pub struct LunHandle {
 /// # Errors
 /// The reason why the image, its sidecar or the ring cannot be used; nothing is left open.
 pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
+    start_where(params, None)
+}
+
+/// The same, where what a power cycle would reset is kept in a file; it is taken up from there if the ring is.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_where(params: LunParams, continued: Option<ContinuedFile>) -> Result<LunHandle, LunError> {
     let (outbox, inbox) = inbox::channel().map_err(LunError::Thread)?;
     let (up, started) = sync_channel(1);
     let name = params.name.clone();
@@ -371,7 +388,8 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
         .spawn(move || {
             let span = tracing::info_span!("lun", lun = %params.name);
             let _entered = span.entered();
-            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, inbox, up)));
+            let ended =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, continued, inbox, up)));
             let end = match ended {
                 Ok(end) => end,
                 Err(panic) => State::Failed(format!("its thread panicked: {}", panic_text(&*panic))),
@@ -478,7 +496,12 @@ impl LunHandle {
 }
 
 /// A LUN's life on its thread.
-fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -> State {
+fn live(
+    params: LunParams,
+    continued: Option<ContinuedFile>,
+    inbox: Inbox,
+    up: SyncSender<Result<(), LunError>>,
+) -> State {
     if let Some(cpus) = &params.config.cpus
         && let Err(e) = cpus.bind()
     {
@@ -489,7 +512,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
     let polling = params.polling;
-    if let Err(e) = check_transfer(&params) {
+    if let Err(e) = stack::check_transfer(&params).and_then(|()| saved_pages::check(&params)) {
         return refuse(up, e);
     }
     let opened = {
@@ -505,7 +528,7 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         Ok((Err(e), _)) => return refuse(up, e),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
-    let lun = Rc::new(Lun::new(&params, stack, &io, inbox.outbox()));
+    let lun = Rc::new(Lun::new(&params, continued.clone(), stack, &io, inbox.outbox()));
     let Some(params) = Rc::into_inner(params) else {
         return refuse(up, LunError::Gone("its parameters are still in use".into()));
     };
@@ -517,9 +540,9 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         }
     };
     if let Some(commands) = ring.resumed() {
-        lun.goes_on();
         info!(commands, "taken up where another daemon left it");
     }
+    lun.takes_up(ring.resumed().is_some(), continued.as_ref());
     info!(image = %params.config.image.display(), io = %io.backend(), pi = ?params.config.pi, "online");
     if up.send(Ok(())).is_err() {
         warn!("nobody waits for this LUN any more");
@@ -527,6 +550,9 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
     let membership = lun.join_neighbours();
     let served = EventLoop::new(ring, io.clone(), exec.clone(), lun.clone(), inbox, polling).run();
     drop(membership);
+    if served.is_ok() {
+        lun.has_answered();
+    }
     lun.scrubber().stop();
     let closed = close(&io, &exec, lun.stack().clone());
     match (served, closed) {
@@ -534,16 +560,6 @@ fn live(params: LunParams, inbox: Inbox, up: SyncSender<Result<(), LunError>>) -
         (Ok(()), Some(reason)) => State::Failed(reason),
         (Err(e), _) => State::Failed(chain(&e)),
     }
-}
-
-/// A LUN that says PROTECT = 1 over a kernel that drops tuples would fail every read and write of a guest that uses them.
-fn check_transfer(params: &LunParams) -> Result<(), LunError> {
-    let config = &params.config;
-    let promised = config.exposure == Exposure::Initiator && config.transfer == Transfer::Separate;
-    if promised && !params.device.carries_dif()? {
-        return Err(LunError::PiNotCarried);
-    }
-    Ok(())
 }
 
 fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
@@ -573,23 +589,4 @@ fn backend(asked: Option<Backend>) -> io::Result<Io> {
         ONCE.call_once(|| warn!("io_uring is not permitted ({e}): I/O goes through threads"));
     }
     Ok(io)
-}
-
-/// An error and its sources in one line. A source that the text before it has said already is left out.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(e) = next {
-        let more = e.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        next = e.source();
-    }
-    text
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }

@@ -5,11 +5,22 @@ use std::io;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::state_file::StateFile;
+use super::{LunError, LunParams, serial_of, state_file::StateFile};
 use crate::scsi::SavedPages;
 
 /// The folder of these files.
 pub const FOLDER: &str = "mode-pages";
+
+/// Whether the LUN may go without what was saved of it, if that cannot be read: not if a newer version has written it, for mode pages can hold a
+/// write protection, or that writes reach the medium before they are answered. What only limits or accounts for something may be missing.
+///
+/// # Errors
+/// [`LunError::Saved`].
+pub(super) fn check(params: &LunParams) -> Result<(), LunError> {
+    let Some(dir) = &params.state_dir else { return Ok(()) };
+    let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
+    StateFile::new(dir, FOLDER, &serial).check().map_err(LunError::Saved)
+}
 
 /// The file of one LUN.
 #[derive(Debug, Clone)]

@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 
 use super::{
     events::{Events, FoundBy, JobStatus},
-    state_file::{StateFile, now_ms},
+    state_file::{NewerVersion, StateFile, now_ms},
 };
 use crate::{
     pi::{
@@ -156,7 +156,8 @@ impl Scrubber {
     ) -> Scrubber {
         let saved = file.as_ref().map_or(Ok(None), StateFile::load::<Scrub>);
         let saved = saved.unwrap_or_else(|error| {
-            warn!(%error, "the account of the last scrub cannot be read");
+            let next = NewerVersion::of(&error).map(NewerVersion::next_step);
+            warn!(%error, next, "the account of the last scrub cannot be read");
             None
         });
         let saved = saved.filter(|s| s.block_size == block_size);

@@ -7,6 +7,7 @@ use tracing::{error, info, warn};
 use super::{
     LunError, LunParams, PublicStats, ScrubSummary, Stats, SystemCalls,
     config::DeviceConfig,
+    continued::ContinuedFile,
     event_loop::{Load, Service},
     events::{Events, JobStatus},
     inbox::{Message, Outbox},
@@ -15,7 +16,7 @@ use super::{
     saved_pages::{self, SavedPagesFile},
     scrub::{self, Scrub, ScrubStatus, Scrubber},
     stack::Stack,
-    state_file::StateFile,
+    state_file::{NewerVersion, StateFile},
     throttle::{self, Cost, Throttle, limits::Limits},
     trace::Tracer,
     traffic,
@@ -23,7 +24,7 @@ use super::{
 use crate::{
     pi::Exposure,
     ring::{Command, Completion, Once},
-    scsi::{self, Status, Target, TargetConfig, neighbour::Undone},
+    scsi::{self, Status, Target, TargetConfig, continued::SETTLE, neighbour::Undone},
     sys::{exec::join, io::Io},
     volume::Volume,
 };
@@ -45,7 +46,13 @@ pub(super) struct Lun {
 }
 
 impl Lun {
-    pub(super) fn new(params: &LunParams, stack: Stack, io: &Io, own: Outbox) -> Lun {
+    pub(super) fn new(
+        params: &LunParams,
+        continued: Option<ContinuedFile>,
+        stack: Stack,
+        io: &Io,
+        own: Outbox,
+    ) -> Lun {
         let stack = Rc::new(stack);
         let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
         let state = |folder| params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial));
@@ -63,6 +70,7 @@ impl Lun {
             saved_pages,
             read_only: params.config.read_only,
             write_cache: params.write_cache,
+            keeper: continued.map(|file| Box::new(file) as Box<dyn scsi::continued::Keeper>),
             on_failure: Some(Box::new(move |error| told.failed(error))),
             neighbours: Some(Rc::new(calls.clone())),
             ..TargetConfig::new(params.block_size, &serial)
@@ -89,9 +97,22 @@ impl Lun {
         self.calls.join(self.target.designators())
     }
 
-    /// Another daemon served it before, and its initiators have not noticed.
-    pub(super) fn goes_on(&self) {
-        self.target.goes_on();
+    /// Begins. Where another daemon served it before and its initiators have not noticed (`resumed`), it is as that has left it; what cannot
+    /// be known any more they are told with a power on, which is what it comes to for them.
+    pub(super) fn takes_up(&self, resumed: bool, continued: Option<&ContinuedFile>) {
+        match continued.filter(|_| resumed).map_or(Ok(None), ContinuedFile::load) {
+            Ok(kept) if resumed => self.target.goes_on(kept.as_ref()),
+            Ok(_) => self.target.begins(),
+            Err(error) => {
+                warn!(%error, "what initiators had set is not known: saved mode pages hold, and they are told of a reset");
+                self.target.begins();
+            }
+        }
+    }
+
+    /// Everything is answered, and the loop is over.
+    pub(super) fn has_answered(&self) {
+        self.target.forget_given(true);
     }
 
     pub(super) fn stack(&self) -> &Rc<Stack> {
@@ -164,7 +185,8 @@ impl Lun {
 /// What was set while the LUN was in use, or else what it was created with.
 fn limits_now(file: Option<&StateFile>, configured: Limits) -> Limits {
     let saved = file.map_or(Ok(None), StateFile::load::<Limits>).unwrap_or_else(|error| {
-        warn!(%error, "the limits that were set last cannot be read; those that it was created with hold");
+        let next = NewerVersion::of(&error).map(NewerVersion::next_step);
+        warn!(%error, next, "the limits that were set last cannot be read; those that it was created with hold");
         None
     });
     let limits = saved.unwrap_or(configured);
@@ -253,7 +275,17 @@ impl Service for Lun {
                 None => std::future::pending().await,
             }
         };
-        join(join(self.target.background(), scrubs), self.calls.watch_the_end()).await;
+        let attentions = async {
+            loop {
+                let gave = self.target.gave_attention();
+                if !self.target.has_given() {
+                    gave.await;
+                }
+                self.io.sleep(SETTLE).await;
+                self.target.forget_given(false);
+            }
+        };
+        join(join(self.target.background(), scrubs), join(self.calls.watch_the_end(), attentions)).await;
     }
 
     async fn message(self: Rc<Self>, message: Message, load: Load) {

@@ -9,7 +9,10 @@ use crate::{
         Image,
         open::{OpenOptions, open},
     },
-    pi::{Counters, Protected, Protection, chain::Beneath, protected::sidecar_path, store::Stamp},
+    pi::{
+        Counters, Exposure, Protected, Protection, Transfer, chain::Beneath, protected::sidecar_path,
+        store::Stamp,
+    },
     sys::{exec::boxed, io::Io, mem::Sg},
     units::ByteOffset,
     volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
@@ -21,6 +24,19 @@ pub(super) enum Stack {
     Plain(Box<Image>),
     /// The image, with a tuple for every block in its sidecar.
     Protected(Box<Protected<Image>>),
+}
+
+/// A LUN that says PROTECT = 1 over a kernel that drops tuples would fail every read and write of a guest that uses them.
+///
+/// # Errors
+/// [`LunError::PiNotCarried`].
+pub(super) fn check_transfer(params: &LunParams) -> std::result::Result<(), LunError> {
+    let config = &params.config;
+    let promised = config.exposure == Exposure::Initiator && config.transfer == Transfer::Separate;
+    if promised && !params.device.carries_dif()? {
+        return Err(LunError::PiNotCarried);
+    }
+    Ok(())
 }
 
 impl Stack {

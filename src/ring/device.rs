@@ -65,7 +65,7 @@ impl Device {
     /// was here before says it.
     ///
     /// # Errors
-    /// If the region or the record cannot be mapped.
+    /// If the region or the record cannot be mapped, and if the record is another version's.
     pub fn is_resumable(&self) -> Result<bool, RingError> {
         // The kernel maps the whole region or nothing.
         let len = self.len;
@@ -81,8 +81,8 @@ impl Device {
         }
         let word = |at: usize| u32::from_le_bytes([words[at], words[at + 1], words[at + 2], words[at + 3]]);
         let id = RingId { device: *instance, cmdr_off: word(0), cmdr_size: word(4) };
-        let known = file.try_clone().and_then(|file| Record::knows(file, id, &map));
-        known.map_err(RingError::Record)
+        let file = file.try_clone().map_err(RingError::Record)?;
+        Ok(Record::knows(file, id, &map)?)
     }
 
     /// Whether the kernel delivers protection information (`iov_dif`): see [`TCMU_MAILBOX_FLAG_CAP_DIF`].

@@ -10,6 +10,7 @@
 
 pub mod device;
 pub mod entry;
+pub mod foreign;
 pub mod record;
 pub mod reply;
 mod walk;
@@ -42,6 +43,15 @@ pub enum RingError {
     /// The in-flight record cannot be kept.
     #[error("the in-flight record cannot be kept")]
     Record(#[source] std::io::Error),
+    /// The in-flight record is another version's, and what it knows would be needed.
+    #[error(
+        "the in-flight record is of version {found}, and this program knows {}: which of the commands in the ring are unanswered cannot be told",
+        record::VERSION
+    )]
+    RecordVersion {
+        /// Its version.
+        found: u8,
+    },
     /// Another mailbox than the one that we speak.
     #[error("mailbox version {found}: only version {} is understood", tcmu_sys::TCMU_MAILBOX_VERSION)]
     Version {
@@ -68,4 +78,13 @@ pub enum RingError {
         /// The value found.
         value: u64,
     },
+}
+
+impl From<foreign::RecordError> for RingError {
+    fn from(e: foreign::RecordError) -> RingError {
+        match e {
+            foreign::RecordError::Io(e) => RingError::Record(e),
+            foreign::RecordError::Version(found) => RingError::RecordVersion { found },
+        }
+    }
 }

@@ -15,6 +15,10 @@
 //! given twice, and what was executed is not executed again, but for commands that died between their execution and step 2:
 //! those are run once more, which their initiator cannot tell from their having been slow. COMPARE AND WRITE could tell,
 //! so it says in the record when it has compared ([`Once`]).
+//!
+//! The first 40 bytes mean the same in every version: `TCMUDIF`, the version, which ring it is, whether the ring alone says all, and the tail.
+//! A record of a version that isn't known is taken up only if nothing but that is needed: the handler before stopped when each entry between
+//! tail and head was unanswered, or there is none. Otherwise it is refused, and nothing of it or the ring is touched.
 
 use std::{cell::RefCell, collections::HashMap, fmt, fs::File, io, rc::Rc, sync::atomic};
 
@@ -22,12 +26,16 @@ use tcmu_sys as abi;
 
 use super::{
     device::{HEAD, TAIL},
+    foreign::{Foreign, RecordError},
     reply::{CHECK_CONDITION, SenseBytes},
 };
 use crate::sys::mem::Mapping;
 
-/// First bytes, with the version of what follows.
-const MAGIC: [u8; 8] = *b"TCMUDIF\x01";
+/// The version of what follows the first 40 bytes.
+pub const VERSION: u8 = 1;
+pub(super) const NAME: [u8; 7] = *b"TCMUDIF";
+/// First bytes, with the version.
+const MAGIC: [u8; 8] = [NAME[0], NAME[1], NAME[2], NAME[3], NAME[4], NAME[5], NAME[6], VERSION];
 /// Answers of one batch.
 pub const MAX_BATCH: usize = 128;
 /// Requests that can be kept aside; more are running only where an initiator has far more than 256 commands under way.
@@ -37,10 +45,12 @@ const KEPT_LEN: u64 = 64 << 10;
 /// Slots that hold nothing to do, and marks of [`Once`].
 const WORDS: usize = 1024;
 
-const AT_RING: u64 = 8;
-const AT_TAIL: u64 = 32;
+pub(super) const AT_RING: u64 = 8;
+/// 1 if the handler has stopped and each entry from the tail to the head is unanswered.
+pub(super) const AT_PLAIN: u64 = 24;
+pub(super) const AT_TAIL: u64 = 32;
 const AT_LOST: u64 = 36;
-const AT_VALID: u64 = 40;
+pub(super) const AT_VALID: u64 = 40;
 const AT_BATCH: u64 = 48;
 const AT_ANSWERS: u64 = 4096;
 const ANSWER_LEN: u64 = 160;
@@ -71,7 +81,7 @@ pub struct RingId {
 }
 
 impl RingId {
-    fn bytes(self) -> [u8; 16] {
+    pub(super) fn bytes(self) -> [u8; 16] {
         let mut out = [0; 16];
         out[..8].copy_from_slice(&self.device.to_le_bytes());
         out[8..12].copy_from_slice(&self.cmdr_off.to_le_bytes());
@@ -233,15 +243,19 @@ impl Record {
     /// tells what it left. `None` if the file says nothing of this ring as it stands now; the record is empty then.
     ///
     /// # Errors
-    /// If the file cannot be made, or there is no room for it.
-    pub fn open(file: File, id: RingId, ring: &Mapping) -> io::Result<(Record, Option<Found>)> {
+    /// If the file cannot be made, or there is no room for it; if it is of a version that isn't known, and would be needed.
+    pub fn open(file: File, id: RingId, ring: &Mapping) -> Result<(Record, Option<Found>), RecordError> {
+        let foreign = Foreign::look(&file, id, ring)?;
+        if let Foreign::Unknown(version) = foreign {
+            return Err(RecordError::Version(version));
+        }
         let new = file.metadata()?.len() != LEN;
         if new {
             file.set_len(0)?;
             file.set_len(LEN)?;
         }
         // A page that cannot be had when it is stored to would kill the process.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, HOT)?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, HOT).map_err(io::Error::from)?;
         let map = Mapping::new(&file, LEN as usize)?;
         let tables = Tables {
             kept_free: (1..=KEPT as u32).rev().collect(),
@@ -253,10 +267,19 @@ impl Record {
             lost: Vec::new(),
         };
         let record = Record { file, map, tables: RefCell::new(tables) };
+        if let Foreign::Plain(version) = foreign {
+            tracing::info!(
+                version,
+                "another version's record is replaced: the ring alone says what is unanswered"
+            );
+            record.begin_anew(id, ring)?;
+            return Ok((record, Some(Found::default())));
+        }
         let found = if new { None } else { record.found(id, ring) };
         if found.is_none() {
             record.begin_anew(id, ring)?;
         }
+        record.map.store_release(AT_PLAIN, 0);
         Ok((record, found))
     }
 
@@ -264,7 +287,12 @@ impl Record {
     ///
     /// # Errors
     /// As [`Record::open`].
-    pub fn knows(file: File, id: RingId, ring: &Mapping) -> io::Result<bool> {
+    pub fn knows(file: File, id: RingId, ring: &Mapping) -> Result<bool, RecordError> {
+        match Foreign::look(&file, id, ring)? {
+            Foreign::Plain(_) => return Ok(true),
+            Foreign::Unknown(version) => return Err(RecordError::Version(version)),
+            Foreign::No => {}
+        }
         if file.metadata()?.len() != LEN {
             return Ok(false);
         }
@@ -459,6 +487,7 @@ impl Record {
         // Fewer commands run than there are marks.
         let Some(note) = tables.once_free.pop() else { return };
         tables.once.insert(id, note);
+        self.map.store_release(AT_PLAIN, 0);
         self.map.store_release(AT_ONCE + 4 * u64::from(note - 1), id.into());
     }
 
@@ -492,6 +521,19 @@ impl Record {
         self.map.store_release(AT_VALID, 1);
         // Nothing of the ring is touched before that is seen.
         atomic::fence(atomic::Ordering::Release);
+    }
+
+    /// Notes for a successor of another version that the ring alone says all, if that is so. Nothing is answered after that.
+    pub fn rest(&self) {
+        let tables = self.tables.borrow();
+        let is_plain = tables.kept_free.len() == KEPT
+            && tables.dead_free.len() == WORDS
+            && tables.once.is_empty()
+            && tables.lost.is_empty()
+            && self.word(AT_VALID) == 0;
+        if is_plain {
+            self.map.store_release(AT_PLAIN, 1);
+        }
     }
 
     /// Step 4: the answers are in the ring, and its tail is `tail`.

@@ -261,6 +261,100 @@ fn a_record_of_another_ring_or_none_is_not_believed() {
     assert_eq!(Ring::attach(device).unwrap().resumed(), None);
 }
 
+/// Makes the file one of another version.
+fn as_version(file: &File, version: u8) {
+    file.write_all_at(&[version], 7).unwrap();
+}
+
+fn bytes_of(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; 64 << 10];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn a_newer_record_that_would_be_needed_is_refused_in_words_and_neither_it_nor_the_ring_is_touched() {
+    let mut kernel = Kernel::new(options()).unwrap();
+    let file = record();
+    let device = |kernel: &Kernel, file: &File| {
+        kernel.device().unwrap().with_record(file.try_clone().unwrap(), INSTANCE)
+    };
+    let mut ring = Ring::attach(device(&kernel, &file)).unwrap();
+    for _ in 0..3 {
+        kernel.submit(&WRITE10, Data::Out(&[1; 512])).unwrap();
+    }
+    // The second is answered before the first: what the ring shows of it is not to be run again.
+    let first = ring.take_entry().unwrap().unwrap().1.unwrap();
+    ring.take_entry().unwrap().unwrap().1.unwrap().answer(Completion::status(0));
+    ring.publish().unwrap();
+    kernel.ended().unwrap();
+    std::mem::forget(first);
+    drop(ring);
+    for newer in [2, 3, 255] {
+        as_version(&file, newer);
+        let (before, world) = (bytes_of(&file), kernel.copy().unwrap());
+        let refused = device(&kernel, &file).is_resumable().unwrap_err();
+        let words = format!("the in-flight record is of version {newer}, and this program knows 1");
+        assert!(refused.to_string().starts_with(&words), "{refused}");
+        let refused = Ring::attach(device(&kernel, &file)).err().unwrap();
+        assert!(matches!(refused, RingError::RecordVersion { found } if found == newer), "{refused}");
+        assert_eq!(bytes_of(&file), before);
+        assert_eq!(kernel.in_flight(), world.in_flight());
+    }
+    // The version that wrote it goes on as if nothing had been.
+    as_version(&file, 1);
+    let mut ring = Ring::attach(device(&kernel, &file)).unwrap();
+    assert_eq!(ring.resumed(), Some(2));
+    while let Some((_, reply)) = ring.take_entry().unwrap() {
+        reply.unwrap().answer(Completion::status(0));
+    }
+    ring.publish().unwrap();
+    assert_eq!((kernel.ended().unwrap().len(), kernel.in_flight()), (2, 0));
+    // Nothing is under way: nothing of a newer record is needed. One of another ring says nothing of this one.
+    drop(ring);
+    as_version(&file, 2);
+    assert_eq!(Ring::attach(device(&kernel, &file)).unwrap().resumed(), Some(0));
+    as_version(&file, 2);
+    kernel.submit(&WRITE10, Data::Out(&[1; 512])).unwrap();
+    let other = kernel.device().unwrap().with_record(file.try_clone().unwrap(), INSTANCE + 1);
+    assert!(!other.is_resumable().unwrap());
+}
+
+#[test]
+fn a_newer_handler_that_stopped_in_good_order_leaves_a_ring_that_any_version_takes_up() {
+    let mut kernel = Kernel::new(options()).unwrap();
+    let file = record();
+    let device = |kernel: &Kernel, file: &File| {
+        kernel.device().unwrap().with_record(file.try_clone().unwrap(), INSTANCE)
+    };
+    let mut ring = Ring::attach(device(&kernel, &file)).unwrap();
+    kernel.submit(&WRITE10, Data::Out(&[1; 512])).unwrap();
+    ring.take_entry().unwrap().unwrap().1.unwrap().answer(Completion::status(0));
+    ring.publish().unwrap();
+    kernel.ended().unwrap();
+    let killed = copy_of(&file);
+    drop(ring);
+    // While nobody is there, initiators go on.
+    let ids: BTreeSet<u16> = (0..3).map(|_| kernel.submit(&WRITE10, Data::Out(&[1; 512])).unwrap()).collect();
+    for file in [&killed, &file] {
+        as_version(file, 2);
+    }
+    assert!(device(&kernel, &killed).is_resumable().is_err(), "one that was killed has not said so");
+    assert!(device(&kernel, &file).is_resumable().unwrap());
+    let mut ring = Ring::attach(device(&kernel, &file)).unwrap();
+    assert_eq!(ring.resumed(), Some(3));
+    let mut taken = BTreeSet::new();
+    while let Some((Entry::Command(command), reply)) = ring.take_entry().unwrap() {
+        taken.insert(command.id);
+        reply.unwrap().answer(Completion::status(0));
+    }
+    assert_eq!(taken, ids);
+    ring.publish().unwrap();
+    // The one who took it up is at work, and has not stopped: its own record counts from now on.
+    assert_eq!(bytes_of(&file)[7..8], [1]);
+    assert_eq!(bytes_of(&file)[24..28], [0; 4]);
+}
+
 #[test]
 fn a_mark_outlives_its_process_and_goes_with_the_answer() {
     let mut kernel = Kernel::new(options()).unwrap();
@@ -280,6 +374,7 @@ fn a_mark_outlives_its_process_and_goes_with_the_answer() {
     once.mark();
     std::mem::forget(reply);
     drop(ring);
+    assert_eq!(bytes_of(&file)[24..28], [0; 4], "the ring does not say that it has been marked");
     let mut ring = attach(&kernel);
     let (once, reply) = take(&mut ring);
     assert!(once.is_marked());

@@ -99,6 +99,14 @@ pub struct Calls {
     pub reads: u64,
 }
 
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if let Some(record) = &self.record {
+            record.rest();
+        }
+    }
+}
+
 impl Ring {
     /// Maps the device's region and checks its mailbox. Reading starts with what the record of a predecessor has, if there is one, and
     /// goes on at the tail: what lies there is unanswered.
@@ -135,7 +143,7 @@ impl Ring {
             None => (None, None),
             Some((file, instance)) => {
                 let id = RingId { device: instance, cmdr_off, cmdr_size };
-                let (record, found) = Record::open(file, id, &map).map_err(RingError::Record)?;
+                let (record, found) = Record::open(file, id, &map)?;
                 (Some(Rc::new(record)), found)
             }
         };

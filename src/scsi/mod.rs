@@ -18,4 +18,4 @@ mod vpd;
 
 pub use names::{moved_by, range_of};
 pub use sense::{Sense, SenseKey, Status};
-pub use target::{Command, Once, Response, SavedPages, Target, TargetConfig, naa_from_serial};
+pub use target::{Command, Once, Response, SavedPages, Target, TargetConfig, continued, naa_from_serial};

@@ -336,6 +336,16 @@ pub(super) fn restore(bytes: &[u8], defaults: &Settings) -> Option<Settings> {
     select(bytes, 0, defaults).ok()
 }
 
+/// All pages with their current values as bytes, those that cannot be saved among them.
+pub(super) fn current(settings: &Settings) -> Vec<u8> {
+    CODES.iter().filter_map(|c| page(c.0, c.1, settings)).flatten().collect()
+}
+
+/// What [`current`] gave of settings that have the same parts as `like`, or `None` if these bytes did not come from it. The capacity is that of `like`.
+pub(super) fn take_up(bytes: &[u8], like: &Settings) -> Option<Settings> {
+    select(bytes, 0, like).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -411,6 +421,29 @@ mod tests {
         let changed = Settings { write_cache: false, descriptor_sense: true, write_protect: true, ..OFF };
         assert_eq!(restore(&save(&changed), &DEFAULTS), Some(changed));
         assert_eq!(restore(b"junk", &DEFAULTS), None);
+    }
+
+    #[test]
+    fn all_that_can_be_changed_is_taken_up_again_saved_or_not() {
+        let range = AppRange { first: Lba(0), blocks: 100, tag: 7 };
+        let pi = PiSettings {
+            dpicz: true,
+            ato: false,
+            atmpe: true,
+            rwwp: true,
+            tags: [range, NO_RANGE, NO_RANGE, NO_RANGE],
+            capacity: 100,
+        };
+        let threshold = Some(Threshold { enabled: true, count: 9 });
+        let changed =
+            Settings { descriptor_sense: true, write_protect: true, pi: Some(pi), threshold, ..OFF };
+        let like = Settings { threshold: Some(Threshold::default()), ..with_pi() };
+        assert_eq!(take_up(&current(&changed), &like), Some(changed));
+        assert_eq!(take_up(&current(&like), &like), Some(like));
+        // Of another LUN: without protection, or smaller.
+        assert_eq!(take_up(&current(&changed), &DEFAULTS), None);
+        let smaller = Settings { pi: Some(PiSettings { capacity: 99, ..PiSettings::default() }), ..like };
+        assert_eq!(take_up(&current(&changed), &smaller), None);
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! FORMAT UNIT and SANITIZE: what they leave, what is answered meanwhile, and what becomes of a failure.
 
+use std::{cell::RefCell, io, rc::Rc};
+
 use tcmu_dif::{
+    scsi::continued::{Continued, Keeper, Unfinished},
     sys::mem::{Buffer, Sg},
     units::BlockSize,
     volume::{IoErrorKind, IoOp},
@@ -219,4 +222,43 @@ fn a_format_that_failed_or_was_dropped_has_to_be_repeated() {
     b.exec.run_ready();
     b.exec.clear();
     assert_eq!(b.get(&cdb(0x28, 0, 0, 1), 512).sense, (3, 0x31, 1));
+}
+
+#[derive(Clone, Default)]
+struct Kept(Rc<RefCell<Vec<Option<Unfinished>>>>);
+
+impl Keeper for Kept {
+    fn keep(&self, state: &Continued) -> io::Result<()> {
+        self.0.borrow_mut().push(state.unfinished);
+        Ok(())
+    }
+}
+
+#[test]
+fn that_the_medium_is_being_rewritten_is_kept_before_it_begins_and_until_it_has_ended_well() {
+    let kept = Kept::default();
+    let keeper = kept.clone();
+    let b = Bench::with(BlockSize::B512, |c| c.keeper = Some(Box::new(keeper)), |_| {});
+    let said = || std::mem::take(&mut *kept.0.borrow_mut());
+    let format = [0x04, 0, 0, 0, 0, 0];
+    assert_eq!(b.none(&format).sense, GOOD);
+    assert_eq!(said(), [Some(Unfinished::Format), None]);
+    for ause in [false, true] {
+        let flags = if ause { 0x20 } else { 0 };
+        let unfinished = Some(Unfinished::Sanitize { ause });
+        b.volume().fail(IoOp::Discard, 0, IoErrorKind::Medium);
+        assert_eq!(b.none(&sanitize(BLOCK_ERASE, flags, 0)).sense, (3, 0x0c, 0));
+        b.volume().mend();
+        assert_eq!(said(), [unfinished, unfinished]);
+        let end = if ause { EXIT_FAILURE_MODE } else { BLOCK_ERASE };
+        assert_eq!(b.none(&sanitize(end, 0, 0)).sense, GOOD);
+        assert_eq!(said().last(), Some(&None));
+    }
+    // In the background, and cut off there.
+    in_background(&b);
+    b.volume().yields.set(3);
+    b.spawn(&[0x04, 0x10, 0, 0, 0, 0], &Buffer::from_slice(&[0, 0x82, 0, 0]).sg());
+    b.exec.run_ready();
+    b.exec.clear();
+    assert_eq!(said(), [Some(Unfinished::Format)]);
 }

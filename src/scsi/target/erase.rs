@@ -136,6 +136,9 @@ impl<V: Volume> Target<V> {
     async fn start(&self, job: Job, immediate: bool) -> Outcome {
         // From now on, not from when the job gets its turn.
         self.medium.set((job.running)(0));
+        // Cut off, it has failed: what is on the medium is neither the old nor the new.
+        self.keeping.unfinished.set(Some(job.failed));
+        self.keep();
         if immediate && self.in_background.get() {
             self.jobs.borrow_mut().push_back(job);
             self.jobs_added.notify_all();
@@ -145,6 +148,12 @@ impl<V: Volume> Target<V> {
     }
 
     async fn erase(&self, job: Job) -> Result<(), Failure> {
+        let done = self.erase_all(job).await;
+        self.keep();
+        done
+    }
+
+    async fn erase_all(&self, job: Job) -> Result<(), Failure> {
         let mut state = Running { medium: &self.medium, leave: job.failed };
         let _guard = self.gate.hold(0, u64::MAX).await;
         let len = self.geometry.get().blocks * self.block_size.bytes();
@@ -287,6 +296,7 @@ impl<V: Volume> Target<V> {
             Medium::SanitizeFailed { ause: false } => Err(Sense::invalid_field(1, 4).into()),
             Medium::SanitizeFailed { ause: true } => {
                 self.medium.set(Medium::Ready);
+                self.keep();
                 Ok(0)
             }
             _ => Ok(0),

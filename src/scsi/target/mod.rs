@@ -6,6 +6,7 @@
 //! kernel keeps.
 
 mod compare;
+pub mod continued;
 mod copy;
 mod erase;
 mod gate;
@@ -40,6 +41,7 @@ use crate::{
     units::{BlockSize, ByteOffset, Lba},
     volume::{AppRange, IoError, IoErrorKind, Limits, Volume},
 };
+use continued::{Keeper, Keeping};
 use erase::Medium;
 use gate::Gate;
 
@@ -126,6 +128,8 @@ pub struct TargetConfig {
     pub saved_pages: Option<Box<dyn SavedPages>>,
     /// Begin with the unit attention POWER ON, RESET, OR BUS DEVICE RESET OCCURRED.
     pub power_on: bool,
+    /// Keeps for a successor of this process what only a power cycle may reset.
+    pub keeper: Option<Box<dyn Keeper>>,
     /// Told of every failure of the volume, as it happens.
     pub on_failure: Option<OnFailure>,
     /// The logical units that EXTENDED COPY may reach beside this one; without it none.
@@ -148,6 +152,7 @@ impl TargetConfig {
             write_cache: true,
             saved_pages: None,
             power_on: true,
+            keeper: None,
             on_failure: None,
             neighbours: None,
         }
@@ -186,6 +191,7 @@ pub struct Target<V: Volume> {
     neighbours: Option<Rc<dyn Neighbours>>,
     copies: copy::Copies,
     attentions: RefCell<VecDeque<Asc>>,
+    keeping: Keeping,
     gate: Gate,
     space: Cell<space::Seen>,
     medium: Cell<Medium>,
@@ -241,6 +247,7 @@ impl<V: Volume> Target<V> {
             copies: copy::Copies::default(),
             saved_settings: Cell::new(settings),
             attentions: RefCell::new(attentions),
+            keeping: Keeping::new(config.keeper, config.write_cache),
             gate: Gate::default(),
             space: Cell::default(),
             medium: Cell::new(Medium::Ready),
@@ -268,11 +275,6 @@ impl<V: Volume> Target<V> {
         }
     }
 
-    /// The initiators have noticed nothing of the restart, so there is no power on to tell them of.
-    pub fn goes_on(&self) {
-        self.attentions.borrow_mut().retain(|asc| *asc != Asc::POWER_ON_OR_RESET);
-    }
-
     /// Whether writes are acknowledged before they are on stable storage (WCE).
     pub fn write_cache(&self) -> bool {
         self.settings.get().write_cache
@@ -287,6 +289,7 @@ impl<V: Volume> Target<V> {
             self.settings.set(settings);
             self.attention(Asc::MODE_PARAMETERS_CHANGED);
         }
+        self.note_write_cache(on);
     }
 
     fn attention(&self, asc: Asc) {
@@ -294,6 +297,8 @@ impl<V: Volume> Target<V> {
         if !queue.contains(&asc) {
             queue.push_back(asc);
         }
+        drop(queue);
+        self.keep();
     }
 
     /// Executes one command to its end. Never panics, whatever the command holds.
@@ -319,8 +324,7 @@ impl<V: Volume> Target<V> {
     async fn run(&self, command: &Command<'_>) -> Result<(usize, Kind), Failure> {
         let found = opcodes::find(command.cdb, self.abilities());
         if !found.is_ok_and(|op| op.ignores_attention) {
-            let pending = self.attentions.borrow_mut().pop_front();
-            if let Some(asc) = pending {
+            if let Some(asc) = self.give_attention() {
                 return Err(Sense::new(SenseKey::UnitAttention, asc).into());
             }
         }

@@ -137,6 +137,7 @@ impl<V: Volume> Target<V> {
         if old.threshold != settings.threshold {
             self.space.take();
         }
+        self.keep();
         if old.write_cache && !settings.write_cache {
             // Every write that was begun with the cache on has ended when the flush begins.
             drop(self.gate.hold(0, u64::MAX).await);

@@ -31,8 +31,7 @@ impl<V: Volume> Target<V> {
 
     /// Gives back, and so clears, what the next command would have been refused with.
     pub(super) fn request_sense(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
-        let pending = self.attentions.borrow_mut().pop_front();
-        let mut sense = match pending {
+        let mut sense = match self.give_attention() {
             Some(asc) => Sense::new(SenseKey::UnitAttention, asc),
             None => self.medium.get().sense().unwrap_or(Sense::new(SenseKey::NoSense, Asc::NONE)),
         };
