@@ -255,7 +255,7 @@ impl Host for Asked {
 
     fn del(&self, device: &str, force: bool) -> Result<Value, Error> {
         self.0.lock().unwrap().push(format!("del {device} {force}"));
-        Ok(json!({ "name": device, "deleted": true, "left": [] }))
+        Ok(json!({ "name": device, "deleted": true, "left": [], "leftovers": [] }))
     }
 
     fn quit(&self) {

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::{
     Admin, Refusal,
+    half::{self, Half},
     images::{self, Looked},
     luns::{self, DISK_TIMEOUT, ExportView, Places, refused},
     order::{ExportOrder, Order},
@@ -99,8 +100,24 @@ impl Admin {
         let places = &self.places;
         let config = order.config()?;
         let _turn = places.turn("create", &order.name)?;
+        let half = Half::noted(places, &order.name);
         if let Some(there) = places.find("create", &order.name)? {
-            return again(places, order, &config, &there);
+            let same = again(places, order, &config, &there);
+            let Some(half) = half else { return same };
+            let exports = fabric::of(&places.tree, &there).map_err(|e| refused("create", &order.name, &e))?;
+            if half.is_whole(&there, &exports) {
+                // Cut off after the last step.
+                Half::forget(places, &order.name);
+                return same;
+            }
+            require_root("create")?;
+            tracing::warn!(lun = %order.name, "half of it is there, from a create that was cut off: taken down, and made anew");
+            self.delete_in_turn(&order.name, false)?;
+        } else if let Some(half) = half.filter(|_| require_root("create").is_ok()) {
+            let gone = half::take_down(places, &order.name, Some(&half))?;
+            if !gone.is_empty() {
+                tracing::warn!(lun = %order.name, "taken down, from a create that was cut off: {}", gone.join(", "));
+            }
         }
         let looked = look_at_image(order, &config)?;
         let format = looked.as_ref().map_or(order.format.unwrap_or(Format::Raw), |l| l.format);
@@ -120,7 +137,31 @@ impl Admin {
         for export in &order.exports {
             modules::load(export.fabric.module()).map_err(unready)?;
         }
-        self.build(order, &config, looked)
+        let serial = order.serial.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        let names = world_wide_names(order);
+        // A target that is there is another's, and none that could be left of this.
+        let new =
+            |(fabric, wwn): &(&str, &str)| !places.tree.has_now(&Path::new("target").join(fabric).join(wwn));
+        let exports =
+            order.exports.iter().zip(&names).map(|(e, wwn)| (e.fabric.word(), wwn.as_str())).filter(new);
+        let half = Half::new(&serial, exports);
+        half.note(places, &order.name)?;
+        let made = self.build(order, &config, looked, serial);
+        match &made {
+            Ok(_) => Half::forget(places, &order.name),
+            // Nothing is left, or what could not be undone was said; then the note stays for whoever tries again.
+            Err(_) => match places.find("create", &order.name) {
+                Ok(None) => {
+                    if let Err(e) = half::take_down(places, &order.name, Some(&half)) {
+                        tracing::warn!(lun = %order.name, "something of it is left: {}: tcmu-dif delete {}", e.reason, order.name);
+                    }
+                }
+                _ => {
+                    tracing::warn!(lun = %order.name, "not all of it could be taken down: tcmu-dif delete {}", order.name)
+                }
+            },
+        }
+        made
     }
 
     fn build(
@@ -128,6 +169,7 @@ impl Admin {
         order: &Order,
         config: &DeviceConfig,
         looked: Option<Looked>,
+        serial: String,
     ) -> Result<Created, Refusal> {
         let (places, name) = (&self.places, &order.name);
         let failed = |e: backstore::ConfigfsError| refused("create", name, &e);
@@ -150,7 +192,7 @@ impl Admin {
             dev_config: config.dev_config().map_err(|e| Refusal::from("create", name, &e))?,
             capacity,
             block_size: order.block_size,
-            serial: order.serial.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+            serial,
             write_cache: true,
         };
         let path = backstore::create(&places.tree, &spec, &mut undo).map_err(failed)?;
@@ -327,6 +369,7 @@ pub(crate) fn differences(
         }
         _ => differ("configuration", there.dev_config.clone(), config.to_string()),
     }
+    differ("a device that is", if there.enabled { "enabled" } else { "half made" }.into(), "enabled".into());
     differ("--block-size", there.block_size.to_string(), order.block_size.to_string());
     if let Some(size) = order.size {
         differ("--size", there.capacity.to_string(), size.to_string());

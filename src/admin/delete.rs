@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::{
     Admin, Refusal,
+    half::{self, Half},
     luns::{self, Places, refused},
     require_root,
 };
@@ -25,7 +26,7 @@ use crate::{
         names::Name,
         usage::{self, User},
     },
-    lun::{saved_pages, scrub, serial_of, state_file::StateFile, throttle},
+    lun::serial_of,
 };
 
 /// A LUN that is gone.
@@ -37,17 +38,30 @@ pub struct Deleted {
     pub deleted: bool,
     /// Targets that stay until their guest goes.
     pub left: Vec<String>,
+    /// What was left of it by a create or delete that was cut off, and is gone too: paths in configfs, files.
+    pub leftovers: Vec<String>,
 }
 
 impl Admin {
-    /// Takes the LUN down; its image stays. With `force` even while it is in use.
+    /// Takes the LUN down, also half of one; its image stays. With `force` even while it is in use.
     ///
     /// # Errors
     /// If there is none, if somebody uses it, and the kernel's.
     pub fn delete(&self, name: &Name, force: bool) -> Result<Deleted, Refusal> {
+        let _turn = self.places.turn("delete", name)?;
+        self.delete_in_turn(name, force)
+    }
+
+    /// The same, for who has the turn on that name.
+    ///
+    /// # Errors
+    /// As [`Admin::delete`].
+    pub(super) fn delete_in_turn(&self, name: &Name, force: bool) -> Result<Deleted, Refusal> {
         let places = &self.places;
-        let _turn = places.turn("delete", name)?;
-        let store = places.lun("delete", name)?;
+        let half = Half::noted(places, name);
+        let Some(store) = places.find("delete", name)? else {
+            return self.delete_leftovers(name, half.as_ref());
+        };
         let exports = fabric::of(&places.tree, &store).map_err(|e| refused("delete", name, &e))?;
         if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {
             return Err(Refusal::new("delete", name, foreign.to_string())
@@ -69,6 +83,12 @@ impl Admin {
                 "start it: tcmu-dif daemon; or give up what isn't flushed: tcmu-dif delete --force {name}"
             )));
         }
+        // What is begun here can be ended by the next who comes.
+        let serial =
+            luns::config_of(&store).map(|config| serial_of(Some(&store.serial), &config, &store.name));
+        let serial = serial.unwrap_or_else(|| store.serial.clone());
+        let now = exports.iter().map(|e| (e.fabric.as_str(), e.target.as_str()));
+        Half::new(&serial, now).note_with(half.as_ref(), places, name)?;
         let _failing = if alive { None } else { Some(Failing::start(places, &store, &exports)) };
         let mut left = Vec::new();
         for export in &exports {
@@ -83,20 +103,25 @@ impl Admin {
             tracing::warn!("{name}: {e}");
         }
         // After that: a LUN that stops saves how far its scrub is.
-        forget_state(places, &store);
-        Ok(Deleted { name: name.to_string(), deleted: true, left })
+        half::forget_state(places, &serial);
+        let leftovers = half::take_down(places, name, half.as_ref())?;
+        Half::forget(places, name);
+        Ok(Deleted { name: name.to_string(), deleted: true, left, leftovers })
     }
-}
 
-/// A LUN that is made later with the same serial number begins with the defaults.
-fn forget_state(places: &Places, store: &Backstore) {
-    let Some(config) = luns::config_of(store) else { return };
-    let serial = serial_of(Some(&store.serial), &config, &store.name);
-    for folder in [saved_pages::FOLDER, scrub::FOLDER, throttle::FOLDER] {
-        let file = StateFile::new(&places.state_dir, folder, &serial);
-        if let Err(e) = file.remove() {
-            tracing::warn!("{}: {} stays: {e}", store.name, file.path().display());
+    /// There is no device of ours of that name; there may be the rest of one.
+    fn delete_leftovers(&self, name: &Name, half: Option<&Half>) -> Result<Deleted, Refusal> {
+        let places = &self.places;
+        if require_root("delete").is_err() && half.is_none() {
+            places.lun("delete", name)?;
         }
+        require_root("delete")?;
+        let leftovers = half::take_down(places, name, half)?;
+        if leftovers.is_empty() {
+            // That there is none is said.
+            places.lun("delete", name)?;
+        }
+        Ok(Deleted { name: name.to_string(), deleted: true, left: Vec::new(), leftovers })
     }
 }
 

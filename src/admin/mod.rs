@@ -9,6 +9,7 @@ pub mod create;
 pub mod declared;
 pub mod delete;
 mod error;
+mod half;
 pub mod host;
 pub mod images;
 pub mod luns;

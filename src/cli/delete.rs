@@ -15,5 +15,8 @@ pub fn run(cli: &Cli, args: &Delete) -> Done {
     for target in gone.left {
         eprintln!("tcmu-dif: the target {target} stays until its guest goes: rmdir it then");
     }
+    for thing in gone.leftovers {
+        eprintln!("left by a create or delete that was cut off, and gone now: {thing}");
+    }
     output::print(&format!("{} is deleted; its image stays", gone.name))
 }

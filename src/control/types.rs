@@ -270,7 +270,12 @@ pub(super) static LUN_ADDED: Object = object(
 /// What `lun-del` has left.
 pub(super) static LUN_DELETED: Object = object(
     "LunDeleted",
-    &[has("name", Type::Str), has("deleted", Type::Bool), has("left", Type::List(&Type::Str))],
+    &[
+        has("name", Type::Str),
+        has("deleted", Type::Bool),
+        has("left", Type::List(&Type::Str)),
+        has("leftovers", Type::List(&Type::Str)),
+    ],
 );
 
 /// ImageInfo.

@@ -22,7 +22,7 @@ pub const COMMAND_TIMEOUT: u32 = 90;
 const MAX_TRANSFER: u64 = 8 << 20;
 /// MiB of the command ring: some sixty of the longest commands, or sixteen thousand short ones.
 const RING_MB: u32 = 2;
-const CORE: &str = "target/core";
+pub(super) const CORE: &str = "target/core";
 
 /// A step that the kernel refused.
 #[derive(Debug, Error)]
@@ -90,6 +90,8 @@ pub struct Backstore {
     pub wants_answers: bool,
 }
 
+/// How often a device's directory is begun with a `user_N` of its own.
+const HBA_TRIES: usize = 3;
 /// How often, and how long apart, a device whose attributes are not there is looked at again before that is an error.
 const REMOVAL_LOOKS: usize = 100;
 const REMOVAL_PAUSE: Duration = Duration::from_millis(10);
@@ -270,9 +272,7 @@ pub fn hear_task_management(tree: &dyn Tree, hba: u32, name: &str) -> Result<(),
 /// # Errors
 /// The step that the kernel refused.
 pub fn create(tree: &dyn Tree, spec: &Spec, undo: &mut Undo<'_>) -> Result<PathBuf, ConfigfsError> {
-    let hba = make_hba(tree, undo)?;
-    let path = hba.join(spec.name.as_str());
-    undo.make_dir(&path).context("make", &path)?;
+    let path = make_device(tree, spec, undo)?;
     let control = path.join("control");
     let blocks = (MAX_TRANSFER / spec.block_size.bytes()).to_string();
     for (key, value) in [
@@ -301,6 +301,21 @@ pub fn create(tree: &dyn Tree, spec: &Spec, undo: &mut Undo<'_>) -> Result<PathB
         tree.write(&attr, value).context("write", &attr)?;
     }
     Ok(path)
+}
+
+/// The device's directory in a `user_N` of its own. Who tidies up may take an empty one away between the two steps: then another is made.
+fn make_device(tree: &dyn Tree, spec: &Spec, undo: &mut Undo<'_>) -> Result<PathBuf, ConfigfsError> {
+    let mut tries = 1;
+    loop {
+        let path = make_hba(tree, undo)?.join(spec.name.as_str());
+        match undo.make_dir(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && tries < HBA_TRIES => {
+                undo.forget_last();
+                tries += 1;
+            }
+            made => return made.context("make", &path).map(|()| path),
+        }
+    }
 }
 
 /// The first `user_N` that nobody has.

@@ -18,16 +18,28 @@ pub enum Node {
     Link(PathBuf),
 }
 
-/// The tree, and how many more changes it lets through.
+/// The tree, and how many more changes and removals it lets through.
 #[derive(Default)]
 pub struct Fake {
     pub nodes: RefCell<BTreeMap<PathBuf, Node>>,
     pub changes_left: Cell<Option<usize>>,
+    pub removals_left: Cell<Option<usize>>,
     pub busy: RefCell<Vec<PathBuf>>,
 }
 
 fn errno(n: i32) -> io::Error {
     io::Error::from_raw_os_error(n)
+}
+
+fn one_less(left: &Cell<Option<usize>>) -> io::Result<()> {
+    match left.get() {
+        Some(0) => Err(errno(libc::EIO)),
+        Some(n) => {
+            left.set(Some(n - 1));
+            Ok(())
+        }
+        None => Ok(()),
+    }
 }
 
 impl Fake {
@@ -44,14 +56,7 @@ impl Fake {
     }
 
     fn change(&self) -> io::Result<()> {
-        match self.changes_left.get() {
-            Some(0) => Err(errno(libc::EIO)),
-            Some(n) => {
-                self.changes_left.set(Some(n - 1));
-                Ok(())
-            }
-            None => Ok(()),
-        }
+        one_less(&self.changes_left)
     }
 
     fn put(&self, path: PathBuf, node: Node) {
@@ -105,6 +110,7 @@ impl Tree for Fake {
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        one_less(&self.removals_left)?;
         if self.busy.borrow().iter().any(|p| p == path) {
             return Err(errno(libc::EBUSY));
         }
@@ -160,6 +166,7 @@ impl Tree for Fake {
     }
 
     fn unlink(&self, link: &Path) -> io::Result<()> {
+        one_less(&self.removals_left)?;
         let mut nodes = self.nodes.borrow_mut();
         match nodes.get(link) {
             Some(Node::Link(_)) => {

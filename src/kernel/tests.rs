@@ -6,6 +6,7 @@ use super::{
     backstore::{self, Spec},
     fabric::{self, Fabric},
     fake::Fake,
+    leftover,
     names::{Name, Wwn},
     tree::Tree,
     undo::Undo,
@@ -212,4 +213,111 @@ fn a_device_that_another_removes_at_this_moment_is_no_error_and_hides_no_other()
     // One that stays without its attributes is an error all the same.
     let broken = Fading { tree: &tree, device: &device, looks: usize::MAX.into() };
     assert_eq!(backstore::all(&broken).unwrap_err().source.kind(), std::io::ErrorKind::NotFound);
+}
+
+/// What `delete` does with a LUN of which anything may be there.
+fn take_down(tree: &Fake, name: &str) -> Result<Vec<String>, backstore::ConfigfsError> {
+    let mut gone = Vec::new();
+    if let Some(store) = backstore::find(tree, "dif", name)? {
+        for export in fabric::of(tree, &store)? {
+            fabric::remove(tree, &export)?;
+        }
+        store.remove(tree)?;
+    }
+    for store in leftover::unconfigured(tree, name)? {
+        store.remove(tree)?;
+        gone.push(store.path.display().to_string());
+    }
+    for fabric in [Fabric::Loopback, Fabric::Vhost] {
+        let target = leftover::remove_target(tree, fabric, &Wwn::derived(&[fabric.word(), name]))?;
+        gone.extend(target.map(|path| path.display().to_string()));
+    }
+    gone.extend(leftover::remove_empty_hbas(tree)?.iter().map(|path| path.display().to_string()));
+    Ok(gone)
+}
+
+#[test]
+fn whatever_a_create_that_was_killed_has_left_is_taken_down_and_it_can_be_made_anew() {
+    let (mut killed, mut said) = (0, std::collections::BTreeSet::new());
+    for step in 0.. {
+        let tree = Fake::new();
+        build(&tree, "other").unwrap();
+        let before = tree.snapshot();
+        tree.changes_left.set(Some(step));
+        let mut undo = Undo::new(&tree);
+        let made = (|| {
+            let path = backstore::create(&tree, &spec("vm1"), &mut undo)?;
+            for fabric in [Fabric::Loopback, Fabric::Vhost] {
+                fabric::create(&tree, &path, fabric, &Wwn::derived(&[fabric.word(), "vm1"]), &mut undo)?;
+            }
+            Ok::<_, backstore::ConfigfsError>(())
+        })();
+        // Nobody undoes anything.
+        undo.keep();
+        tree.changes_left.set(None);
+        if made.is_ok() {
+            break;
+        }
+        killed += 1;
+        said.extend(take_down(&tree, "vm1").unwrap());
+        assert_eq!(tree.snapshot(), before, "step {step}");
+        assert_eq!(take_down(&tree, "vm1").unwrap(), [""; 0], "nothing is left");
+        build(&tree, "vm1").unwrap();
+    }
+    assert!(killed > 15, "{killed}");
+    for part in ["target/core/user_1", "target/core/user_1/vm1", "target/loopback/naa", "target/vhost/naa"] {
+        assert!(said.iter().any(|s| s.starts_with(part)), "{part}: {said:?}");
+    }
+}
+
+#[test]
+fn a_take_down_that_was_killed_is_ended_by_the_next() {
+    let mut killed = 0;
+    for step in 0.. {
+        let tree = Fake::new();
+        build(&tree, "other").unwrap();
+        let before = tree.snapshot();
+        build(&tree, "vm1").unwrap();
+        tree.removals_left.set(Some(step));
+        let done = take_down(&tree, "vm1");
+        tree.removals_left.set(None);
+        if done.is_ok() {
+            break;
+        }
+        killed += 1;
+        take_down(&tree, "vm1").unwrap();
+        assert_eq!(tree.snapshot(), before, "step {step}");
+        build(&tree, "vm1").unwrap();
+    }
+    assert!(killed > 8, "{killed}");
+}
+
+#[test]
+fn what_is_somebody_s_is_no_leftover() {
+    let tree = Fake::new();
+    build(&tree, "vm1").unwrap();
+    let wwn = |fabric: Fabric| Wwn::derived(&[fabric.word(), "vm1"]);
+    // A target that exports, one with another portal group, one with another LUN.
+    let other = Wwn::derived(&["another"]);
+    let target = Path::new("target/vhost").join(other.as_str());
+    for dir in ["", "tpgt_2"] {
+        tree.make_dir(&target.join(dir)).unwrap();
+    }
+    let third = Wwn::derived(&["a third"]);
+    let target = Path::new("target/vhost").join(third.as_str());
+    for dir in ["", "tpgt_1", "tpgt_1/lun/lun_7"] {
+        tree.make_dir(&target.join(dir)).unwrap();
+    }
+    // A device that is being configured, under another name; one that is another's.
+    for dir in ["user_8", "user_8/vm2", "user_9", "user_9/vm1"] {
+        tree.make_dir(&Path::new("target/core").join(dir)).unwrap();
+    }
+    tree.write(Path::new("target/core/user_9/vm1/attrib/dev_config"), "qcow//images/a").unwrap();
+    let before = tree.snapshot();
+    for wwn in [wwn(Fabric::Vhost), other, third, Wwn::derived(&["none"])] {
+        assert_eq!(leftover::remove_target(&tree, Fabric::Vhost, &wwn).unwrap(), None, "{wwn}");
+    }
+    assert_eq!(leftover::unconfigured(&tree, "vm1").unwrap(), []);
+    assert!(leftover::remove_empty_hbas(&tree).unwrap().is_empty());
+    assert_eq!(tree.snapshot(), before);
 }

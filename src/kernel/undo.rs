@@ -51,6 +51,11 @@ impl<'a> Undo<'a> {
         self.steps.push(Step::Call(what, Box::new(undo)));
     }
 
+    /// Somebody else has undone the last step.
+    pub fn forget_last(&mut self) {
+        self.steps.pop();
+    }
+
     /// All went well: nothing is undone.
     pub fn keep(mut self) {
         self.steps.clear();

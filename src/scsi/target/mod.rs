@@ -323,10 +323,10 @@ impl<V: Volume> Target<V> {
 
     async fn run(&self, command: &Command<'_>) -> Result<(usize, Kind), Failure> {
         let found = opcodes::find(command.cdb, self.abilities());
-        if !found.is_ok_and(|op| op.ignores_attention) {
-            if let Some(asc) = self.give_attention() {
-                return Err(Sense::new(SenseKey::UnitAttention, asc).into());
-            }
+        if !found.is_ok_and(|op| op.ignores_attention)
+            && let Some(asc) = self.give_attention()
+        {
+            return Err(Sense::new(SenseKey::UnitAttention, asc).into());
         }
         let op = found.map_err(|e| match e {
             NotFound::Opcode => Sense::new(SenseKey::IllegalRequest, Asc::INVALID_OPERATION_CODE),

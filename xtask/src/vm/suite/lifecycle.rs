@@ -68,6 +68,13 @@ pub const TESTS: &[Test] = &[
         group: None,
         run: kill_9_under_fio,
     },
+    Test {
+        name: "lifecycle.killed-create",
+        promise: "whatever a create or delete that is killed at a random moment leaves, delete takes down, and create makes anew",
+        limit: 600,
+        group: None,
+        run: killed_create,
+    },
 ];
 
 fn resize(run: &mut Run<'_>) -> Result<()> {
@@ -509,4 +516,46 @@ fn kill_9_under_fio(run: &mut Run<'_>) -> Result<()> {
         assert_image_clean(guest, &image, "raw", true)?;
     }
     Ok(())
+}
+
+/// Kills `create` (and, every third time, `delete`) at random moments; then `delete` leaves nothing, or `create` makes it anew.
+const HALVES: &str = r#"
+create() { tcmu-dif create half --image /scratch/half.raw --export loopback --export vhost "$@"; }
+left() { ls -d /sys/kernel/config/target/core/user_* /sys/kernel/config/target/*/naa.* /run/tcmu-dif/half/* 2>/dev/null; }
+truncate -s 16M /scratch/half.raw
+modprobe -a tcm_loop vhost_scsi
+begin=$(date +%s%N); create > /dev/null || exit 1; took=$(( ($(date +%s%N) - begin) / 1000000 ))
+tcmu-dif delete half > /dev/null || exit 1
+halves=0
+for round in $(seq $1); do
+    if [ $((round % 3)) = 0 ]; then create > /dev/null || exit 1; tcmu-dif delete half > /dev/null 2>&1 & else create > /dev/null 2>&1 & fi
+    pid=$!
+    sleep $(awk "BEGIN { srand($round); printf \"%.3f\", rand() * $took / 1000 }")
+    kill -9 $pid; wait $pid 2> /dev/null
+    [ -n "$(left)" ] && halves=$((halves + 1))
+    if [ $((round % 2)) = 0 ]; then
+        create > /tmp/said 2>&1 || { echo "round $round: create: $(cat /tmp/said)"; left; exit 1; }
+        [ $(ls -d /sys/kernel/config/target/*/naa.*/tpgt_1/lun/lun_0/half | wc -l) = 2 ] || { echo "round $round: not whole"; left; exit 1; }
+    fi
+    tcmu-dif delete half > /tmp/said 2>&1 || grep -q 'no such LUN' /tmp/said || { echo "round $round: delete: $(cat /tmp/said)"; left; exit 1; }
+    [ -z "$(left)" ] || { echo "round $round: left behind"; left; cat /tmp/said; exit 1; }
+done
+echo $halves
+"#;
+
+fn killed_create(run: &mut Run<'_>) -> Result<()> {
+    let rounds = run.scale.pick(6, 18, 60);
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    std::fs::write(guest.share().join("halves.sh"), HALVES)?;
+    let halves = guest.sh_within(
+        Duration::from_secs(540),
+        &format!("bash /host/halves.sh {rounds} 2>/tmp/err || {{ tail -n 5 /tmp/err; exit 1; }}"),
+    )?;
+    guest.note(format!("{rounds} kills, {} of them left something", halves.trim()));
+    ensure!(
+        halves.trim().parse::<u32>()? > 0,
+        "nothing was ever half made: the kills came too late or too early"
+    );
+    assert_nothing_left(guest)
 }
