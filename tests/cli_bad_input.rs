@@ -216,6 +216,22 @@ fn a_settings_file_that_is_named_has_to_be_there_and_check_says_what_counts_and_
 }
 
 #[test]
+fn images_that_are_made_and_resized_are_told_as_json_too() {
+    let images = Images::new();
+    let json = |words: &str| -> serde_json::Value {
+        let out = images.run(words);
+        assert!(out.status.success(), "{words}: {}", stderr(&out));
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let made = json("image create -f qcow2 json.qcow2 1M --json");
+    let wanted = serde_json::json!({ "filename": "json.qcow2", "format": "qcow2", "virtual-size": 1 << 20 });
+    assert_eq!(made, wanted);
+    let grown = json("image resize --json json.qcow2 +1M");
+    assert_eq!((&grown["before"], &grown["virtual-size"]), (&(1 << 20).into(), &(2 << 20).into()));
+    assert_eq!(json("image resize json.qcow2 3M --json")["virtual-size"], 3 << 20);
+}
+
+#[test]
 fn what_is_there_is_not_overwritten() {
     let images = Images::new();
     refused(&images, "create vm1 --image good.raw --size 1M", 1, &["good.raw", "there already"]);

@@ -197,6 +197,9 @@ pub struct SupportBundle {
     /// The new file; tcmu-dif-support-SECONDS.tar.gz in the current directory if not given
     #[arg(long, value_name = "FILE.tar.gz")]
     pub output: Option<PathBuf>,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// `throttle`.
@@ -387,6 +390,9 @@ pub struct ImageCreate {
     /// Its size (bytes, or with K, M, G, T); the backing file's if there is one
     #[arg(value_parser = super::size::parse, required_unless_present = "backing")]
     pub size: Option<u64>,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// `image info`.
@@ -442,6 +448,9 @@ pub struct ImageResize {
     /// The new size (bytes, or with K, M, G, T), or with + or - before it how much more or less
     #[arg(value_parser = super::image_resize::NewSize::parse, allow_hyphen_values = true)]
     pub size: super::image_resize::NewSize,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// How to print.
@@ -604,5 +613,19 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_for_people_can_print_json_but_the_demo() {
+        fn without(command: &clap::Command, found: &mut Vec<String>) {
+            let mut inner = command.get_subcommands().filter(|c| !c.is_hide_set()).peekable();
+            if inner.peek().is_none() && !command.get_arguments().any(|a| a.get_long() == Some("json")) {
+                found.push(command.get_name().to_owned());
+            }
+            inner.for_each(|c| without(c, found));
+        }
+        let mut found = Vec::new();
+        without(&Cli::command(), &mut found);
+        assert_eq!(found, ["demo"]);
     }
 }

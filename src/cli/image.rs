@@ -73,6 +73,10 @@ fn create(args: &ImageCreate) -> Done {
     options.backing_format = args.backing_format.map(|f| f.to_string());
     make(&args.path, args.format, options)?;
     let capacity = look_without_lock(&args.path)?.capacity;
+    if args.json.json {
+        let (path, format) = (args.path.display().to_string(), args.format.to_string());
+        return output::json(&json!({ "filename": path, "format": format, "virtual-size": capacity }));
+    }
     output::print(&format!(
         "{}: {}, {} ({capacity} bytes)",
         args.path.display(),

@@ -48,7 +48,7 @@ impl NewSize {
 
 /// How it ended.
 enum Ended {
-    Resized,
+    Resized { old: u64, new: u64 },
     NoSize(u64),
     Odd(u64),
     WouldShrink { old: u64, new: u64 },
@@ -72,19 +72,25 @@ pub fn run(args: &ImageResize) -> Done {
                     Driver::Qcow2(qcow2) if new < old => qcow2.shrink(new).await,
                     _ => image.resize(new).await,
                 };
-                done.map_or_else(Ended::Failed, |()| Ended::Resized)
+                done.map_or_else(Ended::Failed, |()| Ended::Resized { old, new })
             }
         };
         let closed = image.close().await;
         Ok(match (ended, closed) {
-            (Ended::Resized, Err(e)) => Ended::Failed(e),
+            (Ended::Resized { .. }, Err(e)) => Ended::Failed(e),
             (ended, _) => ended,
         })
     });
     let bytes = |n: u64| format!("{} ({n} bytes)", size::human(n));
     match ended.map_err(|e| open_failed(path, &e))? {
-        Ended::Resized => {
+        Ended::Resized { old, new } => {
             warn_of_sidecar(path);
+            if args.json.json {
+                let filename = path.display().to_string();
+                return output::json(
+                    &serde_json::json!({ "filename": filename, "virtual-size": new, "before": old }),
+                );
+            }
             output::print("Image resized.")
         }
         Ended::NoSize(old) => {

@@ -53,7 +53,8 @@ pub fn begin(words: &str) -> Result<Filter, CliError> {
     }
     let text = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        // no-color.org: set and not empty.
+        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .with_target(false);
     tracing_subscriber::registry().with(filter).with(text).init();
     Ok(Filter(handle))

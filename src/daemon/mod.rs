@@ -13,3 +13,6 @@ pub mod serve;
 pub mod settings;
 pub mod systemd;
 pub mod worker;
+
+#[cfg(test)]
+mod cycles_tests;

@@ -45,6 +45,13 @@ pub fn run(cli: &Cli, args: &SupportBundle) -> Done {
     let packed = pack(&collected.files, seconds).map_err(|e| failed(&e))?;
     store(&path, &packed).map_err(|e| failed(&e))?;
 
+    if args.json.json {
+        let reason = |(name, why): &(&str, String)| serde_json::json!({ "name": name, "reason": why });
+        return output::json(&serde_json::json!({
+            "output": path.display().to_string(), "bytes": packed.len(),
+            "missing": collected.failed.iter().map(reason).collect::<Vec<_>>(),
+        }));
+    }
     let mut text =
         format!("{} ({}), to be read by its owner alone", path.display(), size::human(packed.len() as u64));
     for (name, why) in &collected.failed {
