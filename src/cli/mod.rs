@@ -7,6 +7,7 @@ mod args;
 mod check_host;
 mod conformance;
 mod create;
+mod daemon_args;
 mod delete;
 mod error;
 mod export;
@@ -108,7 +109,7 @@ fn run(cli: &Cli) -> Done {
     }
 }
 
-fn daemon(cli: &Cli, args: &args::Daemon) -> Done {
+fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
     let source = settings::Source::of(cli, args);
     if args.check {
         return source.tell(args.json);

@@ -12,7 +12,8 @@ use toml::Spanned;
 
 use super::{
     CliError, Done,
-    args::{Cli, Daemon, IoWay},
+    args::Cli,
+    daemon_args::{Daemon, IoWay},
     listen, logging, output, size,
 };
 use crate::{admin::declared::LUNS_D, daemon::settings::Settings, sys::io::Backend};
