@@ -4,6 +4,7 @@
 
 mod conformance;
 mod copy;
+mod daemon;
 mod data;
 mod device;
 mod docs;
@@ -107,6 +108,7 @@ pub fn all() -> Vec<&'static Test> {
         device::TESTS,
         panic::TESTS,
         fabric::TESTS,
+        daemon::TESTS,
         lifecycle::TESTS,
         qmp::TESTS,
         conformance::TESTS,
