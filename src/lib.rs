@@ -13,6 +13,7 @@ pub mod demo;
 pub mod export;
 mod files;
 pub mod image;
+pub mod job;
 pub mod kernel;
 pub mod lun;
 pub mod nbd;

@@ -100,6 +100,7 @@ impl Admin {
         let places = &self.places;
         let config = order.config()?;
         let _turn = places.turn("create", &order.name)?;
+        self.refuse_left(order)?;
         let half = Half::noted(places, &order.name);
         if let Some(there) = places.find("create", &order.name)? {
             let same = again(places, order, &config, &there);
@@ -217,7 +218,28 @@ impl Admin {
             });
         }
         undo.keep();
+        if order.size.is_some()
+            && let Err(e) = self.places.moves(&order.name).forget(&config.image)
+        {
+            tracing::warn!("{name}: that it was moved from {} stays noted: {e}", config.image.display());
+        }
         Ok(Created::new(&there, config, views, Some(state), true))
+    }
+
+    /// An image that the LUN of that name was moved from has missed writes since: whoever names it does not know, or has to say so.
+    fn refuse_left(&self, order: &Order) -> Result<(), Refusal> {
+        let moves = self.places.moves(&order.name);
+        let failed = |e: std::io::Error| Refusal::from("create", moves.path().display(), &e);
+        let Some(moved) = moves.from(&order.image).map_err(failed)? else { return Ok(()) };
+        if order.size.is_some() && order.image.symlink_metadata().is_err() {
+            // It is gone, and another is made in its place.
+            return Ok(());
+        }
+        let to = moved.config().map_or(moved.to.clone(), |to| to.image.display().to_string());
+        let reason =
+            format!("{} was moved from this image to {to}, which has what was written since", order.name);
+        let next = format!("name {to}; or, to use the old image all the same: rm {}", moves.path().display());
+        Err(Refusal::new("create", order.image.display(), reason).then(next))
     }
 
     /// Makes the protection information of an image that has none yet.

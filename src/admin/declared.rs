@@ -99,6 +99,8 @@ impl crate::daemon::declaring::Declared for Declared {
 impl Declared {
     /// Makes one, or sees that it is there. The failure says whether the name stays one of ours.
     fn one(&self, order: &Order, ours: bool) -> Result<Brought, (Refusal, bool)> {
+        let declared = order;
+        let order = &self.follow(declared).map_err(|e| (e, ours))?;
         let name = &order.name;
         let places = &self.admin.places;
         let found = places.find("create", name).map_err(|e| (e, ours))?;
@@ -126,9 +128,26 @@ impl Declared {
             })?;
         }
         // A create that fails leaves nothing that could be ours.
-        let order = self.with_serial(order).map_err(|e| (e, false))?;
-        self.admin.create(&order).map_err(|e| (e, false))?;
+        let Order { serial, .. } = self.with_serial(declared).map_err(|e| (e, false))?;
+        self.admin.create(&Order { serial, ..order.clone() }).map_err(|e| (e, false))?;
         Ok(Brought::Made)
+    }
+
+    /// The order with the image that the LUN has now: a mirror may have moved it from the one that is declared, which has missed what was written
+    /// since. So a reboot brings up the new one, and the log says what to edit.
+    fn follow(&self, order: &Order) -> Result<Order, Refusal> {
+        let moves = self.admin.places.moves(&order.name);
+        let failed = |e: io::Error| Refusal::from("declared", moves.path().display(), &e);
+        let Some(moved) = moves.from(&order.image).map_err(failed)? else { return Ok(order.clone()) };
+        let to = moved.config().map_err(|e| Refusal::from("declared", moves.path().display(), &e))?;
+        tracing::warn!(
+            lun = %order.name,
+            "{}.toml names {}, and a mirror has moved the LUN to {}, which it gets: edit the file",
+            order.name,
+            order.image.display(),
+            to.image.display()
+        );
+        Ok(Order { image: to.image, format: to.format, sidecar: to.sidecar, ..order.clone() })
     }
 
     /// The order with the serial number that it had the last time.
@@ -138,13 +157,21 @@ impl Declared {
         }
         let file = self.serial_file(order.name.as_str());
         let failed = |e: io::Error| Refusal::from("serial", file.path().display(), &e);
-        let given = file
-            .load::<Given>()
-            .map_err(|e| {
-                let next = NewerVersion::of(&e).map(NewerVersion::next_step);
-                failed(e).maybe_next(next)
-            })?
-            .filter(|given| given.image == order.image);
+        let newer = |e: io::Error| {
+            let next = NewerVersion::of(&e).map(NewerVersion::next_step);
+            failed(e).maybe_next(next)
+        };
+        let moves = self.admin.places.moves(&order.name);
+        let mut given = file.load::<Given>().map_err(newer)?;
+        if let Some(there) = given.as_mut().filter(|given| given.image != order.image) {
+            // The declaration names what a mirror has moved the LUN to: it is the same disk.
+            let moved = moves.from(&there.image).map_err(failed)?.and_then(|moved| moved.config().ok());
+            if moved.is_some_and(|to| to.image == order.image) {
+                there.image.clone_from(&order.image);
+                file.save(&*there, true).map_err(failed)?;
+            }
+        }
+        let given = given.filter(|given| given.image == order.image);
         let serial = match given {
             Some(given) => given.number,
             None => {
@@ -294,6 +321,8 @@ mod tests {
     use crate::{
         admin::luns::Places,
         daemon::{declaring::Declared as _, settings::Settings},
+        image::Format,
+        lun::config::DeviceConfig,
     };
 
     fn at(dir: &Path) -> Declared {
@@ -361,6 +390,32 @@ mod tests {
         assert_ne!(serial("/b.raw"), other);
         let own = Order { serial: Some("mine".into()), ..order("/b.raw") };
         assert_eq!(declared.with_serial(&own).unwrap().serial.unwrap(), "mine");
+    }
+
+    #[test]
+    fn a_declared_lun_that_a_mirror_has_moved_gets_the_image_that_it_has_and_stays_the_same_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let declared = at(dir.path());
+        let order = |image: &str| {
+            let words: Words = toml::from_str(&format!("image = '{image}'\nformat = 'raw'")).unwrap();
+            words.order(Name::new("vm1").unwrap()).unwrap()
+        };
+        let serial = |image: &str| declared.with_serial(&order(image)).unwrap().serial.unwrap();
+        let first = serial("/old.raw");
+        let moves = declared.admin.places.moves(&Name::new("vm1").unwrap());
+        let to = DeviceConfig { format: Some(Format::Qcow2), ..DeviceConfig::new("/new.qcow2") };
+        moves.note(&DeviceConfig::new("/old.raw"), &to).unwrap();
+        let followed = declared.follow(&order("/old.raw")).unwrap();
+        assert_eq!((followed.image, followed.format), ("/new.qcow2".into(), Some(Format::Qcow2)));
+        assert_eq!(serial("/old.raw"), first);
+        // The file has been edited, as the log said.
+        assert_eq!(serial("/new.qcow2"), first);
+        assert_eq!(declared.follow(&order("/new.qcow2")).unwrap().image, Path::new("/new.qcow2"));
+        // By hand, the image that has missed writes is refused.
+        fs::write(dir.path().join("old.raw"), "").unwrap();
+        let refused = declared.admin.create(&order("/old.raw")).unwrap_err();
+        assert!(refused.reason.contains("was moved from this image to /new.qcow2"), "{}", refused.reason);
+        assert!(refused.next.unwrap().contains("rm "));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
         names::{Name, Wwn},
     },
     lun::{
-        saved_pages, scrub,
+        jobs, saved_pages, scrub,
         state_file::{StateFile, check_version},
         throttle,
     },
@@ -155,6 +155,7 @@ pub(super) fn forget_state(places: &Places, serial: &str) -> Vec<String> {
             Err(e) => tracing::warn!("{} stays: {e}", file.path().display()),
         }
     }
+    jobs::forget(&places.state_dir, serial);
     gone
 }
 

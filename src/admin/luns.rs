@@ -22,6 +22,7 @@ use crate::{
     lun::{
         chain,
         config::{DeviceConfig, SUBTYPE, pi_word},
+        moved::Moves,
     },
     pi::{Exposure, Transfer},
 };
@@ -63,6 +64,11 @@ impl Places {
             Refusal::new("daemon", "", "it isn't running")
                 .then("start it: tcmu-dif daemon (as root, in the foreground)")
         })
+    }
+
+    /// Where a LUN of that name was moved from one image to another.
+    pub fn moves(&self, name: &Name) -> Moves {
+        Moves::of(&self.state_dir, name.as_str())
     }
 
     /// What the daemon says of a LUN; nothing, if there is no daemon: what a dead one wrote says nothing any more.

@@ -51,6 +51,8 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "image",
         "pi",
         "scrub",
+        "mirror",
+        "job",
         "top",
         "support-bundle",
         "check-host",
@@ -65,6 +67,11 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "adopt",
         "status",
         "snapshot",
+        "complete",
+        "cancel",
+        "pause",
+        "resume",
+        "speed",
     ];
     let chosen: Vec<_> = words.iter().skip(1).take(2).take_while(plain).filter_map(|w| w.to_str()).collect();
     let chosen: Vec<_> = chosen.into_iter().take_while(|w| commands.contains(w)).collect();

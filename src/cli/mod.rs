@@ -19,6 +19,8 @@ mod image_map;
 mod image_measure;
 mod image_resize;
 mod image_snapshot;
+mod job;
+mod job_args;
 mod listen;
 mod logging;
 mod output;
@@ -97,6 +99,8 @@ fn run(cli: &Cli) -> Done {
         Command::Scrub(args) => scrub::run(cli, args),
         Command::Export(args) => export::run(cli, args),
         Command::Throttle(args) => throttle::run(cli, args),
+        Command::Mirror(args) => job::mirror(cli, args),
+        Command::Job(args) => job::job(cli, args),
         Command::Top(args) => top::run(cli, args),
         Command::SupportBundle(args) => support_bundle::run(cli, args),
         Command::Trace(args) => trace::run(cli, args),

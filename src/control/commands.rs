@@ -7,6 +7,7 @@ mod block;
 mod export;
 mod jobs;
 mod luns;
+mod mirror;
 mod throttle;
 
 use serde_json::{Map, Value, json};
@@ -18,7 +19,7 @@ use super::{
     schema::{EMPTY, Member, Schema, Type, check_members, has, may},
     types,
 };
-use crate::lun::{LunError, Remote, scrub::ScrubError};
+use crate::lun::{LunError, Remote, jobs::JobError, scrub::ScrubError};
 
 /// What is done once the client has its answer.
 pub(super) type After = fn(&Registry);
@@ -41,10 +42,59 @@ static COMMANDS: &[Command] = &[
     export::ADD,
     export::DEL,
     Command {
+        name: "block-job-cancel",
+        args: &[has("device", Type::Str), may("force", Type::Bool)],
+        returns: NOTHING,
+        help: "as in QEMU: `device` is the job's id. A mirror that is ready ends with a target that is what the LUN was at that moment, and \
+               with BLOCK_JOB_COMPLETED, unless `force` is true",
+        run: mirror::block_cancel,
+        after: None,
+    },
+    Command {
+        name: "block-job-complete",
+        args: &[has("device", Type::Str)],
+        returns: NOTHING,
+        help: "as in QEMU: a mirror that is ready ends, and the LUN goes over to its target; `device` is the job's id",
+        run: mirror::block_complete,
+        after: None,
+    },
+    Command {
+        name: "block-job-dismiss",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as `job-dismiss`",
+        run: mirror::dismiss,
+        after: None,
+    },
+    Command {
+        name: "block-job-finalize",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as `job-finalize`",
+        run: mirror::finalize,
+        after: None,
+    },
+    Command {
+        name: "block-job-pause",
+        args: &[has("device", Type::Str)],
+        returns: NOTHING,
+        help: "as `job-pause`",
+        run: jobs::block_pause,
+        after: None,
+    },
+    Command {
+        name: "block-job-resume",
+        args: &[has("device", Type::Str)],
+        returns: NOTHING,
+        help: "as `job-resume`",
+        run: jobs::block_resume,
+        after: None,
+    },
+    Command {
         name: "block-job-set-speed",
         args: &[has("device", Type::Str), has("speed", Type::Int)],
         returns: NOTHING,
-        help: "as in QEMU, for a scrub: `device` is the job's id, `speed` is in bytes a second, 0 for no limit",
+        help: "as in QEMU: `device` is the job's id, `speed` is in bytes a second, 0 for no limit",
         run: jobs::set_speed,
         after: None,
     },
@@ -66,18 +116,52 @@ static COMMANDS: &[Command] = &[
         after: None,
     },
     Command {
+        name: "drive-mirror",
+        args: mirror::ARGUMENTS,
+        returns: NOTHING,
+        help: "as in QEMU: copies a LUN to `target`, an absolute path, while it is in use, and keeps the copy up until the job is completed or \
+               cancelled. The job's id is `device` unless `job-id` is given. `mode` is absolute-paths unless it is given: a new image is made, \
+               with protection information as the LUN has it (`sidecar` says where, if not beside it)",
+        run: mirror::begin,
+        after: None,
+    },
+    Command {
         name: "job-cancel",
         args: &[has("id", Type::Str)],
         returns: NOTHING,
-        help: "as in QEMU",
+        help: "as in QEMU: the job ends at once, and a mirror's target is left as it is",
         run: jobs::cancel,
+        after: None,
+    },
+    Command {
+        name: "job-complete",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as `block-job-complete`",
+        run: mirror::complete,
+        after: None,
+    },
+    Command {
+        name: "job-dismiss",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as in QEMU: forgets a job that has ended, if that was begun with `auto-dismiss` false",
+        run: mirror::dismiss,
+        after: None,
+    },
+    Command {
+        name: "job-finalize",
+        args: &[has("id", Type::Str)],
+        returns: NOTHING,
+        help: "as in QEMU: makes final a job that is pending, begun with `auto-finalize` false",
+        run: mirror::finalize,
         after: None,
     },
     Command {
         name: "job-pause",
         args: &[has("id", Type::Str)],
         returns: NOTHING,
-        help: "as in QEMU; a paused scrub stays paused across a restart",
+        help: "as in QEMU; a paused job stays paused across a restart",
         run: jobs::pause,
         after: None,
     },
@@ -147,6 +231,15 @@ static COMMANDS: &[Command] = &[
             let words = "Capabilities negotiation is already complete, command ignored";
             Err(Error::new(Class::CommandNotFound, words))
         },
+        after: None,
+    },
+    Command {
+        name: "query-block-jobs",
+        args: &[],
+        returns: Type::List(&Type::Object(&types::BLOCK_JOB_INFO)),
+        help: "as in QEMU: every mirror, also those that have ended and wait to be dismissed; `lun`, `target`, `sync`, `copy-mode` and \
+               `repaired` are ours",
+        run: mirror::query,
         after: None,
     },
     Command {
@@ -337,6 +430,10 @@ impl Arguments {
         self.0.get(name)?.get(object)?.get(member)?.as_str()
     }
 
+    fn flag_or(&self, name: &str, otherwise: bool) -> bool {
+        self.0.get(name).and_then(Value::as_bool).unwrap_or(otherwise)
+    }
+
     /// All of them.
     fn all(&self) -> &Map<String, Value> {
         &self.0
@@ -370,7 +467,9 @@ fn find(luns: &Registry, device: &str) -> Result<Remote, Error> {
 fn told<T>(result: Result<T, LunError>) -> Result<T, Error> {
     result.map_err(|e| {
         let class = match e {
-            LunError::Scrub(ScrubError::NoneUnderWay) => Class::DeviceNotActive,
+            LunError::Scrub(ScrubError::NoneUnderWay) | LunError::Job(JobError::NotFound(_)) => {
+                Class::DeviceNotActive
+            }
             _ => Class::GenericError,
         };
         Error::new(class, e.next_step().map_or(e.to_string(), |next| format!("{e}: {next}")))

@@ -17,10 +17,13 @@ use serde_json::{Value, json};
 use super::{
     job_id,
     schema::{Enum, Member, Type, has, may},
-    types::JOB_STATUS,
+    types::{JOB_STATUS, JOB_TYPE},
 };
 use crate::{
-    lun::events::{Event, Watcher},
+    lun::{
+        events::{Event, Watcher},
+        jobs::BlockJob,
+    },
     volume::IoOp,
 };
 
@@ -36,8 +39,17 @@ pub(super) struct Declared {
 
 static IO_OPERATION: Enum = Enum { name: "IoOperationType", values: &["read", "write"] };
 static ERROR_ACTION: Enum = Enum { name: "BlockErrorAction", values: &["ignore", "report", "stop"] };
-static FOUND_BY: Enum = Enum { name: "PiFoundBy", values: &["read", "write", "scrub"] };
+static FOUND_BY: Enum = Enum { name: "PiFoundBy", values: &["read", "write", "scrub", "mirror"] };
 static CAUSE: Enum = Enum { name: "ShutdownCause", values: &["host-qmp-quit", "host-signal"] };
+
+/// What the events of block jobs have.
+const BLOCK_JOB: &[Member] = &[
+    has("type", Type::Enum(&JOB_TYPE)),
+    has("device", Type::Str),
+    has("len", Type::Int),
+    has("offset", Type::Int),
+    has("speed", Type::Int),
+];
 
 /// Every event.
 pub(super) static EVENTS: &[Declared] = &[
@@ -62,10 +74,42 @@ pub(super) static EVENTS: &[Declared] = &[
         help: "as in QEMU: an export was removed, with its server or its LUN perhaps",
     },
     Declared {
+        name: "BLOCK_JOB_CANCELLED",
+        data: BLOCK_JOB,
+        help: "as in QEMU: a job was ended before it was done",
+    },
+    Declared {
+        name: "BLOCK_JOB_COMPLETED",
+        data: &[
+            has("type", Type::Enum(&JOB_TYPE)),
+            has("device", Type::Str),
+            has("len", Type::Int),
+            has("offset", Type::Int),
+            has("speed", Type::Int),
+            may("error", Type::Str),
+        ],
+        help: "as in QEMU: a job has ended, with `error` if it could not go on; `device` is the job's id",
+    },
+    Declared {
+        name: "BLOCK_JOB_ERROR",
+        data: &[
+            has("device", Type::Str),
+            has("operation", Type::Enum(&IO_OPERATION)),
+            has("action", Type::Enum(&ERROR_ACTION)),
+            has("reason", Type::Str),
+        ],
+        help: "as in QEMU: I/O of a job failed, a `read` of its source or a `write` of its target; `reason` is ours, and names the place",
+    },
+    Declared {
+        name: "BLOCK_JOB_READY",
+        data: BLOCK_JOB,
+        help: "as in QEMU: a mirror has caught up, and can be completed",
+    },
+    Declared {
         name: "JOB_STATUS_CHANGE",
         data: &[has("id", Type::Str), has("status", Type::Enum(&JOB_STATUS))],
-        help: "as in QEMU: `created`, `running`, `paused`; `waiting`, `pending`, `concluded`, `null` of a scrub that has looked at \
-               everything; `aborting`, `concluded`, `null` of one that ends before",
+        help: "as in QEMU: `created`, `running`, `paused`; of a mirror `ready`, `standby`; `waiting`, `pending`, `concluded`, `null` of a mirror that has ended as it \
+               should, and of a scrub that has looked at everything; `aborting`, `concluded`, `null` of one that ends before",
     },
     Declared { name: "LUN_ADDED", data: &[has("device", Type::Str)], help: "a LUN serves" },
     Declared {
@@ -84,8 +128,8 @@ pub(super) static EVENTS: &[Declared] = &[
             has("found", Type::Int),
             has("missed", Type::Int),
         ],
-        help: "a block does not match its protection information: one that was read, that an initiator sent, or that a scrub looked \
-               at; `missed` as in `BLOCK_IO_ERROR`",
+        help: "a block does not match its protection information: one that was read, that an initiator sent, or that a scrub looked at or \
+               a mirror was to copy; `missed` as in `BLOCK_IO_ERROR`",
     },
     Declared {
         name: "SHUTDOWN",
@@ -186,6 +230,32 @@ impl Bus {
             }
             Event::Scrub(status) => {
                 self.publish("JOB_STATUS_CHANGE", json!({ "id": job_id(device), "status": status }));
+            }
+            Event::Job { id, status } => {
+                self.publish("JOB_STATUS_CHANGE", json!({ "id": id, "status": status }));
+            }
+            Event::BlockJob { id, what, progress: (offset, len, speed) } => {
+                let mut data = json!({
+                    "type": "mirror", "device": id, "len": len, "offset": offset, "speed": speed,
+                });
+                let name = match what {
+                    BlockJob::Ready => "BLOCK_JOB_READY",
+                    BlockJob::Cancelled => "BLOCK_JOB_CANCELLED",
+                    BlockJob::Completed(error) => {
+                        if let Some(error) = error {
+                            data["error"] = error.into();
+                        }
+                        "BLOCK_JOB_COMPLETED"
+                    }
+                };
+                self.publish(name, data);
+            }
+            Event::BlockJobError { id, read, action, reason } => {
+                let operation = if read { "read" } else { "write" };
+                let data = json!({
+                    "device": id, "operation": operation, "action": action, "reason": reason,
+                });
+                self.publish("BLOCK_JOB_ERROR", data);
             }
         }
     }

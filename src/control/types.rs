@@ -17,7 +17,48 @@ pub(super) static VERSION_INFO: Object =
     object("VersionInfo", &[has("qemu", Type::Object(&VERSION_TRIPLE)), has("package", Type::Str)]);
 
 /// JobType, with the one of ours.
-static JOB_TYPE: Enum = Enum { name: "JobType", values: &["pi-scrub"] };
+pub(super) static JOB_TYPE: Enum = Enum { name: "JobType", values: &["mirror", "pi-scrub"] };
+
+/// MirrorSyncMode, without those that need a bitmap.
+pub(super) static SYNC_MODE: Enum = Enum { name: "MirrorSyncMode", values: &["top", "full", "none"] };
+
+/// MirrorCopyMode.
+pub(super) static COPY_MODE: Enum =
+    Enum { name: "MirrorCopyMode", values: &["background", "write-blocking"] };
+
+/// NewImageMode.
+pub(super) static NEW_IMAGE_MODE: Enum =
+    Enum { name: "NewImageMode", values: &["existing", "absolute-paths"] };
+
+/// BlockdevOnError, without `auto`, which is a device's.
+pub(super) static ON_ERROR: Enum =
+    Enum { name: "BlockdevOnError", values: &["report", "ignore", "enospc", "stop"] };
+
+/// BlockJobInfo of a mirror; `target`, `sync`, `copy-mode` and `repaired` are ours.
+pub(super) static BLOCK_JOB_INFO: Object = object(
+    "BlockJobInfo",
+    &[
+        has("type", Type::Enum(&JOB_TYPE)),
+        has("device", Type::Str),
+        has("len", Type::Int),
+        has("offset", Type::Int),
+        has("busy", Type::Bool),
+        has("paused", Type::Bool),
+        has("speed", Type::Int),
+        has("io-status", Type::Enum(&IO_STATUS)),
+        has("ready", Type::Bool),
+        has("status", Type::Enum(&JOB_STATUS)),
+        has("auto-finalize", Type::Bool),
+        has("auto-dismiss", Type::Bool),
+        may("error", Type::Str),
+        has("actively-synced", Type::Bool),
+        has("lun", Type::Str),
+        has("target", Type::Str),
+        has("sync", Type::Enum(&SYNC_MODE)),
+        has("copy-mode", Type::Enum(&COPY_MODE)),
+        has("repaired", Type::Int),
+    ],
+);
 
 /// JobStatus.
 pub(super) static JOB_STATUS: Enum = Enum {
@@ -62,6 +103,7 @@ pub(super) static PI_COUNTERS: Object = object(
         has("unprotected", Type::Int),
         has("recomputed", Type::Int),
         has("torn", Type::Int),
+        has("repaired", Type::Int),
     ],
 );
 

@@ -49,6 +49,10 @@ impl Host for Embedded {
         })
     }
 
+    fn tell_config(&self, _: &UioDevice, _: &str) -> Result<(), Failure> {
+        Ok(())
+    }
+
     fn start(
         &self,
         device: &UioDevice,

@@ -23,7 +23,7 @@ use crate::{
     control::Registry,
     kernel::{
         netlink::{Answers, Event, Kind, Pending},
-        uio::{Uio, UioDevice},
+        uio::{Uio, UioDevice, UioName},
     },
     lun::{Pulse, config::SUBTYPE},
 };
@@ -119,7 +119,7 @@ impl Devices {
         let pending = || Pending::new(self.answers.clone(), event.kind, event.device_id);
         tracing::debug!(kind = ?event.kind, minor = event.minor, lun = %name.name, id = event.device_id, "event");
         // A worker under this minor is the device's own, unless that one is gone and we missed it.
-        let same = |e: &&Entry| e.device.name == name && !e.known.refused.load(Ordering::Acquire);
+        let same = |e: &&Entry| e.is(&name) && !e.known.refused.load(Ordering::Acquire);
         let ours = self.here.get(&event.minor).filter(same);
         match event.kind {
             Kind::Added => {
@@ -201,7 +201,7 @@ impl Devices {
         let minors: Vec<u32> = self.here.keys().copied().collect();
         for minor in minors {
             let Some(entry) = self.here.get_mut(&minor) else { continue };
-            if found.get(&minor).is_none_or(|d| d.name != entry.device.name) {
+            if found.get(&minor).is_none_or(|d| !entry.is(&d.name)) {
                 self.remove(minor, None);
             } else if !(self.in_configfs)(&entry.device) {
                 // Being removed. The event is on its way, unless messages were lost; then alone is this believed, because
@@ -269,6 +269,13 @@ impl Devices {
 }
 
 impl Entry {
+    /// Whether a device of that name is this one: its configuration may be another by now, if its LUN says so.
+    fn is(&self, name: &UioName) -> bool {
+        let mine = &self.device.name;
+        let same = (mine.hba, &mine.name, &mine.subtype) == (name.hba, &name.name, &name.subtype);
+        same && (mine.config == name.config || self.known.has_come_to(&name.config))
+    }
+
     fn waits(&self) -> bool {
         !self.known.wants_no_answers.load(Ordering::Acquire)
     }

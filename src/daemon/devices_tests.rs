@@ -37,6 +37,8 @@ struct World {
     /// The device has no serial number yet.
     nameless: AtomicBool,
     capacity: AtomicU32,
+    /// The image that LUNs have gone over to.
+    moved_to: Mutex<Option<String>>,
     /// LUNs whose threads have died.
     dead: Mutex<Vec<String>>,
 }
@@ -95,9 +97,18 @@ impl Host for TestHost {
         self.0.say(format!("start {}", device.name.name));
         Ok(Box::new(TestLun(self.0.clone(), device.name.name.clone())))
     }
+
+    fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure> {
+        self.0.say(format!("tell {} {dev_config}", device.name.name));
+        Ok(())
+    }
 }
 
 impl Lun for TestLun {
+    fn config(&self) -> Option<DeviceConfig> {
+        self.0.moved_to.lock().unwrap().as_ref().map(DeviceConfig::new)
+    }
+
     fn resize(&self, bytes: u64) -> Result<(), Failure> {
         assert!(!self.0.panic_on_resize.load(Ordering::Relaxed), "as the test wants it");
         self.0.say(format!("resize {} {bytes}", self.1));
@@ -162,6 +173,11 @@ impl Bench {
         fs::create_dir_all(dir.join("maps/map0")).unwrap();
         fs::write(dir.join("name"), format!("{}\n", uio_name(minor, name))).unwrap();
         fs::write(dir.join("maps/map0/size"), "0x1000\n").unwrap();
+    }
+
+    fn rename(&self, minor: u32, name: &str, image: &str) {
+        let dir = self.dir.path().join(format!("uio/uio{minor}"));
+        fs::write(dir.join("name"), format!("tcm-user/{minor}/{name}/dif/{image}\n")).unwrap();
     }
 
     fn unplug(&self, minor: u32) {
@@ -236,6 +252,27 @@ fn a_change_does_not_wait_for_a_serial_number_and_a_restore_may_write_back_what_
         b.event(Kind::Reconfig, 0, "vm1", Some(Change::Config(config.into())));
         b.wait_until(config, |b| b.world.log().last() == Some(&format!("answer Reconfig 100 {errno}")));
     }
+}
+
+#[test]
+fn a_lun_that_has_gone_over_to_another_image_is_the_same_device_and_the_kernel_is_told() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("start vm1");
+    *b.world.moved_to.lock().unwrap() = Some("/images/new.raw".into());
+    b.world.wait_for("tell vm1 dif//images/new.raw");
+    // The kernel asks for it, under the old name or the new, and no other is taken.
+    for (config, errno) in [("dif//images/new.raw", 0), ("dif//images/vm1.raw", -libc::EOPNOTSUPP)] {
+        b.event(Kind::Reconfig, 0, "vm1", Some(Change::Config(config.into())));
+        b.wait_until(config, |b| b.world.log().last() == Some(&format!("answer Reconfig 100 {errno}")));
+    }
+    b.wait_until("state", |b| b.run.read("vm1").unwrap().is_some_and(|s| s.image == "/images/new.raw"));
+    let started = b.world.log().iter().filter(|l| l.starts_with("start")).count();
+    b.rename(0, "vm1", "/images/new.raw");
+    b.devices.look(true).unwrap();
+    assert_eq!((b.devices.len(), b.devices.leaving()), (1, 0));
+    assert_eq!(b.world.log().iter().filter(|l| l.starts_with("start")).count(), started);
 }
 
 #[test]

@@ -214,6 +214,13 @@ impl Host for RealHost {
         }
         Ok(Box::new(handle))
     }
+
+    fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure> {
+        let tree = Real::at(&self.configfs);
+        backstore::set_config(&tree, device.name.hba, &device.name.name, dev_config).map_err(|e| {
+            Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
+        })
+    }
 }
 
 impl Lun for LunHandle {

@@ -12,6 +12,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError},
     },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -91,6 +92,8 @@ pub struct Known {
     pub wants_no_answers: AtomicBool,
     /// The kernel was told that the device failed as it came; it takes it down, and the worker has ended.
     pub refused: AtomicBool,
+    /// Configurations that the device has come to have since it was found, as the kernel will name it.
+    configs: Mutex<Vec<String>>,
     told: Mutex<Told>,
 }
 
@@ -108,6 +111,16 @@ impl Known {
     pub fn standing(&self) -> (Outcome, Option<Pulse>) {
         let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         (told.outcome.clone(), told.pulse.clone())
+    }
+
+    /// Whether the device is known by that configuration too.
+    pub fn has_come_to(&self, config: &str) -> bool {
+        let configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
+        configs.iter().any(|known| known == config)
+    }
+
+    fn comes_to(&self, config: &str) {
+        self.configs.lock().unwrap_or_else(PoisonError::into_inner).push(config.to_owned());
     }
 
     fn tell(&self, outcome: Outcome, pulse: Option<Pulse>) {
@@ -145,6 +158,10 @@ pub trait Lun: Send {
     fn report(&self) -> Result<Report, Failure>;
     /// The way to ask it from outside, if there is one.
     fn remote(&self) -> Option<Remote>;
+    /// The image that it has now, and how: a mirror may have moved it to another than it was started with.
+    fn config(&self) -> Option<DeviceConfig> {
+        self.remote().map(|remote| remote.made().config.clone())
+    }
     /// The way to see whether its thread turns, if it has one.
     fn pulse(&self) -> Option<Pulse> {
         self.remote().map(|remote| remote.pulse())
@@ -175,6 +192,12 @@ pub trait Host: Send + Sync + 'static {
         config: &DeviceConfig,
         identity: &Identity,
     ) -> Result<Box<dyn Lun>, Failure>;
+    /// Tells the kernel that the device has another configuration (`dev_config`). Waits until the kernel has heard us say that it is so:
+    /// never called by a worker itself, which has to answer it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure>;
 }
 
 /// What a worker is told.
@@ -207,6 +230,10 @@ pub struct Worker {
     lun: Option<Box<dyn Lun>>,
     /// It has been started again after it died.
     revived: bool,
+    /// The kernel is being told of another configuration.
+    telling: Option<JoinHandle<Result<(), Failure>>>,
+    /// The kernel has been told of the configuration that the LUN has.
+    told: bool,
     /// Until when the device may still get a serial number; the LUN waits for it, so that it never tells another.
     nameless: Option<Instant>,
     state: LunState,
@@ -238,7 +265,19 @@ impl Worker {
             minor: device.minor,
             written_ms: 0,
         };
-        Worker { host, run, device, known, registry, lun: None, revived: false, nameless: None, state }
+        Worker {
+            host,
+            run,
+            device,
+            known,
+            registry,
+            lun: None,
+            revived: false,
+            telling: None,
+            told: true,
+            nameless: None,
+            state,
+        }
     }
 
     /// Starts the LUN, then does as it is told until [`Order::End`] or until nobody is left to tell it anything. `added`
@@ -292,7 +331,10 @@ impl Worker {
                     return;
                 }
                 Err(RecvTimeoutError::Timeout) if self.nameless.is_some() => self.look_for_serial(false),
-                Err(RecvTimeoutError::Timeout) => self.look(),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.look();
+                    self.follow_image();
+                }
                 Err(RecvTimeoutError::Disconnected) => return self.end(false),
             }
         }
@@ -334,6 +376,7 @@ impl Worker {
                     self.registry.insert(&self.state.name, remote);
                 }
                 self.lun = Some(lun);
+                self.note_image();
                 self.write();
                 Ok(())
             }
@@ -422,6 +465,53 @@ impl Worker {
         self.state.last_change = Some(LastChange { what: what.to_owned(), value, error });
         self.write();
         done
+    }
+
+    /// Takes up what image the LUN has.
+    fn note_image(&mut self) {
+        let Some(config) = self.lun.as_ref().and_then(|lun| lun.config()) else { return };
+        if DeviceConfig::parse(&self.device.name.config).as_ref() == Ok(&config) {
+            return;
+        }
+        let (image, now) = (config.image.display().to_string(), config.to_string());
+        tracing::info!(lun = %self.state.name, image, "the LUN has another image than the kernel knows");
+        self.known.comes_to(&now);
+        self.device.name.config = now;
+        self.state.image = image;
+        self.told = false;
+        self.write();
+    }
+
+    /// The LUN may have another image than the kernel knows: a mirror has moved it, now or before the daemon was started. The kernel is told by
+    /// another thread, because it asks us back and waits for the answer.
+    fn follow_image(&mut self) {
+        self.note_image();
+        if let Some(telling) = self.telling.take_if(|telling| telling.is_finished()) {
+            match telling.join() {
+                Ok(Ok(())) => {
+                    self.told = true;
+                    tracing::info!(lun = %self.state.name, "the kernel knows the LUN's image");
+                }
+                Ok(Err(failure)) => {
+                    tracing::warn!(lun = %self.state.name, "the kernel still names the old image: {}", failure.reason);
+                }
+                Err(_) => {
+                    tracing::error!(lun = %self.state.name, "the thread that tells the kernel has panicked")
+                }
+            }
+        }
+        if self.told || self.telling.is_some() {
+            return;
+        }
+        let (host, device) = (self.host.clone(), self.device.clone());
+        let dev_config = format!("{SUBTYPE}/{}", device.name.config);
+        let thread = std::thread::Builder::new().name("dev_config".to_owned());
+        match thread.spawn(move || host.tell_config(&device, &dev_config)) {
+            Ok(telling) => self.telling = Some(telling),
+            Err(e) => {
+                tracing::warn!(lun = %self.state.name, "no thread to tell the kernel of the LUN's image: {e}")
+            }
+        }
     }
 
     fn is_own_config(&self, dev_config: &str) -> bool {

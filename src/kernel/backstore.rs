@@ -267,6 +267,15 @@ pub fn hear_task_management(tree: &dyn Tree, hba: u32, name: &str) -> Result<(),
     }
 }
 
+/// Gives a device that is in use another `dev_config`. The kernel asks its handler first, and waits for the answer.
+///
+/// # Errors
+/// The kernel's, and the handler's refusal.
+pub fn set_config(tree: &dyn Tree, hba: u32, name: &str, dev_config: &str) -> Result<(), ConfigfsError> {
+    let attr = path_of(hba, name).join("attrib/dev_config");
+    tree.write(&attr, dev_config).context("write", &attr)
+}
+
 /// Makes a backstore and enables it; on failure nothing is left.
 ///
 /// # Errors

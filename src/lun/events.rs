@@ -11,34 +11,17 @@ use std::{
 
 use serde::Serialize;
 
-use crate::volume::{IoError, IoErrorKind, IoOp, PiMismatch};
+use super::jobs::BlockJob;
+pub use crate::job::JobStatus;
+use crate::{
+    job::ErrorAction,
+    volume::{IoError, IoErrorKind, IoOp, PiMismatch},
+};
 
 /// So many of a kind ...
 pub const BURST: u32 = 10;
 /// ... in this time.
 pub const WINDOW: Duration = Duration::from_secs(1);
-
-/// How far a job is, in QEMU's words (`qapi/job.json`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum JobStatus {
-    /// It is there.
-    Created,
-    /// It goes on.
-    Running,
-    /// It waits to be told to go on.
-    Paused,
-    /// It has done its work.
-    Waiting,
-    /// What it did is being made final.
-    Pending,
-    /// It ends before it is done.
-    Aborting,
-    /// It has ended.
-    Concluded,
-    /// It is no longer there.
-    Null,
-}
 
 /// What was being done with a block that fails protection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -50,6 +33,8 @@ pub enum FoundBy {
     Write,
     /// A scrub looked at it.
     Scrub,
+    /// A mirror was to copy it.
+    Mirror,
 }
 
 /// Something that happened.
@@ -85,6 +70,33 @@ pub enum Event {
     },
     /// The scrub.
     Scrub(JobStatus),
+    /// A block job is in another state.
+    Job {
+        /// The job.
+        id: String,
+        /// The state.
+        status: JobStatus,
+    },
+    /// A block job has come so far.
+    BlockJob {
+        /// The job.
+        id: String,
+        /// How far.
+        what: BlockJob,
+        /// Bytes done, bytes in all, bytes a second.
+        progress: (u64, u64, u64),
+    },
+    /// A block job's own I/O failed.
+    BlockJobError {
+        /// The job.
+        id: String,
+        /// On what it reads, and not on what it writes.
+        read: bool,
+        /// What is done about it.
+        action: ErrorAction,
+        /// In words, with the place.
+        reason: String,
+    },
 }
 
 /// Who is told. Called on the LUN's thread: it must not wait.

@@ -18,6 +18,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::{
     LunError, Stats,
     events::Watcher,
+    jobs::{JobError, JobInfo, JobOrder},
     neighbours::{self, Return},
     scrub::{Scrub, ScrubError, ScrubOrder},
     throttle::limits::Limits,
@@ -34,6 +35,8 @@ pub(super) enum Message {
     WriteCache(bool, SyncSender<Result<(), LunError>>),
     /// Begin, pause, end … a scrub, or tell of it.
     Scrub(ScrubOrder, SyncSender<Result<Option<Scrub>, ScrubError>>),
+    /// Lead block jobs, or tell of them.
+    Job(JobOrder, SyncSender<Result<Vec<JobInfo>, JobError>>),
     /// Limit commands so from now on, and after a restart.
     Limit(Limits, SyncSender<io::Result<()>>),
     /// Tell the counters.

@@ -191,7 +191,7 @@ mod tests {
         assert_eq!((read[1], read[2], read[3]), (0, 1, 1));
         assert_eq!(got.latencies[1].1.buckets[BUCKETS - 1], 1);
         assert_eq!(got.senses, [((5, 0x20, 0), 1), ((0xb, 0x10, 1), 2)]);
-        measures.count(&response(Some(Kind::WriteSame), None), Duration::from_micros(3));
+        ended(Some(Kind::WriteSame), None, Duration::from_micros(3));
         let (reads, writes) = (measures.get().of(Class::Read), measures.get().of(Class::Write));
         assert_eq!((reads.count(), reads.sum), (2, Duration::from_micros(8)));
         assert_eq!((writes.count(), writes.buckets[2], writes.buckets[BUCKETS - 1]), (2, 1, 1));

@@ -12,10 +12,13 @@ pub mod events;
 #[cfg(feature = "fault-points")]
 mod fault_points;
 mod inbox;
+pub mod jobs;
 #[cfg(test)]
 mod loop_tests;
 pub mod measured;
+pub mod moved;
 pub mod neighbours;
+mod remote;
 pub mod saved_pages;
 pub mod scrub;
 mod service;
@@ -34,10 +37,10 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+        mpsc::{SyncSender, sync_channel},
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tracing::{error, info, warn};
@@ -45,6 +48,7 @@ use tracing::{error, info, warn};
 pub use crate::image::ImageInfo;
 use crate::{
     image::open::OpenError,
+    job::front::Front,
     pi::PiOpenError,
     ring::{Device, Ring, RingError},
     sys::{
@@ -58,18 +62,19 @@ use config::DeviceConfig;
 use continued::ContinuedFile;
 use cpus::Cpus;
 use event_loop::{EventLoop, run_to_end};
-use events::Watcher;
 pub use inbox::Pulse;
-use inbox::{Inbox, Message, Outbox};
+use inbox::{Inbox, Message};
+use jobs::JobError;
+use moved::Moves;
 pub use neighbours::Neighbourhood;
-use scrub::{Scrub, ScrubError, ScrubOrder};
+use remote::SharedMade;
+pub use remote::{Made, Remote};
+use scrub::ScrubError;
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
 use state_file::NewerVersion;
 pub use stats::{PublicStats, ScrubSummary, Stats, SystemCalls};
-use throttle::limits::Limits;
-use trace::Trace;
 pub use words::chain;
 use words::panic_text;
 
@@ -160,6 +165,17 @@ pub enum LunError {
     /// What a scrub was told.
     #[error(transparent)]
     Scrub(#[from] ScrubError),
+    /// What a block job was told.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// It cannot be told which image the LUN has.
+    #[error("whether the LUN has been moved to another image cannot be read from {}", path.display())]
+    Moved {
+        /// The file that says so.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Limits hold, and are not kept.
     #[error("the limits hold now, and could not be saved")]
     Unsaved(#[source] io::Error),
@@ -191,7 +207,12 @@ impl LunError {
             }
             LunError::Cpus(..) => Some("name processors that this host has (`lscpu`), and that the service may use (CPUAffinity=)".into()),
             LunError::Saved(e) => NewerVersion::of(e).map(NewerVersion::next_step),
+            LunError::Moved { path, .. } => Some(format!(
+                "nothing is served that may have missed writes: see which image is the newest, name it, and remove {}",
+                path.display()
+            )),
             LunError::Scrub(_)
+            | LunError::Job(_)
             | LunError::Ring(_)
             | LunError::Volume(_)
             | LunError::Thread(_)
@@ -211,148 +232,6 @@ pub enum State {
     Stopped,
     /// It has stopped by itself, for this reason. Its commands wait until the kernel gives them up or another handler comes.
     Failed(String),
-}
-
-/// What a LUN was started with.
-#[derive(Debug, Clone)]
-pub struct Made {
-    /// Image, protection and the rest of `dev_config`.
-    pub config: DeviceConfig,
-    /// Size of a block.
-    pub block_size: BlockSize,
-}
-
-/// A way to ask a LUN from anywhere; clones ask the same one. It keeps nothing alive.
-#[derive(Debug, Clone)]
-pub struct Remote {
-    outbox: Outbox,
-    state: Arc<Mutex<State>>,
-    made: Arc<Made>,
-}
-
-impl Remote {
-    /// Whether both ask the same LUN.
-    pub fn is_same(&self, other: &Remote) -> bool {
-        Arc::ptr_eq(&self.state, &other.state)
-    }
-
-    /// Where the LUN is in its life.
-    pub fn state(&self) -> State {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// What it was started with; known also of one that has failed.
-    pub fn made(&self) -> &Made {
-        &self.made
-    }
-
-    /// The way to see whether its thread turns.
-    pub fn pulse(&self) -> Pulse {
-        self.outbox.pulse()
-    }
-
-    /// The counters.
-    ///
-    /// # Errors
-    /// That the LUN does not answer.
-    pub fn stats(&self) -> Result<Stats, LunError> {
-        self.ask(Message::Stats)
-    }
-
-    /// Asks for the counters, and leaves it to the caller how long to wait for them. Nothing comes from a LUN that ends meanwhile.
-    ///
-    /// # Errors
-    /// That the LUN does not serve.
-    pub fn ask_stats(&self) -> Result<Receiver<Stats>, LunError> {
-        let (back, answer) = sync_channel(1);
-        self.is_there()?;
-        self.outbox.send(Message::Stats(back));
-        Ok(answer)
-    }
-
-    /// Has every command told from now on, until what is given is dropped.
-    ///
-    /// # Errors
-    /// That the LUN does not answer.
-    pub fn trace(&self) -> Result<Trace, LunError> {
-        let (watching, trace) = trace::channel();
-        self.ask(|back| Message::Trace(watching, back))?;
-        Ok(trace)
-    }
-
-    /// The image and its backing files, from the top down.
-    ///
-    /// # Errors
-    /// That the LUN does not answer.
-    pub fn describe(&self) -> Result<Vec<ImageInfo>, LunError> {
-        self.ask(Message::Describe)
-    }
-
-    /// Begins to count how long the thread is silent, unless that is counted already. Who asks many LUNs one after the other does this to all
-    /// of them first, and waits for those that hang at the same time.
-    pub fn knock(&self) {
-        self.outbox.pulse().ask();
-    }
-
-    /// Tells that one what happens from now on, instead of who was told before.
-    pub fn watch(&self, watcher: Watcher) {
-        self.outbox.send(Message::Watch(watcher));
-    }
-
-    /// Changes the capacity; initiators get the unit attention 2Ah/09h. The kernel is told nothing.
-    ///
-    /// # Errors
-    /// What the volume says, or that the LUN does not answer.
-    pub fn resize(&self, capacity: u64) -> Result<(), LunError> {
-        self.ask(|back| Message::Resize(capacity, back))?
-    }
-
-    /// Orders a scrub about; gives how it is then, or how the last one was.
-    ///
-    /// # Errors
-    /// [`LunError::Scrub`], or that the LUN does not answer.
-    pub fn scrub(&self, order: ScrubOrder) -> Result<Option<Scrub>, LunError> {
-        Ok(self.ask(|back| Message::Scrub(order, back))??)
-    }
-
-    /// Limits the commands so from now on, and after a restart until the LUN is deleted.
-    ///
-    /// # Errors
-    /// [`LunError::Unsaved`], then the limits hold and a restart forgets them; or that the LUN does not answer.
-    pub fn limit(&self, limits: Limits) -> Result<(), LunError> {
-        self.ask(|back| Message::Limit(limits, back))?.map_err(LunError::Unsaved)
-    }
-
-    fn ask<T>(&self, message: impl FnOnce(SyncSender<T>) -> Message) -> Result<T, LunError> {
-        let (back, answer) = sync_channel(1);
-        self.is_there()?;
-        self.outbox.send(message(back));
-        let end = Instant::now() + ANSWER_LIMIT;
-        loop {
-            match answer.recv_timeout(LOOK.min(end.saturating_duration_since(Instant::now()))) {
-                Ok(value) => return Ok(value),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(LunError::Gone("it has just ended".into()));
-                }
-                Err(RecvTimeoutError::Timeout) => self.is_there()?,
-            }
-            let silent = self.outbox.silent_for();
-            if silent >= SILENCE {
-                return Err(LunError::Silent(silent));
-            }
-            if Instant::now() >= end {
-                return Err(LunError::Silent(ANSWER_LIMIT));
-            }
-        }
-    }
-
-    fn is_there(&self) -> Result<(), LunError> {
-        match self.state() {
-            State::Online => Ok(()),
-            State::Stopped => Err(LunError::Gone("it has been stopped".into())),
-            State::Failed(reason) => Err(LunError::Gone(reason)),
-        }
-    }
 }
 
 /// A running LUN, seen from outside its thread.
@@ -375,13 +254,18 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
 ///
 /// # Errors
 /// As [`start`].
-pub fn start_where(params: LunParams, continued: Option<ContinuedFile>) -> Result<LunHandle, LunError> {
+pub fn start_where(mut params: LunParams, continued: Option<ContinuedFile>) -> Result<LunHandle, LunError> {
+    if let Some(dir) = &params.state_dir {
+        let moves = Moves::of(dir, &params.name);
+        let found = moves.follow(&params.config);
+        params.config = found.map_err(|source| LunError::Moved { path: moves.path().to_owned(), source })?;
+    }
     let (outbox, inbox) = inbox::channel().map_err(LunError::Thread)?;
     let (up, started) = sync_channel(1);
     let name = params.name.clone();
     let state = Arc::new(Mutex::new(State::Online));
-    let made = Arc::new(Made { config: params.config.clone(), block_size: params.block_size });
-    let shared = state.clone();
+    let made = SharedMade::new(Made { config: params.config.clone(), block_size: params.block_size });
+    let (shared, made_here) = (state.clone(), made.clone());
     let thread = std::thread::Builder::new()
         // 15 characters is what the kernel shows.
         .name(format!("lun-{name}").chars().take(15).collect())
@@ -389,7 +273,7 @@ pub fn start_where(params: LunParams, continued: Option<ContinuedFile>) -> Resul
             let span = tracing::info_span!("lun", lun = %params.name);
             let _entered = span.entered();
             let ended =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, continued, inbox, up)));
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, continued, inbox, up, made_here)));
             let end = match ended {
                 Ok(end) => end,
                 Err(panic) => State::Failed(format!("its thread panicked: {}", panic_text(&*panic))),
@@ -415,17 +299,6 @@ pub fn start_where(params: LunParams, continued: Option<ContinuedFile>) -> Resul
                 _ => "its thread ended before it served".into(),
             }))
         }
-    }
-}
-
-#[cfg(test)]
-impl Remote {
-    /// One whose thread hangs.
-    pub fn of_nobody() -> Remote {
-        let (outbox, inbox) = inbox::channel().unwrap();
-        std::mem::forget(inbox);
-        let made = Made { config: DeviceConfig::new("/none"), block_size: BlockSize::B512 };
-        Remote { outbox, state: Arc::new(Mutex::new(State::Online)), made: Arc::new(made) }
     }
 }
 
@@ -501,6 +374,7 @@ fn live(
     continued: Option<ContinuedFile>,
     inbox: Inbox,
     up: SyncSender<Result<(), LunError>>,
+    made: SharedMade,
 ) -> State {
     if let Some(cpus) = &params.config.cpus
         && let Err(e) = cpus.bind()
@@ -520,22 +394,30 @@ fn live(
         let exec_io = io.clone();
         let params = Rc::new(params);
         let for_task = params.clone();
-        let opened = run_to_end(&exec_io, &exec, None, async move { Stack::open(&io, &for_task).await });
-        opened.map(|stack| (stack, params))
+        let open = async move {
+            let LunParams { config, block_size, capacity, .. } = &*for_task;
+            let stack = Stack::open(&io, config, *block_size, *capacity).await?;
+            let capacity = stack.limits().capacity;
+            let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), capacity).await;
+            Ok((stack, job))
+        };
+        let opened = run_to_end(&exec_io, &exec, None, open);
+        opened.map(|opened| (opened, params))
     };
-    let (stack, params) = match opened {
-        Ok((Ok(stack), params)) => (stack, params),
+    let (stack, job, params) = match opened {
+        Ok((Ok((stack, job)), params)) => (stack, job, params),
         Ok((Err(e), _)) => return refuse(up, e),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
-    let lun = Rc::new(Lun::new(&params, continued.clone(), stack, &io, inbox.outbox()));
+    let lun = Rc::new(Lun::new(&params, continued.clone(), (stack, job), &io, inbox.outbox(), made));
     let Some(params) = Rc::into_inner(params) else {
         return refuse(up, LunError::Gone("its parameters are still in use".into()));
     };
     let ring = match Ring::attach(params.device) {
         Ok(ring) => ring,
         Err(e) => {
-            close(&io, &exec, lun.stack().clone());
+            close(&io, &exec, lun.front().clone());
+            lun.jobs().stop();
             return refuse(up, e.into());
         }
     };
@@ -554,7 +436,8 @@ fn live(
         lun.has_answered();
     }
     lun.scrubber().stop();
-    let closed = close(&io, &exec, lun.stack().clone());
+    let closed = close(&io, &exec, lun.front().clone());
+    lun.jobs().stop();
     match (served, closed) {
         (Ok(()), None) => State::Stopped,
         (Ok(()), Some(reason)) => State::Failed(reason),
@@ -569,8 +452,8 @@ fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
 }
 
 /// Closes the stack; tells what went wrong if something that was promised may be lost.
-fn close(io: &Io, exec: &Executor, stack: Rc<Stack>) -> Option<String> {
-    let closed = run_to_end(io, exec, None, async move { stack.close().await });
+fn close(io: &Io, exec: &Executor, front: Rc<Front<Stack>>) -> Option<String> {
+    let closed = run_to_end(io, exec, None, async move { front.close().await });
     match closed {
         Ok(Ok(())) => None,
         Ok(Err(e)) => Some(chain(&e)),

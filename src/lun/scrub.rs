@@ -2,8 +2,8 @@
 //!
 //! There is at most one at a time, and its account outlives it: the last one's stands until the next begins. It is kept in a
 //! file, so a scrub goes on where it was after a restart or a crash of the daemon. It runs as a part of the LUN's background
-//! task, on the LUN's thread; from outside it is asked by [`ScrubOrder`]. What it repairs: nothing yet, there being no
-//! second copy; it says which blocks are wrong and where they lie.
+//! task, on the LUN's thread; from outside it is asked by [`ScrubOrder`]. It says which blocks are wrong and where
+//! they lie, and has those brought back for which there is a second copy: while a mirror is attached.
 
 use std::{
     cell::{Cell, RefCell},
@@ -141,7 +141,7 @@ pub(super) struct Scrubber {
     changed: Notify,
     file: Option<StateFile>,
     /// The image's chain, for the reports.
-    files: Vec<PathBuf>,
+    files: RefCell<Vec<PathBuf>>,
     block_size: u64,
     events: Rc<Events>,
 }
@@ -165,7 +165,13 @@ impl Scrubber {
             info!(status = ?scrub.status, next_lba = scrub.next_lba, "the scrub goes on where it was");
         }
         let (generation, changed) = (Cell::new(0), Notify::new());
-        Scrubber { now: RefCell::new(saved), generation, changed, file, files, block_size, events }
+        let (now, files) = (RefCell::new(saved), RefCell::new(files));
+        Scrubber { now, generation, changed, file, files, block_size, events }
+    }
+
+    /// The LUN has another image, of these files.
+    pub(super) fn set_files(&self, files: Vec<PathBuf>) {
+        self.files.replace(files);
     }
 
     /// The scrub under way, or the last one.
@@ -231,8 +237,14 @@ impl Scrubber {
         }
     }
 
-    /// Runs scrubs for as long as the LUN's thread does.
-    pub(super) async fn run<V: Volume, S: Storage>(&self, protected: &Protected<V, S>, io: &Io) {
+    /// Runs scrubs for as long as the LUN's thread does, or has this image. `mend` brings a block back from a second copy, if there is one;
+    /// the report has it all the same.
+    pub(super) async fn run<V: Volume, S: Storage>(
+        &self,
+        protected: &Protected<V, S>,
+        io: &Io,
+        mend: impl AsyncFn(u64) -> bool,
+    ) {
         let mut saved = Instant::now();
         loop {
             let turn =
@@ -247,7 +259,10 @@ impl Scrubber {
             if self.generation.get() != generation {
                 continue;
             }
-            name_files(&mut found.bad, &self.files);
+            name_files(&mut found.bad, &self.files.borrow());
+            for bad in &found.bad {
+                mend(bad.lba).await;
+            }
             let (read, speed) = match self.account(step.map_err(|e| e.to_string()), found) {
                 Some(pace) => pace,
                 None => {

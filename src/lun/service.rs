@@ -5,13 +5,15 @@ use std::{cell::RefCell, rc::Rc, time::Instant};
 use tracing::{error, info, warn};
 
 use super::{
-    LunError, LunParams, PublicStats, ScrubSummary, Stats, SystemCalls,
+    LunError, LunParams, PublicStats, ScrubSummary, SharedMade, Stats, SystemCalls,
     config::DeviceConfig,
     continued::ContinuedFile,
     event_loop::{Load, Service},
     events::{Events, JobStatus},
     inbox::{Message, Outbox},
+    jobs::{self, Jobs},
     measured::Measures,
+    moved::Moves,
     neighbours::{Calls, Membership},
     saved_pages::{self, SavedPagesFile},
     scrub::{self, Scrub, ScrubStatus, Scrubber},
@@ -22,16 +24,22 @@ use super::{
     traffic,
 };
 use crate::{
-    pi::Exposure,
+    job::front::Front,
+    pi::{Counters, Exposure},
     ring::{Command, Completion, Once},
     scsi::{self, Status, Target, TargetConfig, continued::SETTLE, neighbour::Undone},
-    sys::{exec::join, io::Io},
+    sync::Notify,
+    sys::{
+        exec::{join, race},
+        io::Io,
+    },
     volume::Volume,
 };
 
 pub(super) struct Lun {
-    target: Target<Rc<Stack>>,
-    stack: Rc<Stack>,
+    target: Target<Rc<Front<Stack>>>,
+    front: Rc<Front<Stack>>,
+    jobs: Jobs,
     scrubber: Scrubber,
     io: Io,
     counted: RefCell<PublicStats>,
@@ -43,23 +51,28 @@ pub(super) struct Lun {
     limits_file: Option<StateFile>,
     events: Rc<Events>,
     calls: Calls,
+    /// The LUN has another image.
+    moved: Notify,
 }
 
 impl Lun {
     pub(super) fn new(
         params: &LunParams,
         continued: Option<ContinuedFile>,
-        stack: Stack,
+        (stack, job): (Stack, Option<jobs::Resumed>),
         io: &Io,
         own: Outbox,
+        made: SharedMade,
     ) -> Lun {
-        let stack = Rc::new(stack);
         let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
         let state = |folder| params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial));
         let saved_pages = state(saved_pages::FOLDER).map(SavedPagesFile);
         let saved_pages = saved_pages.map(|file| Box::new(file) as Box<dyn scsi::SavedPages>);
         let files = stack.image().places().to_vec();
         let events = Rc::new(Events::default());
+        let moves = params.state_dir.as_deref().map(|dir| Moves::of(dir, &params.name));
+        let jobs = Jobs::new(job_place(params), moves, made, events.clone(), io);
+        let front = Rc::new(jobs.take_up(stack, job));
         let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes(), events.clone());
         let limits_file = state(throttle::FOLDER);
         let limits = limits_now(limits_file.as_ref(), params.config.limits);
@@ -75,10 +88,11 @@ impl Lun {
             neighbours: Some(Rc::new(calls.clone())),
             ..TargetConfig::new(params.block_size, &serial)
         };
-        let target = Target::new(config, stack.clone());
+        let target = Target::new(config, front.clone());
         Lun {
             target,
-            stack,
+            front,
+            jobs,
             scrubber,
             io: io.clone(),
             counted: RefCell::default(),
@@ -89,6 +103,7 @@ impl Lun {
             limits_file,
             events,
             calls,
+            moved: Notify::new(),
         }
     }
 
@@ -115,8 +130,13 @@ impl Lun {
         self.target.forget_given(true);
     }
 
-    pub(super) fn stack(&self) -> &Rc<Stack> {
-        &self.stack
+    pub(super) fn front(&self) -> &Rc<Front<Stack>> {
+        &self.front
+    }
+
+    /// What goes on at the next start.
+    pub(super) fn jobs(&self) -> &Jobs {
+        &self.jobs
     }
 
     /// What is kept for the next start, if the daemon is told to stop.
@@ -125,6 +145,11 @@ impl Lun {
     }
 
     pub(super) fn stats(&self, load: Load) -> Stats {
+        let stack = self.front.volume();
+        let all = |below: Counters| Counters {
+            repaired: self.jobs.repaired(),
+            ..below.plus(self.target.pi_counters())
+        };
         Stats {
             commands: load.commands,
             aborted: load.aborted,
@@ -139,17 +164,26 @@ impl Lun {
             },
             in_flight: load.in_flight as u64,
             io: self.io.backend().to_string(),
-            format: self.stack.image().format().to_string(),
-            capacity_bytes: self.stack.limits().capacity,
+            format: stack.image().format().to_string(),
+            capacity_bytes: stack.limits().capacity,
             write_cache: self.target.write_cache(),
             counted: self.counted.borrow().clone(),
             traffic: self.traffic.get(),
             throttle: Some(self.throttle.get()).filter(|t| *t != throttle::Throttled::default()),
             measured: self.measures.get(),
-            formatted_with: self.stack.protection(),
+            formatted_with: stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
-            caches: self.stack.image().caches(),
-            pi: self.stack.pi_counters().map(|below| below.plus(self.target.pi_counters())),
+            caches: stack.image().caches(),
+            pi: stack.pi_counters().map(all),
+        }
+    }
+
+    /// Where the scrub brings back from what it finds.
+    fn spare(&self) -> impl AsyncFn(u64) -> bool {
+        async |lba| {
+            let Some(mirror) = self.front.mirror() else { return false };
+            let size = self.target.block_size().bytes();
+            mirror.mend(lba * size, size).await
         }
     }
 
@@ -158,7 +192,7 @@ impl Lun {
             let block_size = self.target.block_size();
             return Err(LunError::Size { capacity, block_size });
         }
-        self.stack.resize(capacity).await?;
+        self.front.resize(capacity).await?;
         self.target.capacity_changed();
         info!(capacity, "resized");
         Ok(())
@@ -175,11 +209,18 @@ impl Lun {
     async fn set_write_cache(&self, on: bool) -> Result<(), LunError> {
         self.target.set_write_cache(on);
         if !on {
-            self.stack.flush().await?;
+            self.front.flush().await?;
         }
         info!(on, "write cache");
         Ok(())
     }
+}
+
+/// Where the job of a LUN is kept.
+pub(super) fn job_place(params: &LunParams) -> jobs::Place {
+    let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
+    let file = params.state_dir.as_deref().map(|dir| StateFile::new(dir, jobs::FOLDER, &serial));
+    jobs::Place::new(file)
 }
 
 /// What was set while the LUN was in use, or else what it was created with.
@@ -265,14 +306,17 @@ impl Service for Lun {
         let (writes, blocks) = scsi::moved_by(&command.cdb)?;
         let bytes = blocks.0.saturating_mul(self.target.block_size().bytes());
         // What is beyond the LUN is refused; it is not to be paid for first.
-        Some(Cost { writes, bytes: bytes.min(self.stack.limits().capacity) })
+        Some(Cost { writes, bytes: bytes.min(self.front.limits().capacity) })
     }
 
     async fn background(self: Rc<Self>) {
         let scrubs = async {
-            match self.stack.protected() {
-                Some(protected) => self.scrubber.run(protected, &self.io).await,
-                None => std::future::pending().await,
+            loop {
+                let moved = self.moved.wait();
+                let stack = self.front.volume();
+                let Some(protected) = stack.protected() else { return std::future::pending().await };
+                // A step that is cut off is made again on what the LUN has then.
+                race(self.scrubber.run(protected, &self.io, self.spare()), moved).await;
             }
         };
         let attentions = async {
@@ -285,7 +329,13 @@ impl Service for Lun {
                 self.target.forget_given(false);
             }
         };
-        join(join(self.target.background(), scrubs), join(self.calls.watch_the_end(), attentions)).await;
+        let jobs = self.jobs.run(&self.front, || {
+            self.target.capacity_changed();
+            self.scrubber.set_files(self.front.volume().image().places().to_vec());
+            self.moved.notify_all();
+        });
+        let rest = join(join(self.calls.watch_the_end(), attentions), jobs);
+        join(join(self.target.background(), scrubs), rest).await;
     }
 
     async fn message(self: Rc<Self>, message: Message, load: Load) {
@@ -300,8 +350,12 @@ impl Service for Lun {
             }
             Message::WriteCache(on, back) => drop(back.send(self.set_write_cache(on).await)),
             Message::Scrub(order, back) => {
-                let blocks = self.stack.protected().map(|p| p.blocks_now().0);
+                let blocks = self.front.volume().protected().map(|p| p.blocks_now().0);
                 drop(back.send(self.scrubber.order(order, blocks)));
+            }
+            Message::Job(order, back) => {
+                let block_size = self.target.block_size();
+                drop(back.send(self.jobs.order(&self.front, block_size, order).await));
             }
             Message::Limit(limits, back) => drop(back.send(self.limit(limits))),
             Message::Stats(back) => drop(back.send(self.stats(load))),
@@ -309,9 +363,10 @@ impl Service for Lun {
                 self.tracer.add(watching);
                 let _ = back.send(());
             }
-            Message::Describe(back) => drop(back.send(self.stack.image().describe())),
+            Message::Describe(back) => drop(back.send(self.front.volume().image().describe())),
             Message::Watch(watcher) => {
                 self.events.watch(watcher);
+                self.jobs.introduce();
                 // A job that goes on after a restart is new to whoever watches.
                 match self.scrubber.last().filter(Scrub::is_under_way).map(|s| s.status) {
                     Some(ScrubStatus::Paused) => {
@@ -334,12 +389,12 @@ impl Service for Lun {
 
     async fn parting(self: Rc<Self>) {
         // Closing the image flushes again, and is the one to say what failed.
-        let _ = self.stack.flush().await;
+        let _ = self.front.volume().flush().await;
     }
 
     fn ending(&self) {
         self.calls.end_soon();
-        self.stack.image().ending();
+        self.front.volume().image().ending();
     }
 
     fn ended(&self) {

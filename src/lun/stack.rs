@@ -3,18 +3,19 @@
 
 use tracing::info;
 
-use super::{LunError, LunParams};
+use super::{LunError, LunParams, config::DeviceConfig};
 use crate::{
     image::{
         Image,
         open::{OpenOptions, open},
     },
+    job::{Side, first_extent},
     pi::{
         Counters, Exposure, Protected, Protection, Transfer, chain::Beneath, protected::sidecar_path,
         store::Stamp,
     },
     sys::{exec::boxed, io::Io, mem::Sg},
-    units::ByteOffset,
+    units::{BlockSize, ByteOffset},
     volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
 };
 
@@ -41,30 +42,30 @@ pub(super) fn check_transfer(params: &LunParams) -> std::result::Result<(), LunE
 
 impl Stack {
     /// Opens the image and, if asked for, its sidecar. What fails leaves nothing open.
-    pub(super) async fn open(io: &Io, params: &LunParams) -> std::result::Result<Stack, LunError> {
-        let config = &params.config;
+    pub(super) async fn open(
+        io: &Io,
+        config: &DeviceConfig,
+        block_size: BlockSize,
+        expected: u64,
+    ) -> std::result::Result<Stack, LunError> {
         let options = OpenOptions {
             read_only: config.read_only,
             format: config.format,
             lock: true,
             cache_size: config.cache_size,
-            null_size: Some(params.capacity),
+            null_size: Some(expected),
             cache: config.cache,
         };
         let image = open(io, &config.image, &options).await?;
-        image.check_block_size(params.block_size)?;
-        image.check_sectors(params.block_size)?;
+        image.check_block_size(block_size)?;
+        image.check_sectors(block_size)?;
         let capacity = image.limits().capacity;
-        if capacity < params.capacity {
-            return Err(LunError::Shrunk {
-                image: config.image.clone(),
-                capacity,
-                expected: params.capacity,
-            });
+        if capacity < expected {
+            return Err(LunError::Shrunk { image: config.image.clone(), capacity, expected });
         }
-        if capacity > params.capacity {
+        if capacity > expected {
             // A resize that was cut short after the image had grown. Initiators are told what there is.
-            info!(capacity, kernel = params.capacity, "the image is larger than the kernel knows");
+            info!(capacity, kernel = expected, "the image is larger than the kernel knows");
         }
         let Some(kind) = config.pi else { return Ok(Stack::Plain(Box::new(image))) };
         let stamp = image.stamp().map_err(|e| IoError::from_io(IoOp::Open, e).path(&config.image))?;
@@ -74,13 +75,13 @@ impl Stack {
             kind,
             mode: config.pi_mode,
             exposure: config.exposure,
-            block_size: params.block_size,
+            block_size,
             read_only: config.read_only,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
         };
         // Opened first: what is wrong with a backing file is said before anything is changed.
         let cluster = u64::from(image.limits().discard_granularity);
-        let beneath = Beneath::open(io, &image.files()[1..], params.block_size, cluster).await?;
+        let beneath = Beneath::open(io, &image.files()[1..], block_size, cluster).await?;
         Ok(Stack::Protected(Box::new(Protected::open(io, image, &protection).await?.over(beneath))))
     }
 
@@ -183,5 +184,41 @@ impl Volume for Stack {
 
     async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
         layers!(self, v => v.reformat(protection).await)
+    }
+}
+
+impl Side for Stack {
+    async fn read_whole(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        match self {
+            Stack::Plain(v) => v.read(at, to).await.map(|()| None),
+            Stack::Protected(v) => v.read_verified(at, to).await.map(Some),
+        }
+    }
+
+    async fn write_whole(&self, at: ByteOffset, from: &Sg, tuples: Option<Vec<u8>>) -> Result<()> {
+        let flags = WriteFlags::default();
+        match (self, tuples) {
+            (Stack::Protected(v), Some(tuples)) => v.write_with_tuples(at, from, tuples, flags).await,
+            _ => self.write(at, from, flags).await,
+        }
+    }
+
+    async fn extent(&self, at: ByteOffset, len: u64) -> Result<Extent> {
+        let extent = first_extent(self, at, len, self.block_bytes()).await?;
+        match self {
+            Stack::Plain(_) => Ok(extent),
+            Stack::Protected(v) => v.with_tuples(extent).await,
+        }
+    }
+
+    fn block_bytes(&self) -> u64 {
+        match self {
+            Stack::Plain(v) => u64::from(v.limits().alignment).max(512),
+            Stack::Protected(v) => v.block_size().bytes(),
+        }
+    }
+
+    fn protected_by(&self) -> Option<PiType> {
+        self.protected().map(Protected::kind_at_rest)
     }
 }

@@ -7,6 +7,7 @@
 
 pub mod chain;
 pub mod check;
+mod copied;
 pub mod error;
 pub mod exposure;
 pub mod guard;
@@ -16,7 +17,7 @@ mod replay;
 pub mod scrub;
 pub mod store;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod told;
 pub mod tools;
 pub mod tuple;

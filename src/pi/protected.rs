@@ -93,6 +93,9 @@ pub struct Counters {
     pub recomputed: u64,
     /// Blocks that a crash or a failed write has torn (mode "journal"): they are errors until they are written.
     pub torn: u64,
+    /// Blocks that did not match, or could not be read, and were brought back from a mirror's target.
+    #[serde(default)]
+    pub repaired: u64,
 }
 
 impl Counters {
@@ -107,6 +110,7 @@ impl Counters {
             unprotected: self.unprotected + other.unprotected,
             recomputed: self.recomputed + other.recomputed,
             torn: self.torn + other.torn,
+            repaired: self.repaired + other.repaired,
         }
     }
 }

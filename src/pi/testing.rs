@@ -153,7 +153,7 @@ impl World {
     }
 
     /// [`World::new`] in any mode and layout.
-    pub fn made(
+    pub(in crate::pi) fn made(
         seed: u64,
         (kind, mode): (PiType, PiMode),
         block_size: BlockSize,

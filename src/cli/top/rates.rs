@@ -247,6 +247,7 @@ pub mod tests {
                 unprotected: 0,
                 recomputed: 0,
                 torn: 0,
+                repaired: 0,
             }),
         }
     }

@@ -28,7 +28,8 @@ pub(super) fn query_luns(luns: &Registry, _: &Arguments) -> Result<Value, Error>
 }
 
 fn lun_info(name: &str, lun: &Remote) -> Value {
-    let Made { config, block_size } = lun.made();
+    let made = lun.made();
+    let Made { config, block_size } = &*made;
     let (mut state, mut reason) = match lun.state() {
         State::Online => ("online", None),
         State::Stopped => ("stopped", None),
@@ -107,7 +108,8 @@ fn node(
 fn nodes(name: &str, lun: &Remote) -> Result<Vec<Value>, Error> {
     let (layers, stats) = (told(lun.describe())?, told(lun.stats())?);
     let named = |i: usize| if i == 0 { name.to_owned() } else { format!("{name}-backing-{i}") };
-    let read_only = |i| i > 0 || lun.made().config.read_only;
+    let made = lun.made();
+    let read_only = |i| i > 0 || made.config.read_only;
     // What is limited are the LUN's commands, whichever file they end in.
     let limits = |i| stats.throttle.filter(|_| i == 0).unwrap_or_default().limits;
     let node =

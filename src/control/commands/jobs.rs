@@ -1,16 +1,13 @@
-//! Jobs and protection: scrubs are begun, led and told of.
+//! Jobs and protection: scrubs are begun, led and told of. What is asked of all jobs alike goes to mirrors too.
 
 use serde_json::{Value, json};
 
-use super::{Arguments, done, find, told};
+use super::{Arguments, done, find, mirror, told};
 use crate::{
-    control::{
-        Registry, job_device, job_id,
-        qmp::{Class, Error},
-        without_nulls,
-    },
+    control::{Registry, job_device, job_id, qmp::Error, without_nulls},
     lun::{
         Remote,
+        jobs::JobOrder,
         scrub::{Scrub, ScrubOrder},
     },
 };
@@ -22,37 +19,65 @@ pub(super) fn scrub(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
     done()
 }
 
-fn order(luns: &Registry, id: &str, order: ScrubOrder) -> Result<Value, Error> {
-    let none = || Error::new(Class::DeviceNotActive, format!("Job '{id}' not found"));
-    let lun = job_device(id).and_then(|device| luns.find(device)).ok_or_else(none)?;
-    told(lun.scrub(order))?;
+/// A scrub if it is one's name, and otherwise a block job.
+fn order(luns: &Registry, id: &str, order: ScrubOrder, other: JobOrder) -> Result<Value, Error> {
+    match job_device(id).and_then(|device| luns.find(device)) {
+        Some(lun) => told(lun.scrub(order)).map(drop)?,
+        None => mirror::order(luns, id, other)?,
+    }
     done()
 }
 
 /// Ends a job.
 pub(super) fn cancel(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
-    order(luns, args.text("id")?, ScrubOrder::Cancel)
+    let id = args.text("id")?;
+    order(luns, id, ScrubOrder::Cancel, JobOrder::Cancel { id: id.to_owned(), force: true })
 }
 
 /// Has a job wait.
 pub(super) fn pause(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
-    order(luns, args.text("id")?, ScrubOrder::Pause)
+    pause_job(luns, args.text("id")?)
 }
 
 /// Has a job go on.
 pub(super) fn resume(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
-    order(luns, args.text("id")?, ScrubOrder::Resume)
+    resume_job(luns, args.text("id")?)
+}
+
+/// Has a job wait, by QEMU's older name.
+pub(super) fn block_pause(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    pause_job(luns, args.text("device")?)
+}
+
+/// Has a job go on, by QEMU's older name.
+pub(super) fn block_resume(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    resume_job(luns, args.text("device")?)
+}
+
+fn pause_job(luns: &Registry, id: &str) -> Result<Value, Error> {
+    order(luns, id, ScrubOrder::Pause, JobOrder::Pause(id.to_owned()))
+}
+
+fn resume_job(luns: &Registry, id: &str) -> Result<Value, Error> {
+    order(luns, id, ScrubOrder::Resume, JobOrder::Resume(id.to_owned()))
 }
 
 /// Sets the speed of a job.
 pub(super) fn set_speed(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
-    order(luns, args.text("device")?, ScrubOrder::SetSpeed(args.number("speed")?))
+    let (id, speed) = (args.text("device")?, args.number("speed")?);
+    order(luns, id, ScrubOrder::SetSpeed(speed), JobOrder::SetSpeed(id.to_owned(), speed))
 }
 
 /// The jobs under way.
 pub(super) fn query_jobs(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
     let mut jobs = Vec::new();
     for (name, lun) in luns.all_knocked() {
+        for job in lun.job(JobOrder::Query).unwrap_or_default() {
+            jobs.push(without_nulls(json!({
+                "id": job.id, "type": "mirror", "status": job.status, "current-progress": job.offset,
+                "total-progress": job.len, "error": job.error,
+            })));
+        }
         // A LUN that has just gone, or has no protection, has none.
         if let Ok(Some(scrub)) = lun.scrub(ScrubOrder::Query)
             && scrub.is_under_way()

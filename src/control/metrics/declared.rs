@@ -132,6 +132,8 @@ metrics! {
         "Blocks whose protection information was made anew after a crash or a failed write.").unit("blocks");
     PI_TORN = Metric::new("tcmu_dif_pi_torn_blocks", Counter, LUN,
         "Blocks that a crash or a failed write has torn (mode journal): errors until they are written.").unit("blocks");
+    PI_REPAIRED = Metric::new("tcmu_dif_pi_repaired_blocks", Counter, LUN,
+        "Blocks that did not match, or could not be read, and were brought back from a mirror's target.").unit("blocks");
     PI_ERRORS = Metric::new("tcmu_dif_pi_errors", Counter, &["lun", "tag"],
         "Reads, and writes with protection information, that failed on a tag: guard, application, reference.");
 

@@ -24,7 +24,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
 
     /// On a volume that may not be written nobody could settle what a crash has cut off: there a block of a marked region
     /// that does not match its tuple has none.
-    pub(super) fn forgive(&self, first: Lba, data: &Sg, tuples: &mut [u8]) {
+    pub(in crate::pi) fn forgive(&self, first: Lba, data: &Sg, tuples: &mut [u8]) {
         let stored = tuples.to_vec();
         self.checker().check(data, first, &stored, |i, _, found| {
             if let Err(m) = found

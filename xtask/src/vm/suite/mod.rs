@@ -12,6 +12,7 @@ mod fabric;
 mod fault;
 pub(super) mod initiator;
 mod iscsi;
+mod jobs;
 mod lifecycle;
 pub(super) mod lun;
 mod panic;
@@ -110,6 +111,7 @@ pub fn all() -> Vec<&'static Test> {
         fabric::TESTS,
         daemon::TESTS,
         lifecycle::TESTS,
+        jobs::TESTS,
         qmp::TESTS,
         conformance::TESTS,
         copy::TESTS,

@@ -1,0 +1,250 @@
+//! `tcmu-dif mirror` and `tcmu-dif job`: clients of the daemon, which does the work.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    CliError, Done,
+    args::Cli,
+    error,
+    job_args::{self, Job, Mirror, word},
+    output,
+    pi::{advance, bar},
+    size,
+};
+use crate::control::{
+    SOCKET,
+    client::{Client, ClientError},
+};
+
+/// How often a command asks how far a job is.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// The daemon, asked about jobs.
+struct Asked {
+    command: &'static str,
+    about: String,
+    client: Client,
+}
+
+impl Asked {
+    fn new(cli: &Cli, command: &'static str, about: &str) -> Result<Asked, CliError> {
+        let socket: PathBuf = cli.run_dir.join(SOCKET);
+        let client = Client::connect(&socket).map_err(|e| failed(command, about, &e))?;
+        Ok(Asked { command, about: about.to_owned(), client })
+    }
+
+    fn ask(&mut self, verb: &str, arguments: Value) -> Result<Value, CliError> {
+        let Value::Object(arguments) = arguments else { return Ok(Value::Null) };
+        self.client.execute(verb, arguments).map_err(|e| failed(self.command, &self.about, &e))
+    }
+
+    /// The block job of that name.
+    fn job(&mut self, id: &str) -> Result<Option<Value>, CliError> {
+        let jobs = self.ask("query-block-jobs", json!({}))?;
+        Ok(jobs.as_array().into_iter().flatten().find(|job| job["device"] == id).cloned())
+    }
+
+    /// Shows how far a job is, until that holds of it or it is no more.
+    fn follow(
+        &mut self,
+        id: &str,
+        words: &'static str,
+        done: impl Fn(&Value) -> bool,
+    ) -> Result<Option<Value>, CliError> {
+        let bar = bar(words);
+        let mut step = advance(&bar);
+        let job = loop {
+            let job = self.job(id)?;
+            match job {
+                Some(job) if !done(&job) => {
+                    let of = |key: &str| job[key].as_u64().unwrap_or(0);
+                    step(of("offset"), of("len"));
+                }
+                other => break other,
+            }
+            std::thread::sleep(LOOK);
+        };
+        bar.finish_and_clear();
+        Ok(job)
+    }
+
+    /// Waits until a job has ended, and has it forgotten; an error is its own.
+    fn end(&mut self, id: &str, words: &'static str) -> Result<(), CliError> {
+        let Some(job) = self.follow(id, words, |job| job["status"] == "concluded")? else { return Ok(()) };
+        self.ask("job-dismiss", json!({ "id": id }))?;
+        match job["error"].as_str() {
+            None => Ok(()),
+            Some(reason) => Err(CliError::new(self.command, &self.about, reason.to_owned())
+                .then("the LUN goes on with its image; end the cause, and begin anew".to_owned())),
+        }
+    }
+}
+
+fn failed(command: &'static str, about: &str, e: &ClientError) -> CliError {
+    let said = error::from_client(command, about, e);
+    match e {
+        ClientError::Refused(_) => said.then("see the LUNs and the jobs: tcmu-dif list, tcmu-dif job list"),
+        _ => said,
+    }
+}
+
+/// Runs `mirror`.
+pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
+    let name = args.name.as_str();
+    let target = std::path::absolute(&args.target)
+        .map_err(|e| CliError::new("mirror", args.target.display(), e.to_string()))?;
+    let id = args.job_id.as_deref().unwrap_or(name);
+    let mut asked = Asked::new(cli, "mirror", name)?;
+    let mut arguments = Map::from_iter([
+        ("device".to_owned(), name.into()),
+        ("job-id".to_owned(), id.into()),
+        ("target".to_owned(), target.display().to_string().into()),
+        ("mode".to_owned(), if args.existing { "existing" } else { "absolute-paths" }.into()),
+        ("sync".to_owned(), word(&args.sync).into()),
+        ("copy-mode".to_owned(), word(&args.copy_mode).into()),
+        ("speed".to_owned(), args.speed.into()),
+        ("on-source-error".to_owned(), word(&args.on_source_error).into()),
+        ("on-target-error".to_owned(), word(&args.on_target_error).into()),
+        // Kept until this command has told what came of it.
+        ("auto-dismiss".to_owned(), args.background.into()),
+    ]);
+    let mut given = |key: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            arguments.insert(key.to_owned(), value);
+        }
+    };
+    given("format", args.format.map(|f| f.to_string().into()));
+    given("granularity", args.granularity.map(Into::into));
+    given("sidecar", args.sidecar.as_ref().map(|p| absolute(p).into()));
+    asked.ask("drive-mirror", Value::Object(arguments))?;
+    if !args.background {
+        let stands =
+            |job: &Value| job["ready"] == true || ["concluded", "paused"].iter().any(|s| job["status"] == *s);
+        let job = asked.follow(id, "mirroring", stands)?;
+        if job.as_ref().is_none_or(|job| job["status"] == "concluded") {
+            asked.end(id, "mirroring")?;
+        } else if args.complete && job.is_some_and(|job| job["ready"] == true) {
+            asked.ask("block-job-complete", json!({ "device": id }))?;
+            asked.end(id, "going over")?;
+            return said(
+                args.json.json,
+                json!({ "id": id, "lun": name, "image": target, "done": true }),
+                || format!("{name} has the image {} now\n", target.display()),
+            );
+        }
+    }
+    let job = asked.job(id)?.unwrap_or_default();
+    said(args.json.json, job.clone(), || one(&job))
+}
+
+fn absolute(path: &std::path::Path) -> String {
+    std::path::absolute(path).unwrap_or(path.to_owned()).display().to_string()
+}
+
+fn said(json: bool, value: Value, text: impl FnOnce() -> String) -> Done {
+    if json { output::json(&value) } else { output::print(&text()) }
+}
+
+/// Runs `job`.
+pub fn job(cli: &Cli, job: &Job) -> Done {
+    match job {
+        Job::List(json) => list(cli, json.json),
+        Job::Complete(one) => {
+            order(cli, one, "complete", true, &mut |asked, id| asked.ask("job-complete", json!({ "id": id })))
+        }
+        Job::Cancel { one, force } => {
+            order(cli, one, "cancel", true, &mut |asked, id| match id.strip_prefix("scrub-").is_some() {
+                true => asked.ask("job-cancel", json!({ "id": id })),
+                false => asked.ask("block-job-cancel", json!({ "device": id, "force": force })),
+            })
+        }
+        Job::Pause(one) => {
+            order(cli, one, "pause", false, &mut |asked, id| asked.ask("job-pause", json!({ "id": id })))
+        }
+        Job::Resume(one) => {
+            order(cli, one, "resume", false, &mut |asked, id| asked.ask("job-resume", json!({ "id": id })))
+        }
+        Job::Speed { one, speed } => order(cli, one, "speed", false, &mut |asked, id| {
+            asked.ask("block-job-set-speed", json!({ "device": id, "speed": speed }))
+        }),
+    }
+}
+
+type Order<'a> = &'a mut dyn FnMut(&mut Asked, &str) -> Result<Value, CliError>;
+
+fn order(cli: &Cli, one: &job_args::One, verb: &'static str, ends: bool, tell: Order<'_>) -> Done {
+    let id = one.id.as_str();
+    let mut asked = Asked::new(cli, "job", &format!("{verb} {id}"))?;
+    tell(&mut asked, id)?;
+    if ends {
+        asked.end(id, "ending")?;
+        return said(one.json.json, json!({ "id": id, "ended": true }), || format!("{id} has ended\n"));
+    }
+    let job = asked.job(id)?.unwrap_or_default();
+    match job.is_null() {
+        true => said(one.json.json, json!({ "id": id }), String::new),
+        false => said(one.json.json, job.clone(), || self::one(&job)),
+    }
+}
+
+/// One job in lines.
+fn one(job: &Value) -> String {
+    let text = |key: &str| job[key].as_str().unwrap_or_default().to_owned();
+    let number = |key: &str| job[key].as_u64().unwrap_or(0);
+    let mut pairs = vec![
+        ("job", text("device")),
+        ("lun", text("lun")),
+        ("status", text("status")),
+        ("target", text("target")),
+        ("copied", progress(number("offset"), number("len"))),
+        ("speed", speed(number("speed"))),
+        ("copy mode", text("copy-mode")),
+    ];
+    if number("repaired") > 0 {
+        pairs.push(("repaired", number("repaired").to_string()));
+    }
+    if job["io-status"] != "ok" {
+        pairs.push(("i/o", text("io-status")));
+    }
+    if let Some(error) = job["error"].as_str() {
+        pairs.push(("error", error.to_owned()));
+    }
+    output::lines(&pairs)
+}
+
+fn progress(done: u64, all: u64) -> String {
+    let percent = done.saturating_mul(100).checked_div(all).unwrap_or(100);
+    format!("{percent} % of {}", size::human(all))
+}
+
+fn speed(bytes: u64) -> String {
+    match bytes {
+        0 => "no limit".to_owned(),
+        bytes => format!("{} a second", size::human(bytes)),
+    }
+}
+
+fn list(cli: &Cli, json: bool) -> Done {
+    let mut asked = Asked::new(cli, "job", "list")?;
+    let jobs = asked.ask("query-jobs", json!({}))?;
+    let rows: Vec<Vec<String>> = jobs
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|job| {
+            let text = |key: &str| job[key].as_str().unwrap_or_default().to_owned();
+            let number = |key: &str| job[key].as_u64().unwrap_or(0);
+            let done = progress(number("current-progress"), number("total-progress"));
+            vec![text("id"), text("type"), text("status"), done, text("error")]
+        })
+        .collect();
+    said(json, jobs, || {
+        if rows.is_empty() {
+            return "no jobs\n".to_owned();
+        }
+        output::table(&["JOB", "TYPE", "STATUS", "DONE", "ERROR"], rows)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

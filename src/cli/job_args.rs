@@ -1,0 +1,140 @@
+//! The arguments of `mirror` and `job`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::args::Json;
+use crate::{admin::order, image::Format, kernel::names::Name};
+
+/// What is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Sync {
+    /// All that a guest can read
+    Full,
+    /// What the image itself holds; the target gets the same backing file
+    Top,
+    /// What is written from now on
+    None,
+}
+
+/// How it keeps up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CopyMode {
+    /// Writes go to the LUN, and are copied later
+    Background,
+    /// Writes go to both before they are answered
+    WriteBlocking,
+}
+
+/// What is done about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnError {
+    /// The job ends with it
+    Report,
+    /// It goes on, and tries again
+    Ignore,
+    /// It stops if there is no space left, and otherwise ends
+    Enospc,
+    /// It stops, and tries again when it is resumed
+    Stop,
+}
+
+/// QEMU's word for a choice.
+pub(super) fn word(choice: &impl ValueEnum) -> String {
+    choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// `mirror`.
+#[derive(Debug, Args)]
+pub struct Mirror {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The image to copy it to, which is made
+    pub target: PathBuf,
+    /// The target's format: raw or qcow2 [default: the LUN's]
+    #[arg(long, value_parser = order::format)]
+    pub format: Option<Format>,
+    /// The target is there already; what it holds is overwritten
+    #[arg(long)]
+    pub existing: bool,
+    /// Where the target's protection information is kept, instead of TARGET.pi
+    #[arg(long, value_name = "PATH")]
+    pub sidecar: Option<PathBuf>,
+    /// What is copied
+    #[arg(long, value_enum, default_value_t = Sync::Full)]
+    pub sync: Sync,
+    /// How it keeps up with what is written meanwhile
+    #[arg(long, value_enum, default_value_t = CopyMode::Background)]
+    pub copy_mode: CopyMode,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
+    pub speed: u64,
+    /// Bytes that are copied again when one of them is written: a power of two [default: 64K, more for more than 8T]
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    pub granularity: Option<u64>,
+    /// What is done about an error of the LUN's image, a block that fails protection among them
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_source_error: OnError,
+    /// What is done about an error of the target
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_target_error: OnError,
+    /// The job's name [default: the LUN's]
+    #[arg(long, value_name = "ID")]
+    pub job_id: Option<String>,
+    /// When it has caught up, have the LUN go over to the target
+    #[arg(long, conflicts_with = "background")]
+    pub complete: bool,
+    /// Begin, and do not wait until it has caught up
+    #[arg(long)]
+    pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `job`.
+#[derive(Debug, Subcommand)]
+pub enum Job {
+    /// List the jobs under way, scrubs too
+    List(Json),
+    /// Have the LUN go over to the target of a mirror that is ready
+    Complete(One),
+    /// End a job; a mirror that is ready leaves a whole copy behind
+    Cancel {
+        /// The job
+        #[command(flatten)]
+        one: One,
+        /// End it at once, and leave its target as it is
+        #[arg(long)]
+        force: bool,
+    },
+    /// Let a job wait, until it is resumed
+    Pause(One),
+    /// Let a paused job go on, or one that has stopped for an error try again
+    Resume(One),
+    /// Set a job's speed
+    Speed {
+        /// The job
+        #[command(flatten)]
+        one: One,
+        /// Bytes a second at most (or with K, M, G), 0 for no limit
+        #[arg(value_name = "SIZE", value_parser = speed)]
+        speed: u64,
+    },
+}
+
+/// One job.
+#[derive(Debug, Args)]
+pub struct One {
+    /// The job's name: see tcmu-dif job list
+    pub id: String,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+fn speed(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { super::size::parse(text) }
+}

@@ -1,0 +1,161 @@
+//! Block jobs: mirrors are begun, led, told of and made an end of, in QEMU's words.
+
+use serde_json::{Value, json};
+
+use super::{
+    super::{
+        schema::{Member, Type, has, may},
+        types::{COPY_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC_MODE},
+    },
+    Arguments, done, find, told,
+};
+use crate::{
+    control::{
+        Registry, job_device,
+        qmp::{Class, Error},
+        without_nulls,
+    },
+    lun::{
+        Remote,
+        jobs::{CopyMode, JobInfo, JobOrder, MirrorOrder, OnError, Settings, SyncMode, copy_mode, sync_mode},
+    },
+};
+
+/// Those of QEMU's DriveMirror, but for the names of nodes, `replaces` and `buf-size`; `sidecar` is ours.
+pub(super) const ARGUMENTS: &[Member] = &[
+    may("job-id", Type::Str),
+    has("device", Type::Str),
+    has("target", Type::Str),
+    may("format", Type::Str),
+    has("sync", Type::Enum(&SYNC_MODE)),
+    may("mode", Type::Enum(&NEW_IMAGE_MODE)),
+    may("speed", Type::Int),
+    may("granularity", Type::Int),
+    may("on-source-error", Type::Enum(&ON_ERROR)),
+    may("on-target-error", Type::Enum(&ON_ERROR)),
+    may("unmap", Type::Bool),
+    may("copy-mode", Type::Enum(&COPY_MODE)),
+    may("auto-finalize", Type::Bool),
+    may("auto-dismiss", Type::Bool),
+    may("sidecar", Type::Str),
+];
+
+/// Begins a mirror.
+pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let device = args.text("device")?;
+    let lun = find(luns, device)?;
+    let id = args.maybe_text("job-id").unwrap_or(device);
+    if id.is_empty() || job_device(id).is_some() {
+        return Err(Error::generic(format!("Invalid job ID '{id}'")));
+    }
+    if all(luns).iter().any(|(_, _, job)| job.id == id) {
+        return Err(Error::generic(format!("Job ID '{id}' already in use")));
+    }
+    let format = match args.maybe_text("format") {
+        None => None,
+        Some(word) => Some(word.parse().map_err(|_| Error::generic(format!("Unknown driver '{word}'")))?),
+    };
+    let on_error = |name| match args.maybe_text(name) {
+        Some("ignore") => OnError::Ignore,
+        Some("enospc") => OnError::Enospc,
+        Some("stop") => OnError::Stop,
+        _ => OnError::Report,
+    };
+    let settings = Settings {
+        sync: match args.text("sync")? {
+            "top" => SyncMode::Top,
+            "none" => SyncMode::None,
+            _ => SyncMode::Full,
+        },
+        copy_mode: match args.maybe_text("copy-mode") {
+            Some("write-blocking") => CopyMode::WriteBlocking,
+            _ => CopyMode::Background,
+        },
+        unmap: args.flag_or("unmap", true),
+        speed: args.maybe_number("speed").unwrap_or(0),
+        on_source_error: on_error("on-source-error"),
+        on_target_error: on_error("on-target-error"),
+        auto_finalize: args.flag_or("auto-finalize", true),
+        auto_dismiss: args.flag_or("auto-dismiss", true),
+        paused: false,
+    };
+    let order = MirrorOrder {
+        id: id.to_owned(),
+        target: args.text("target")?.into(),
+        format,
+        existing: args.maybe_text("mode") == Some("existing"),
+        sidecar: args.maybe_text("sidecar").map(Into::into),
+        granularity: args.maybe_number("granularity").filter(|n| *n > 0),
+        settings,
+    };
+    told(lun.job(JobOrder::Mirror(Box::new(order))))?;
+    done()
+}
+
+/// Every block job with its LUN; those of a LUN that does not answer are not known.
+fn all(luns: &Registry) -> Vec<(String, Remote, JobInfo)> {
+    let mut jobs = Vec::new();
+    for (name, lun) in luns.all_knocked() {
+        for job in lun.job(JobOrder::Query).unwrap_or_default() {
+            jobs.push((name.clone(), lun.clone(), job));
+        }
+    }
+    jobs
+}
+
+/// Orders a job about, whichever LUN's it is.
+pub(super) fn order(luns: &Registry, id: &str, order: JobOrder) -> Result<(), Error> {
+    let (_, lun, _) = all(luns)
+        .into_iter()
+        .find(|(_, _, job)| job.id == id)
+        .ok_or_else(|| Error::new(Class::DeviceNotActive, format!("Job '{id}' not found")))?;
+    told(lun.job(order)).map(drop)
+}
+
+/// The LUN goes over to the target.
+pub(super) fn complete(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    order(luns, args.text("id")?, JobOrder::Complete(args.text("id")?.to_owned()))?;
+    done()
+}
+
+/// The same by QEMU's older name.
+pub(super) fn block_complete(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    order(luns, args.text("device")?, JobOrder::Complete(args.text("device")?.to_owned()))?;
+    done()
+}
+
+/// Ends a job; one that is ready leaves a target that is whole.
+pub(super) fn block_cancel(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let id = args.text("device")?;
+    order(luns, id, JobOrder::Cancel { id: id.to_owned(), force: args.flag("force") })?;
+    done()
+}
+
+/// Makes final what waits for it.
+pub(super) fn finalize(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    order(luns, args.text("id")?, JobOrder::Finalize(args.text("id")?.to_owned()))?;
+    done()
+}
+
+/// Forgets a job that has ended.
+pub(super) fn dismiss(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    order(luns, args.text("id")?, JobOrder::Dismiss(args.text("id")?.to_owned()))?;
+    done()
+}
+
+/// QEMU's BlockJobInfo of every mirror.
+pub(super) fn query(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
+    Ok(all(luns).iter().map(|(lun, _, job)| described(lun, job)).collect())
+}
+
+fn described(lun: &str, job: &JobInfo) -> Value {
+    without_nulls(json!({
+        "type": "mirror", "device": job.id, "len": job.len, "offset": job.offset, "busy": job.busy,
+        "paused": job.paused, "speed": job.speed, "io-status": job.io_status, "ready": job.ready,
+        "status": job.status, "auto-finalize": job.settings.auto_finalize,
+        "auto-dismiss": job.settings.auto_dismiss, "error": job.error,
+        "actively-synced": job.ready && job.settings.copy_mode == CopyMode::WriteBlocking,
+        "lun": lun, "target": job.target.display().to_string(), "sync": sync_mode(&job.settings),
+        "copy-mode": copy_mode(&job.settings), "repaired": job.repaired,
+    }))
+}

@@ -1,0 +1,337 @@
+//! The one place where a LUN's commands meet its jobs: a volume over the LUN's stack, which can have a mirror attached, and can be
+//! changed for another while commands keep coming.
+//!
+//! Without a job a command pays for a counter and for one look at what is there. Each command holds the layer that it began with; to attach,
+//! to detach and to pivot means to put another layer in its place, and to wait until nobody holds the old one. A pivot closes the gate
+//! for the moment in which nobody may write: commands that come meanwhile wait there, and none fails.
+
+use std::{
+    cell::{Cell, RefCell},
+    ops::Deref,
+    rc::Rc,
+};
+
+use super::{
+    Side,
+    mirror::{Mirror, Verdict},
+};
+use crate::{
+    sync::Notify,
+    sys::mem::Sg,
+    units::ByteOffset,
+    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
+};
+
+/// What a command goes to.
+struct Layer<S> {
+    volume: Rc<S>,
+    mirror: Option<Rc<Mirror<S>>>,
+    /// Commands that hold it.
+    held: Cell<usize>,
+}
+
+/// The volume that commands go to.
+pub struct Front<S> {
+    layer: RefCell<Rc<Layer<S>>>,
+    closed: Cell<bool>,
+    opened: Notify,
+    /// Somebody waits for a layer to be let go of.
+    awaited: Cell<bool>,
+    let_go: Notify,
+}
+
+/// A layer, for as long as a command needs it.
+struct Hold<'a, S> {
+    front: &'a Front<S>,
+    layer: Rc<Layer<S>>,
+}
+
+impl<S> Deref for Hold<'_, S> {
+    type Target = Layer<S>;
+
+    fn deref(&self) -> &Layer<S> {
+        &self.layer
+    }
+}
+
+impl<S> Drop for Hold<'_, S> {
+    fn drop(&mut self) {
+        self.layer.held.set(self.layer.held.get() - 1);
+        if self.front.awaited.get() {
+            self.front.let_go.notify_all();
+        }
+    }
+}
+
+/// The gate is closed for as long as this lives.
+struct Closed<'a, S>(&'a Front<S>);
+
+impl<'a, S> Closed<'a, S> {
+    fn close(front: &'a Front<S>) -> Closed<'a, S> {
+        front.closed.set(true);
+        Closed(front)
+    }
+}
+
+impl<S> Drop for Closed<'_, S> {
+    fn drop(&mut self) {
+        self.0.closed.set(false);
+        self.0.opened.notify_all();
+    }
+}
+
+/// What a job that has caught up ends with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Commands go to the target.
+    Pivot,
+    /// They go on to the source; the target is what it was at that moment.
+    Leave,
+}
+
+/// What came of an attempt to end.
+#[derive(Debug)]
+pub enum Ended {
+    /// It is done.
+    Done,
+    /// There is more to copy first.
+    Again,
+    /// The target could not be made durable.
+    Target(IoError),
+    /// It could not be written down that the LUN has another image.
+    Undecided(String),
+}
+
+impl<S: Side> Front<S> {
+    /// A front without jobs.
+    pub fn new(volume: S) -> Front<S> {
+        Front::mirrored(Rc::new(volume), None)
+    }
+
+    /// A front with a mirror from its first command on, if there is one.
+    pub fn mirrored(volume: Rc<S>, mirror: Option<Rc<Mirror<S>>>) -> Front<S> {
+        Front {
+            layer: RefCell::new(Rc::new(Layer { volume, mirror, held: Cell::new(0) })),
+            closed: Cell::new(false),
+            opened: Notify::new(),
+            awaited: Cell::new(false),
+            let_go: Notify::new(),
+        }
+    }
+
+    /// What commands go to now.
+    pub fn volume(&self) -> Rc<S> {
+        self.layer.borrow().volume.clone()
+    }
+
+    /// The mirror that is attached.
+    pub fn mirror(&self) -> Option<Rc<Mirror<S>>> {
+        self.layer.borrow().mirror.clone()
+    }
+
+    /// Commands under way, those that wait at the gate not counted.
+    pub fn busy(&self) -> usize {
+        self.layer.borrow().held.get()
+    }
+
+    async fn hold(&self) -> Hold<'_, S> {
+        while self.closed.get() {
+            self.opened.wait().await;
+        }
+        let layer = self.layer.borrow().clone();
+        layer.held.set(layer.held.get() + 1);
+        Hold { front: self, layer }
+    }
+
+    /// Waits until no command holds that layer.
+    async fn let_go(&self, layer: &Layer<S>) {
+        while layer.held.get() > 0 {
+            self.awaited.set(true);
+            self.let_go.wait().await;
+        }
+        self.awaited.set(false);
+    }
+
+    fn replace(&self, volume: Rc<S>, mirror: Option<Rc<Mirror<S>>>) -> Rc<Layer<S>> {
+        self.layer.replace(Rc::new(Layer { volume, mirror, held: Cell::new(0) }))
+    }
+
+    /// Attaches a mirror of what commands go to. When it is done, every write that the mirror has not seen is over.
+    pub async fn attach(&self, mirror: Rc<Mirror<S>>) {
+        let old = self.replace(self.volume(), Some(mirror));
+        self.let_go(&old).await;
+    }
+
+    /// Detaches the mirror. When it is done, nobody writes to the target any more.
+    pub async fn detach(&self) {
+        let old = self.replace(self.volume(), None);
+        self.let_go(&old).await;
+    }
+
+    /// Ends a mirror that has caught up. The target is flushed first, so that commands wait for little of it; then the gate is closed,
+    /// the last commands end, and if all is copied the target is durable and `decide` may make the choice so. Whatever fails, commands go on
+    /// as before, and to both sides.
+    pub async fn end(
+        &self,
+        mirror: &Rc<Mirror<S>>,
+        how: Ending,
+        decide: &impl AsyncFn() -> std::result::Result<(), String>,
+    ) -> Ended {
+        if let Err(e) = mirror.target().flush().await {
+            return Ended::Target(e);
+        }
+        let gate = Closed::close(self);
+        let layer = self.layer.borrow().clone();
+        self.let_go(&layer).await;
+        if !mirror.is_settled() {
+            return Ended::Again;
+        }
+        if let Err(e) = mirror.target().flush().await {
+            return Ended::Target(e);
+        }
+        if how == Ending::Pivot
+            && let Err(reason) = decide().await
+        {
+            return Ended::Undecided(reason);
+        }
+        let volume = if how == Ending::Pivot { mirror.target().clone() } else { self.volume() };
+        self.replace(volume, None);
+        drop(gate);
+        Ended::Done
+    }
+}
+
+/// What became of a mirror.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It did what it was told, and is detached.
+    Ended(Ending),
+    /// It was told to end at once, and is detached.
+    Cancelled,
+    /// It could not go on, and is detached.
+    Failed(String),
+}
+
+impl<S: Side> Front<S> {
+    /// Runs an attached mirror to its end. `decide` makes durable that the LUN has another image.
+    pub async fn drive(
+        &self,
+        mirror: &Rc<Mirror<S>>,
+        decide: impl AsyncFn() -> std::result::Result<(), String>,
+    ) -> Outcome {
+        loop {
+            let outcome = match mirror.run().await {
+                Verdict::End(how) => match self.end(mirror, how, &decide).await {
+                    Ended::Done => return Outcome::Ended(how),
+                    Ended::Again => continue,
+                    Ended::Target(e) => {
+                        mirror.flush_failed(&e);
+                        continue;
+                    }
+                    Ended::Undecided(reason) => {
+                        mirror.not_ended(&reason);
+                        continue;
+                    }
+                },
+                Verdict::Cancelled => Outcome::Cancelled,
+                Verdict::Failed(reason) => Outcome::Failed(reason),
+            };
+            self.detach().await;
+            return outcome;
+        }
+    }
+}
+
+macro_rules! through {
+    ($self:ident, $method:ident($($arg:expr),*)) => {{
+        let layer = $self.hold().await;
+        match &layer.mirror {
+            None => layer.volume.$method($($arg),*).await,
+            // Boxed, so that commands of LUNs without a job have small futures.
+            Some(mirror) => Box::pin(mirror.$method($($arg),*)).await,
+        }
+    }};
+}
+
+impl<S: Side> Volume for Front<S> {
+    fn limits(&self) -> Limits {
+        self.layer.borrow().volume.limits()
+    }
+
+    async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
+        through!(self, read(at, to))
+    }
+
+    async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        through!(self, write(at, from, flags))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let layer = self.hold().await;
+        layer.volume.flush().await
+    }
+
+    async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
+        through!(self, discard(at, len))
+    }
+
+    async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
+        through!(self, write_zeroes(at, len, may_unmap))
+    }
+
+    async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
+        let layer = self.hold().await;
+        layer.volume.map_extents(at, len).await
+    }
+
+    async fn resize(&self, capacity: u64) -> Result<()> {
+        let layer = self.hold().await;
+        if layer.mirror.is_some() {
+            return Err(IoError::new(IoErrorKind::Unsupported, IoOp::Resize)
+                .detail("the LUN is being mirrored: end that job first (tcmu-dif job list)"));
+        }
+        layer.volume.resize(capacity).await
+    }
+
+    async fn free_bytes(&self) -> Option<u64> {
+        let layer = self.hold().await;
+        layer.volume.free_bytes().await
+    }
+
+    fn protection(&self) -> Option<PiType> {
+        self.layer.borrow().volume.protection()
+    }
+
+    async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
+        through!(self, read_with_tuples(at, to, check))
+    }
+
+    async fn write_with_tuples(
+        &self,
+        at: ByteOffset,
+        from: &Sg,
+        tuples: Vec<u8>,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        through!(self, write_with_tuples(at, from, tuples, flags))
+    }
+
+    async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
+        let layer = self.hold().await;
+        if let Some(mirror) = &layer.mirror {
+            // Its target has another type of protection from now on.
+            mirror.give_up("FORMAT UNIT has changed the LUN's protection");
+        }
+        layer.volume.reformat(protection).await
+    }
+
+    /// Closes what commands go to, and the target of a mirror: whoever takes the job up finds both whole.
+    async fn close(&self) -> Result<()> {
+        let (volume, mirror) = (self.volume(), self.mirror());
+        let closed = volume.close().await;
+        if let Some(mirror) = mirror {
+            mirror.close_target().await;
+        }
+        closed
+    }
+}

@@ -1,0 +1,246 @@
+//! The copying: a few lanes, each of which takes a dirty run, reads it and writes it.
+//!
+//! How much of the disk's time a job may take is bounded here. While guests are at work one lane copies, in small pieces, so that a
+//! command never stands behind more than one of them; while they are not, all lanes do. `speed` bounds it further.
+
+use std::time::{Duration, Instant};
+
+use super::{Mirror, Settings, SyncMode, Told, Verdict};
+use crate::{
+    job::{ErrorAction, IoStatus, Side, dirty::Copying},
+    sys::{
+        exec::{join, yield_now},
+        mem::Buffer,
+    },
+    units::ByteOffset,
+    volume::ExtentKind,
+};
+
+/// Bytes of one piece while guests are idle ...
+const PIECE: u64 = 1 << 20;
+/// ... and while they are at work.
+const SMALL_PIECE: u64 = 256 << 10;
+/// Holes between data that are not worth a system call of their own: they are copied as zeros.
+const SMALL_HOLE: u64 = 32 << 10;
+/// Guests are at work for so long after a command.
+const AT_WORK: Duration = Duration::from_millis(20);
+/// How long a mirror that has caught up lets writes gather, so that a block that is written again and again is not copied each time.
+const GATHER: Duration = Duration::from_millis(50);
+/// How long it waits after an error that it is to ignore.
+const RETRY: Duration = Duration::from_millis(100);
+/// The longest that a lane sleeps without looking whether it was told something.
+const SLICE: Duration = Duration::from_millis(100);
+
+enum Next<'a> {
+    Copy(Copying<'a>),
+    Wait(Duration),
+    Nothing,
+}
+
+impl<S: Side> Mirror<S> {
+    /// Marks what there is to copy. A target that is `fresh` reads as zeros.
+    pub async fn scan(&self, fresh: bool) {
+        let capacity = self.map.capacity();
+        let sync = self.settings.get().sync;
+        if sync == SyncMode::None {
+            return;
+        }
+        if sync == SyncMode::Full && !fresh {
+            return self.map.set(0, capacity);
+        }
+        let mut at = 0;
+        while at < capacity && !self.is_over() {
+            match self.source.extent(ByteOffset(at), capacity - at).await {
+                Ok(extent) => {
+                    let own = extent.depth == 0 && extent.kind != ExtentKind::Unallocated;
+                    let wanted = match sync {
+                        SyncMode::Full => extent.kind == ExtentKind::Data,
+                        SyncMode::Top => own,
+                        SyncMode::None => false,
+                    };
+                    if wanted {
+                        self.map.set(at, extent.len);
+                    }
+                    at += extent.len.max(1);
+                }
+                Err(error) => {
+                    // The copy comes here again, and does what it was told about errors.
+                    tracing::warn!(job = self.id, %error, "what the source holds cannot be told: all of it is copied");
+                    return self.map.set(at, capacity - at);
+                }
+            }
+            yield_now().await;
+        }
+    }
+
+    /// Copies until there is something to decide. May be called again after that, and dropped at any time.
+    pub async fn run(&self) -> Verdict {
+        self.change(|_| ());
+        loop {
+            join(join(self.lane(0), self.lane(1)), join(self.lane(2), self.lane(3))).await;
+            // Nothing is awaited between this and the lanes' own look, but a guest may have written before it.
+            if let Some(verdict) = self.verdict() {
+                return verdict;
+            }
+        }
+    }
+
+    async fn lane(&self, number: usize) {
+        let buffer = Buffer::zeroed(PIECE as usize);
+        loop {
+            let change = self.changed.wait();
+            let next = self.next(number);
+            if self.verdict().is_some() {
+                return;
+            }
+            match next {
+                Next::Copy(copying) => {
+                    if let Some(ErrorAction::Ignore) = self.copy(copying, &buffer).await {
+                        (self.hooks.sleep)(RETRY).await;
+                    }
+                    if !self.map.has_work() {
+                        // The last one: somebody may wait for that.
+                        self.changed.notify_all();
+                    }
+                }
+                Next::Wait(time) => (self.hooks.sleep)(time.min(SLICE)).await,
+                Next::Nothing => {
+                    change.await;
+                    if self.keeps_up_at_leisure() {
+                        (self.hooks.sleep)(GATHER).await;
+                    }
+                }
+            }
+        }
+    }
+
+    fn keeps_up_at_leisure(&self) -> bool {
+        let state = self.state.borrow();
+        state.ready && state.asked.is_none() && !state.cancelled && state.failed.is_none()
+    }
+
+    fn guests_are_at_work(&self) -> bool {
+        let recent = |came: Instant| came.elapsed() < AT_WORK;
+        self.guests.get() > 0 || self.guest_came.get().is_some_and(recent)
+    }
+
+    fn next(&self, number: usize) -> Next<'_> {
+        let Settings { auto_finalize, speed, .. } = self.settings.get();
+        let (waits, ready, asked, told) = {
+            let state = self.state.borrow();
+            let waits =
+                state.paused || state.stopped != IoStatus::Ok || state.cancelled || state.failed.is_some();
+            (waits, state.ready, state.asked.is_some(), state.pending || state.finalize)
+        };
+        if waits {
+            return Next::Nothing;
+        }
+        if !self.map.has_work() {
+            if self.map.is_settled() {
+                if !ready {
+                    self.change(|state| state.ready = true);
+                    let (done, all) = self.progress();
+                    (self.hooks.tell)(Told::Ready(done, all, speed));
+                } else if asked && !auto_finalize && !told {
+                    (self.hooks.tell)(Told::Status(crate::job::JobStatus::Waiting));
+                    self.change(|state| state.pending = true);
+                }
+            }
+            return Next::Nothing;
+        }
+        let small = self.guests_are_at_work();
+        if small && number > 0 {
+            return Next::Wait(AT_WORK);
+        }
+        if speed > 0
+            && let Some(rest) = self.not_before.get().and_then(|t| t.checked_duration_since(Instant::now()))
+        {
+            return Next::Wait(rest);
+        }
+        match self.map.take(if small { SMALL_PIECE } else { PIECE }) {
+            Some(copying) => Next::Copy(copying),
+            None => Next::Nothing,
+        }
+    }
+
+    /// Where data that begin at `at`, `len` bytes at least, end as far as one piece goes. Files of small extents are read in one go.
+    async fn data_end(&self, at: u64, len: u64, stop: u64) -> u64 {
+        let stop = stop.min(at + PIECE);
+        let mut end = (at + len).min(stop);
+        while end < stop {
+            // What is wrong with the map comes up again when it is that extent's turn.
+            let Ok(next) = self.source.extent(ByteOffset(end), stop - end).await else { break };
+            // A hole whose page of tuples has some may have none itself, and is looked at alone.
+            let stored = next.kind == ExtentKind::Data && next.host_offset.is_some();
+            let bridged = next.kind != ExtentKind::Data && next.len < SMALL_HOLE && end + next.len < stop;
+            if !stored && !bridged {
+                break;
+            }
+            end = (end + next.len).min(stop);
+        }
+        end
+    }
+
+    /// Data of so many bytes are moved now: the next have to wait for their time.
+    fn pace(&self, bytes: u64) {
+        let speed = self.settings.get().speed;
+        if speed > 0 {
+            let now = Instant::now();
+            let from = self.not_before.get().map_or(now, |t| t.max(now));
+            self.not_before.set(from.checked_add(Duration::from_secs_f64(bytes as f64 / speed as f64)));
+        }
+    }
+
+    /// Copies one run. Tells what was done about an error, if there was one; the run is dirty again then.
+    async fn copy(&self, copying: Copying<'_>, buffer: &Buffer) -> Option<ErrorAction> {
+        let range = copying.range();
+        let len = range.end - range.start;
+        let _together = if self.is_write_blocking() {
+            self.lock.exclusive(range.start, len).await
+        } else {
+            self.lock.shared(range.start, len).await
+        };
+        let mut at = range.start;
+        while at < range.end {
+            if self.is_over() {
+                return None;
+            }
+            let place = ByteOffset(at);
+            let extent = match self.source.extent(place, range.end - at).await {
+                Ok(extent) => extent,
+                Err(e) => return Some(self.failed(true, &e)),
+            };
+            let unmap = self.settings.get().unmap;
+            let mut len = extent.len.min(range.end - at);
+            let written = match extent.kind {
+                ExtentKind::Zero => self.target.write_zeroes(place, len, false).await,
+                ExtentKind::Hole | ExtentKind::Unallocated => {
+                    self.target.write_zeroes(place, len, unmap).await
+                }
+                ExtentKind::Data => {
+                    len = len.min(PIECE);
+                    if extent.host_offset.is_some() {
+                        len = self.data_end(at, len, range.end).await - at;
+                    }
+                    self.pace(len);
+                    let data = buffer.sg().slice(0, len as usize);
+                    match self.source.read_whole(place, &data).await {
+                        // A part of a hole that shares a page of tuples with data.
+                        Ok(Some(tuples)) if tuples.iter().all(|b| *b == 0xff) && data.is_zero() => {
+                            self.target.write_zeroes(place, len, unmap).await
+                        }
+                        Ok(tuples) => self.target.write_whole(place, &data, tuples).await,
+                        Err(e) => return Some(self.failed(true, &e)),
+                    }
+                }
+            };
+            if let Err(e) = written {
+                return Some(self.failed(false, &e));
+            }
+            at += len;
+        }
+        self.copied.set(self.copied.get() + len);
+        copying.done();
+        None
+    }
+}

@@ -1,0 +1,481 @@
+//! The block jobs of a LUN: begun, led, kept across restarts, and made an end of. On the LUN's thread.
+//!
+//! There is at most one at a time. What it is told comes as a [`JobOrder`] from outside, what it tells goes to the LUN's events. It runs as a
+//! part of the LUN's background task ([`Jobs::run`]).
+//!
+//! The pivot, in an order that a `kill -9` may cut anywhere: the target is flushed, nobody writes, both sides are the same; the choice is
+//! written down and durable ([`Moves`]); commands go to the target; the source is closed; the job's record goes. A start before the choice
+//! is durable finds the source, which has all that was acknowledged, and the record of a mirror that goes on; a start after it finds the target.
+
+mod record;
+mod target;
+mod types;
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    rc::Rc,
+};
+
+use tracing::{error, info, warn};
+
+pub use record::FOLDER;
+pub use types::{BlockJob, JobError, JobInfo, JobOrder, MirrorOrder, copy_mode, sync_mode};
+
+pub use crate::job::{
+    OnError,
+    mirror::{CopyMode, Settings, SyncMode},
+};
+
+pub(super) use self::record::Place;
+use self::record::Record;
+use super::{
+    LunParams, SharedMade,
+    config::DeviceConfig,
+    events::{Event, Events, FoundBy},
+    moved::Moves,
+    stack::Stack,
+    state_file::StateFile,
+};
+use crate::{
+    job::{
+        IoStatus, JobStatus,
+        dirty::{MAX_GRANULARITY, MIN_GRANULARITY, granularity_for},
+        front::{Ending, Front, Outcome},
+        mirror::{Hooks, Mirror, Told, VerbError},
+    },
+    sync::Notify,
+    sys::io::Io,
+    units::BlockSize,
+    volume::Volume,
+};
+
+/// The job under way.
+struct Active {
+    mirror: Rc<Mirror<Stack>>,
+    record: RefCell<Record>,
+    target: DeviceConfig,
+}
+
+/// A job that was under way when the LUN stopped.
+pub(super) enum Resumed {
+    /// Its target is open.
+    Open(Box<Record>, Box<Stack>),
+    /// It is not.
+    Lost(Box<Record>, String),
+}
+
+/// The jobs of one LUN.
+pub(super) struct Jobs {
+    place: Place,
+    moves: Option<Moves>,
+    active: RefCell<Option<Rc<Active>>>,
+    /// Those that have ended, and wait to be dismissed.
+    ended: RefCell<Vec<JobInfo>>,
+    starting: Cell<bool>,
+    added: Notify,
+    repaired: Cell<u64>,
+    made: SharedMade,
+    events: Rc<Events>,
+    io: Io,
+}
+
+/// Forgets the job of the LUN with that serial number, which is gone.
+pub fn forget(state_dir: &std::path::Path, serial: &str) {
+    Place::new(Some(StateFile::new(state_dir, FOLDER, serial))).remove();
+}
+
+/// Opens the target of a job that was under way. Before the LUN serves: no write may pass the mirror by.
+pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, capacity: u64) -> Option<Resumed> {
+    let record = match place.load() {
+        Ok(record) => record?,
+        Err(error) => {
+            error!(%error, "the record of a job cannot be read: the job is lost");
+            place.remove();
+            return None;
+        }
+    };
+    if record.source != params.config.image {
+        // It went over to the target, or was made anew with another image; then nobody is served by it.
+        info!(job = record.id, "the job of another image is over");
+        place.remove();
+        return None;
+    }
+    let config = match DeviceConfig::parse(&record.target) {
+        Ok(config) => config,
+        Err(e) => return Some(Resumed::Lost(Box::new(record), e.to_string())),
+    };
+    match target::reopen(io, &config, params.block_size, capacity).await {
+        Ok(stack) => Some(Resumed::Open(Box::new(record), Box::new(stack))),
+        Err(reason) => Some(Resumed::Lost(Box::new(record), format!("its target: {reason}"))),
+    }
+}
+
+impl Jobs {
+    /// No jobs yet.
+    pub(super) fn new(
+        place: Place,
+        moves: Option<Moves>,
+        made: SharedMade,
+        events: Rc<Events>,
+        io: &Io,
+    ) -> Jobs {
+        Jobs {
+            place,
+            moves,
+            active: RefCell::default(),
+            ended: RefCell::default(),
+            starting: Cell::new(false),
+            added: Notify::new(),
+            repaired: Cell::new(0),
+            made,
+            events,
+            io: io.clone(),
+        }
+    }
+
+    /// Takes up the job that was under way; gives what commands go to.
+    pub(super) fn take_up(&self, source: Stack, found: Option<Resumed>) -> Front<Stack> {
+        let source = Rc::new(source);
+        let front = |mirror| Front::mirrored(source.clone(), mirror);
+        let lost = |record: Record, reason: String| {
+            error!(job = record.id, "the job is lost: {reason}");
+            let target = DeviceConfig::parse(&record.target).map(|c| c.image).unwrap_or_default();
+            self.place.remove();
+            self.ended.borrow_mut().push(JobInfo {
+                id: record.id,
+                status: JobStatus::Concluded,
+                offset: record.copied,
+                len: record.copied,
+                speed: record.settings.speed,
+                ready: false,
+                paused: false,
+                busy: false,
+                io_status: IoStatus::Failed,
+                settings: record.settings,
+                target,
+                repaired: 0,
+                error: Some(reason),
+            });
+        };
+        let (mut record, stack) = match found {
+            None => return front(None),
+            Some(Resumed::Lost(record, reason)) => {
+                lost(*record, reason);
+                return front(None);
+            }
+            Some(Resumed::Open(record, stack)) => (*record, *stack),
+        };
+        let (map, known) = match self.place.go_on(&mut record, source.limits().capacity) {
+            Ok(found) => found,
+            Err(e) => {
+                lost(record, format!("its record: {e}"));
+                return front(None);
+            }
+        };
+        info!(job = record.id, left = map.left(), known, "the mirror goes on where it was");
+        let target = match DeviceConfig::parse(&record.target) {
+            Ok(target) => target,
+            Err(e) => {
+                lost(record, e.to_string());
+                return front(None);
+            }
+        };
+        let hooks = self.hooks(&record.id);
+        let sides = (source.clone(), Rc::new(stack));
+        let mirror = Mirror::new(record.id.clone(), sides, map, record.settings, record.copied, hooks);
+        let mirror = Rc::new(mirror);
+        let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target };
+        self.active.replace(Some(Rc::new(active)));
+        front(Some(mirror))
+    }
+
+    fn hooks(&self, id: &str) -> Hooks {
+        let (events, io, id) = (self.events.clone(), self.io.clone(), id.to_owned());
+        Hooks {
+            tell: Box::new(move |told| match told {
+                Told::Status(status) => events.tell(Event::Job { id: id.clone(), status }),
+                Told::Ready(done, all, speed) => {
+                    let progress = (done, all, speed);
+                    events.tell(Event::BlockJob { id: id.clone(), what: BlockJob::Ready, progress });
+                }
+                Told::Error { source, action, reason, mismatch } => {
+                    error!(job = id, side = if source { "source" } else { "target" }, ?action, "{reason}");
+                    if let Some(m) = mismatch {
+                        events.mismatch(m.lba.0, m.tag.to_string(), m.expected, m.found, FoundBy::Mirror);
+                    }
+                    events.tell(Event::BlockJobError { id: id.clone(), read: source, action, reason });
+                }
+                Told::Repaired(_) => {}
+            }),
+            sleep: Box::new(move |time| {
+                let io = io.clone();
+                Box::pin(async move { io.sleep(time).await })
+            }),
+        }
+    }
+
+    /// The job under way, and those that wait to be dismissed.
+    pub(super) fn all(&self) -> Vec<JobInfo> {
+        let active = self.active.borrow();
+        active.iter().map(|a| a.info()).chain(self.ended.borrow().iter().cloned()).collect()
+    }
+
+    /// Blocks of the LUN that were brought back from a mirror's target.
+    pub(super) fn repaired(&self) -> u64 {
+        self.repaired.get() + self.active.borrow().as_ref().map_or(0, |a| a.mirror.repaired())
+    }
+
+    /// Tells who has just begun to listen what there is.
+    pub(super) fn introduce(&self) {
+        if let Some(active) = &*self.active.borrow() {
+            for status in [JobStatus::Created, active.mirror.status()] {
+                self.events.tell(Event::Job { id: active.mirror.id().to_owned(), status });
+            }
+        }
+    }
+
+    /// Carries out an order; gives the jobs as they are then.
+    pub(super) async fn order(
+        &self,
+        front: &Front<Stack>,
+        block_size: BlockSize,
+        order: JobOrder,
+    ) -> Result<Vec<JobInfo>, JobError> {
+        match order {
+            JobOrder::Query => {}
+            JobOrder::Mirror(order) => self.begin(front, block_size, *order).await?,
+            JobOrder::Complete(id) => self.find(&id)?.mirror.complete()?,
+            JobOrder::Cancel { id, force } => self.find(&id)?.mirror.cancel(force),
+            JobOrder::Pause(id) => self.lead(&id, |mirror| mirror.pause(true))?,
+            JobOrder::Resume(id) => self.lead(&id, |mirror| mirror.pause(false))?,
+            JobOrder::SetSpeed(id, speed) => self.lead(&id, |mirror| mirror.set_speed(speed))?,
+            JobOrder::Finalize(id) => self.find(&id)?.mirror.finalize()?,
+            JobOrder::Dismiss(id) => {
+                let found = self.ended.borrow().iter().position(|info| info.id == id);
+                match found {
+                    Some(at) => {
+                        self.ended.borrow_mut().remove(at);
+                        self.events.tell(Event::Job { id, status: JobStatus::Null });
+                    }
+                    None => {
+                        let state = crate::job::mirror::word(self.find(&id)?.mirror.status());
+                        return Err(VerbError::State { id, state, verb: "dismiss" }.into());
+                    }
+                }
+            }
+        }
+        Ok(self.all())
+    }
+
+    fn find(&self, id: &str) -> Result<Rc<Active>, JobError> {
+        let found = self.active.borrow().clone().filter(|active| active.mirror.id() == id);
+        found.ok_or_else(|| JobError::NotFound(id.to_owned()))
+    }
+
+    /// Changes what a restart has to know too.
+    fn lead(&self, id: &str, change: impl FnOnce(&Mirror<Stack>)) -> Result<(), JobError> {
+        let active = self.find(id)?;
+        change(&active.mirror);
+        self.save(&active)
+    }
+
+    fn save(&self, active: &Active) -> Result<(), JobError> {
+        let mut record = active.record.borrow_mut();
+        record.settings = active.mirror.settings();
+        record.copied = active.mirror.progress().0;
+        self.place.save(&record).map_err(|e| JobError::Record(e.to_string()))
+    }
+
+    async fn begin(
+        &self,
+        front: &Front<Stack>,
+        block_size: BlockSize,
+        order: MirrorOrder,
+    ) -> Result<(), JobError> {
+        if self.ended.borrow().iter().any(|info| info.id == order.id) {
+            return Err(JobError::Taken(order.id));
+        }
+        if let Some(active) = &*self.active.borrow() {
+            return Err(JobError::Busy(active.mirror.id().to_owned()));
+        }
+        if self.starting.replace(true) {
+            return Err(JobError::Busy(order.id));
+        }
+        let begun = self.begin_alone(front, block_size, order).await;
+        self.starting.set(false);
+        begun
+    }
+
+    async fn begin_alone(
+        &self,
+        front: &Front<Stack>,
+        block_size: BlockSize,
+        order: MirrorOrder,
+    ) -> Result<(), JobError> {
+        let source = front.volume();
+        let capacity = source.limits().capacity;
+        let granularity = order.granularity.unwrap_or_else(|| granularity_for(capacity));
+        let fits =
+            (MIN_GRANULARITY..=MAX_GRANULARITY).contains(&granularity) && granularity >= block_size.bytes();
+        if !granularity.is_power_of_two() || !fits {
+            return Err(JobError::Granularity(granularity));
+        }
+        let own = self.made.get().config.clone();
+        let found = target::prepare(&self.io, &order, &own, &source, block_size).await?;
+        let settings = Settings { sync: found.sync, ..order.settings };
+        let mut record =
+            Record::new(order.id.clone(), &own.image, &found.config, granularity, settings, found.fresh);
+        let failed = |e: io::Error| JobError::Record(e.to_string());
+        let map = match self.place.begin(capacity, granularity) {
+            Ok(map) => map,
+            Err(e) => {
+                close(&found.stack).await;
+                return Err(failed(e));
+            }
+        };
+        // Nothing to mark: what is written from now on marks itself.
+        record.scanned = settings.sync == SyncMode::None;
+        if let Err(e) = self.place.save(&record) {
+            close(&found.stack).await;
+            self.place.remove();
+            return Err(failed(e));
+        }
+        self.events.tell(Event::Job { id: order.id.clone(), status: JobStatus::Created });
+        let sides = (source, Rc::new(found.stack));
+        let hooks = self.hooks(&order.id);
+        let mirror = Rc::new(Mirror::new(order.id, sides, map, settings, 0, hooks));
+        front.attach(mirror.clone()).await;
+        info!(job = mirror.id(), target = %found.config.image.display(), ?settings, "mirror");
+        let active = Active { mirror, record: RefCell::new(record), target: found.config };
+        self.active.replace(Some(Rc::new(active)));
+        self.added.notify_all();
+        Ok(())
+    }
+
+    /// Runs jobs for as long as the LUN's thread does. `moved` is called when the LUN has gone over to another image.
+    pub(super) async fn run(&self, front: &Front<Stack>, moved: impl Fn()) {
+        loop {
+            let active = self.active.borrow().clone();
+            let Some(active) = active else {
+                self.added.wait().await;
+                continue;
+            };
+            let begun = !active.record.borrow().scanned;
+            if begun {
+                let fresh = active.record.borrow().fresh;
+                active.mirror.scan(fresh).await;
+                active.record.borrow_mut().scanned = true;
+                if let Err(error) = self.save(&active) {
+                    warn!(%error, "after a restart all would be copied again");
+                }
+            }
+            let outcome = front.drive(&active.mirror, async || self.decide(&active).await).await;
+            self.conclude(&active, outcome, &moved).await;
+        }
+    }
+
+    /// Makes it durable that the LUN has the target for its image. On another thread: it waits for the disk.
+    async fn decide(&self, active: &Active) -> Result<(), String> {
+        let Some(moves) = self.moves.clone() else { return Ok(()) };
+        let (from, to) = (self.made.get().config.clone(), active.target.clone());
+        let noted = self
+            .io
+            .blocking(move || {
+                let Err(e) = moves.note(&from, &to) else { return Ok(()) };
+                // What a restart would find is what counts.
+                match moves.follow(&from) {
+                    Ok(now) if now.image == to.image => {
+                        warn!(error = %e, "the LUN's new image is written down, and a power cut may undo that");
+                        Ok(())
+                    }
+                    _ => Err(e),
+                }
+            })
+            .await;
+        let failed = |e: io::Error| format!("the LUN's new image cannot be written down: {e}");
+        noted.map_err(failed)?.map_err(failed)
+    }
+
+    async fn conclude(&self, active: &Active, outcome: Outcome, moved: impl Fn()) {
+        let mirror = &active.mirror;
+        let mut info = active.info();
+        let pivoted = outcome == Outcome::Ended(Ending::Pivot);
+        if pivoted {
+            self.made.set_config(active.target.clone());
+            moved();
+            info!(job = info.id, image = %active.target.image.display(), "the LUN has another image");
+        }
+        let (what, before) = match &outcome {
+            Outcome::Ended(_) => {
+                let all = [JobStatus::Waiting, JobStatus::Pending];
+                let told = info.status == JobStatus::Pending;
+                (BlockJob::Completed(None), if told { Vec::new() } else { all.to_vec() })
+            }
+            Outcome::Cancelled => (BlockJob::Cancelled, Vec::new()),
+            Outcome::Failed(reason) => {
+                error!(job = info.id, "the mirror could not go on: {reason}");
+                info.error = Some(reason.clone());
+                (BlockJob::Completed(Some(reason.clone())), Vec::new())
+            }
+        };
+        close(if pivoted { mirror.source() } else { mirror.target() }).await;
+        self.place.remove();
+        self.repaired.set(self.repaired.get() + mirror.repaired());
+        self.active.replace(None);
+        info.status = JobStatus::Concluded;
+        (info.busy, info.ready) = (false, false);
+        let id = || info.id.clone();
+        before.into_iter().for_each(|status| self.events.tell(Event::Job { id: id(), status }));
+        let progress = (info.offset, info.len, info.speed);
+        self.events.tell(Event::BlockJob { id: id(), what, progress });
+        self.events.tell(Event::Job { id: id(), status: JobStatus::Concluded });
+        info!(job = info.id, ?outcome, "the mirror is over");
+        if info.settings.auto_dismiss {
+            self.events.tell(Event::Job { id: id(), status: JobStatus::Null });
+        } else {
+            self.ended.borrow_mut().push(info);
+        }
+    }
+
+    /// The LUN has stopped, and its volumes are closed: what is under way goes on at the next start.
+    pub(super) fn stop(&self) {
+        let Some(active) = self.active.borrow().clone() else { return };
+        let saved =
+            self.save(&active).map_err(|e| e.to_string()).and_then(|()| match active.mirror.is_closed() {
+                true => self.place.closed(&mut active.record.borrow_mut()).map_err(|e| e.to_string()),
+                false => Ok(()),
+            });
+        if let Err(error) = saved {
+            warn!(error, "the mirror cannot be written down as it is");
+        }
+    }
+}
+
+async fn close(stack: &Stack) {
+    if let Err(error) = stack.close().await {
+        warn!(image = %stack.image().path().display(), %error, "an image that a job has let go of could not be closed");
+    }
+}
+
+impl Active {
+    fn info(&self) -> JobInfo {
+        let (mirror, settings) = (&self.mirror, self.mirror.settings());
+        let (offset, len) = mirror.progress();
+        JobInfo {
+            id: mirror.id().to_owned(),
+            status: mirror.status(),
+            offset,
+            len,
+            speed: settings.speed,
+            ready: mirror.is_ready(),
+            paused: settings.paused,
+            busy: mirror.is_busy(),
+            io_status: mirror.io_status(),
+            settings,
+            target: self.target.image.clone(),
+            repaired: mirror.repaired(),
+            error: None,
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! A mirror's target: made if that is asked for, opened as the LUN's image is, and looked at before anything is copied to it.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use super::{JobError, MirrorOrder};
+use crate::{
+    image::{Format, create::create_qcow2, create::create_raw, qcow2::CreateOptions},
+    job::{Side, mirror::SyncMode},
+    lun::{config::DeviceConfig, stack::Stack},
+    pi::{
+        Exposure, PiOpenError,
+        protected::sidecar_path,
+        store::{ImageFormat, NewSidecar, Sidecar, Stamp, open_file},
+        tools,
+    },
+    sys::io::Io,
+    units::BlockSize,
+    volume::Volume,
+};
+
+/// How long the target of a job that goes on may be another's, and how often it is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_LOOK: Duration = Duration::from_millis(50);
+
+/// Files that were made for a target that came to nothing.
+#[derive(Default)]
+struct Made {
+    files: Vec<PathBuf>,
+    keep: bool,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if !self.keep {
+            for file in &self.files {
+                // Best effort: the error that brought us here is the one to report.
+                let _ = fs::remove_file(file);
+            }
+        }
+    }
+}
+
+/// A target that is open.
+pub(super) struct Prepared {
+    pub(super) stack: Stack,
+    pub(super) config: DeviceConfig,
+    /// It reads as zeros.
+    pub(super) fresh: bool,
+    /// What is to be copied, where a backing file that is missing makes a difference.
+    pub(super) sync: SyncMode,
+}
+
+/// Makes and opens the target of an order. What fails leaves no new file.
+pub(super) async fn prepare(
+    io: &Io,
+    order: &MirrorOrder,
+    own: &DeviceConfig,
+    source: &Stack,
+    block_size: BlockSize,
+) -> Result<Prepared, JobError> {
+    if !order.target.is_absolute() {
+        return Err(JobError::Target(format!("{}: the path is not absolute", order.target.display())));
+    }
+    let image = source.image();
+    let backing = image.files().get(1).cloned();
+    // As QEMU: without a backing file the image itself is all there is.
+    let sync = match order.settings.sync {
+        SyncMode::Top if backing.is_none() => SyncMode::Full,
+        sync => sync,
+    };
+    let capacity = source.limits().capacity;
+    let mut made = Made::default();
+    let format = order.format.unwrap_or(image.format());
+    let config = DeviceConfig {
+        image: order.target.clone(),
+        format: (!order.existing || order.format.is_some()).then_some(format),
+        sidecar: order.sidecar.clone(),
+        ..own.clone()
+    };
+    // Said now, and not when the LUN is to go over to it.
+    config.dev_config().map_err(|e| JobError::Target(e.to_string()))?;
+    if !order.existing {
+        let failed = |e: crate::image::create::CreateError| {
+            JobError::Target(match e.next_step() {
+                Some(next) => format!("{}: {next}", crate::lun::chain(&e)),
+                None => crate::lun::chain(&e),
+            })
+        };
+        match (format, &backing) {
+            (Format::Raw, Some(_)) if sync == SyncMode::Top => {
+                return Err(JobError::Target(
+                    "a raw image has no backing file: give format qcow2, or sync full".into(),
+                ));
+            }
+            (Format::Raw, _) => create_raw(io, &order.target, capacity).await.map_err(failed)?,
+            (Format::Qcow2, backing) => {
+                let mut options = CreateOptions::new(capacity);
+                if let Some(below) = backing.as_ref().filter(|_| sync == SyncMode::Top) {
+                    options.backing_file = Some(below.display().to_string());
+                    options.backing_format = image.describe().get(1).map(|info| info.format.to_string());
+                }
+                create_qcow2(io, &order.target, &options).await.map_err(failed)?;
+            }
+        }
+        made.files.push(order.target.clone());
+    }
+    if let Some(sidecar) = protect(io, order, &config, source, block_size, format).await? {
+        made.files.push(sidecar);
+    }
+    let stack =
+        Stack::open(io, &DeviceConfig { read_only: false, ..config.clone() }, block_size, capacity).await;
+    let stack = stack.map_err(|e| {
+        let next = e.next_step().map(|next| format!(": {next}")).unwrap_or_default();
+        JobError::Target(format!("{}{next}", crate::lun::chain(&e)))
+    })?;
+    let found = stack.limits();
+    if found.capacity != capacity {
+        let words = format!(
+            "{} has {} bytes, and the LUN {capacity}: give a target of the same size",
+            order.target.display(),
+            found.capacity
+        );
+        return Err(JobError::Target(words));
+    }
+    if u64::from(found.alignment) > block_size.bytes() {
+        let words = format!(
+            "{} is written in units of {} bytes, and the LUN has blocks of {block_size}",
+            order.target.display(),
+            found.alignment
+        );
+        return Err(JobError::Target(words));
+    }
+    same_tuples(source, &stack).await?;
+    made.keep = true;
+    let format = Some(stack.image().format());
+    Ok(Prepared { stack, config: DeviceConfig { format, ..config }, fresh: !order.existing, sync })
+}
+
+/// Opens the target of a job that goes on. A process that was killed a moment ago may have its lock still.
+pub(super) async fn reopen(
+    io: &Io,
+    config: &DeviceConfig,
+    block_size: BlockSize,
+    capacity: u64,
+) -> Result<Stack, String> {
+    let config = DeviceConfig { read_only: false, ..config.clone() };
+    let until = Instant::now() + LOCK_PATIENCE;
+    let stack = loop {
+        match Stack::open(io, &config, block_size, capacity).await {
+            Ok(stack) => break stack,
+            Err(e) if Instant::now() >= until => return Err(crate::lun::chain(&e)),
+            Err(_) => io.sleep(LOCK_LOOK).await,
+        }
+    };
+    match stack.limits().capacity {
+        now if now == capacity => Ok(stack),
+        now => Err(format!("it has {now} bytes, and the LUN {capacity}")),
+    }
+}
+
+/// Sees to the target's sidecar before it is opened: makes it where there is none, and has it know whose tags it gets. Gives the
+/// path of one that was made.
+async fn protect(
+    io: &Io,
+    order: &MirrorOrder,
+    config: &DeviceConfig,
+    source: &Stack,
+    block_size: BlockSize,
+    format: Format,
+) -> Result<Option<PathBuf>, JobError> {
+    let (Some(protected), Some(kind)) = (source.protected(), config.pi) else { return Ok(None) };
+    let path = sidecar_path(&order.target, order.sidecar.as_deref());
+    let failed = |e: PiOpenError| {
+        let next = e.next_step().map(|next| format!(": {next}")).unwrap_or_default();
+        JobError::Target(format!("{}{next}", crate::lun::chain(&e)))
+    };
+    let broken = |e: io::Error| JobError::Target(format!("{}: {e}", path.display()));
+    let there = path.symlink_metadata().is_ok();
+    if there && !order.existing {
+        return Err(JobError::Target(format!(
+            "{}: protection information is there already, of an image that isn't: remove it, or choose another path",
+            path.display()
+        )));
+    }
+    if !there {
+        let new = NewSidecar {
+            block_size,
+            kind,
+            mode: protected.sidecar().mode(),
+            capacity: block_size.blocks_in(source.limits().capacity),
+            format: if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 },
+            stamp: Stamp::of(&order.target).map_err(broken)?,
+        };
+        tools::create(io, &order.target, &path, new).await.map_err(failed)?;
+    }
+    if protected.sidecar().tags() == Exposure::Initiator {
+        let done = admit(io, &path).await;
+        if let Err(e) = done {
+            if !there {
+                let _ = fs::remove_file(&path);
+            }
+            return Err(broken(e));
+        }
+    }
+    Ok((!there).then_some(path))
+}
+
+async fn admit(io: &Io, path: &Path) -> io::Result<()> {
+    let storage = open_file(io, path, false).await?;
+    let sidecar = Sidecar::open(storage).await.map_err(io::Error::other)?;
+    sidecar.admit_initiator_tags().await
+}
+
+/// Has the target keep the tuples that the source keeps now: FORMAT UNIT may have chosen others than the configuration.
+async fn same_tuples(source: &Stack, target: &Stack) -> Result<(), JobError> {
+    let (Some(from), Some(to)) = (source.protected(), target.protected()) else {
+        return match source.protected_by() == target.protected_by() {
+            true => Ok(()),
+            false => Err(JobError::Target("one of the sides alone has protection information".into())),
+        };
+    };
+    let (is, wanted) = (to.sidecar().info(), from.sidecar().info());
+    if is.pi != wanted.pi || is.hidden != wanted.hidden {
+        let seen = (!wanted.hidden).then_some(wanted.pi);
+        to.reformat(seen).await.map_err(|e| JobError::Target(e.to_string()))?;
+    }
+    if to.kind_at_rest() != from.kind_at_rest() {
+        let words = "the target keeps another type of protection information than the LUN";
+        return Err(JobError::Target(words.into()));
+    }
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! What the jobs of a LUN are told, and what they tell.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::{
+    image::Format,
+    job::{
+        IoStatus, JobStatus,
+        dirty::{MAX_GRANULARITY, MIN_GRANULARITY},
+        mirror::{CopyMode, Settings, SyncMode, VerbError},
+    },
+};
+
+/// A mirror that is asked for (`drive-mirror`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MirrorOrder {
+    /// The job's name.
+    pub id: String,
+    /// The target's file, an absolute path.
+    pub target: PathBuf,
+    /// Its format; the LUN's image's if it is not given, or of an existing one what its first bytes say.
+    pub format: Option<Format>,
+    /// It is there; otherwise it is made.
+    pub existing: bool,
+    /// Where its protection information is kept, instead of beside it.
+    pub sidecar: Option<PathBuf>,
+    /// Bytes that are copied again when one of them is written.
+    pub granularity: Option<u64>,
+    /// All else.
+    pub settings: Settings,
+}
+
+/// What the jobs of a LUN can be told. A name that is not that of a job of this LUN is an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobOrder {
+    /// Begin a mirror.
+    Mirror(Box<MirrorOrder>),
+    /// Nothing: only tell.
+    Query,
+    /// End it: the LUN goes over to the target.
+    Complete(String),
+    /// End it, with `force` even if it has caught up.
+    Cancel {
+        /// The job.
+        id: String,
+        /// Leave the target as it is.
+        force: bool,
+    },
+    /// Have it wait.
+    Pause(String),
+    /// Have it go on.
+    Resume(String),
+    /// So many bytes a second; 0 for no limit.
+    SetSpeed(String, u64),
+    /// Make final what waits for it.
+    Finalize(String),
+    /// Forget one that has ended.
+    Dismiss(String),
+}
+
+/// A job, as it is told of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct JobInfo {
+    /// Its name.
+    pub id: String,
+    /// How far it is.
+    pub status: JobStatus,
+    /// Bytes copied.
+    pub offset: u64,
+    /// Bytes in all, as far as it is known.
+    pub len: u64,
+    /// Bytes a second; 0 for no limit.
+    pub speed: u64,
+    /// It has caught up.
+    pub ready: bool,
+    /// It was told to wait.
+    pub paused: bool,
+    /// It does something.
+    pub busy: bool,
+    /// Whether its I/O works.
+    pub io_status: IoStatus,
+    /// What it was told at its beginning.
+    #[serde(skip)]
+    pub settings: Settings,
+    /// Where it copies to.
+    pub target: PathBuf,
+    /// Blocks that were brought back from the target.
+    pub repaired: u64,
+    /// Why it could not go on.
+    pub error: Option<String>,
+}
+
+/// Why an order is not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JobError {
+    /// In QEMU's words.
+    #[error("Job '{0}' not found")]
+    NotFound(String),
+    /// There is one already.
+    #[error("the LUN has a job already: {0}")]
+    Busy(String),
+    /// That name is taken.
+    #[error("Job ID '{0}' already in use")]
+    Taken(String),
+    /// It cannot be told that now.
+    #[error(transparent)]
+    Verb(#[from] VerbError),
+    /// The target.
+    #[error("{0}")]
+    Target(String),
+    /// The granularity.
+    #[error(
+        "a granularity of {0} bytes: give a power of two from {MIN_GRANULARITY} to {MAX_GRANULARITY}, and a block at least"
+    )]
+    Granularity(u64),
+    /// The record.
+    #[error("the job could not be written down: {0}")]
+    Record(String),
+}
+
+/// What QEMU has an event of its own for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BlockJob {
+    /// It has caught up.
+    Ready,
+    /// It has ended, with that error if it could not go on.
+    Completed(Option<String>),
+    /// It was ended before it was done.
+    Cancelled,
+}
+
+/// QEMU's word for what is copied.
+pub fn sync_mode(settings: &Settings) -> &'static str {
+    match settings.sync {
+        SyncMode::Full => "full",
+        SyncMode::Top => "top",
+        SyncMode::None => "none",
+    }
+}
+
+/// QEMU's word for how it keeps up.
+pub fn copy_mode(settings: &Settings) -> &'static str {
+    match settings.copy_mode {
+        CopyMode::Background => "background",
+        CopyMode::WriteBlocking => "write-blocking",
+    }
+}

@@ -1,0 +1,471 @@
+//! Mirrors of whole LUNs on the embedded kernel, led over QMP and by the command line, and judged by qemu-img and `pi verify`.
+#![allow(clippy::unwrap_used)] // A test may panic.
+
+use std::{
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tcmu_dif::{
+    control::Registry,
+    image::{Format, create::create_qcow2, create::create_raw, qcow2::CreateOptions},
+    lun::config::DeviceConfig,
+    peer::kernel::Data,
+    pi::{
+        PiMode, PiType,
+        store::{ImageFormat, NewSidecar, Stamp, default_path},
+        tools,
+    },
+    sys,
+    units::{BlockSize, Blocks},
+};
+
+#[allow(dead_code)] // Other tests use more of it.
+#[path = "common/qmp_rig.rs"]
+mod rig;
+
+use rig::{Guest, MIB, Rig, Talk};
+
+const SIZE: u64 = 8 * MIB;
+const BLOCKS: u64 = SIZE / 512;
+
+fn qemu_img(words: &[&str]) -> String {
+    let out = Command::new("qemu-img").args(words).output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success(), "qemu-img {words:?}: {said}");
+    said
+}
+
+fn tcmu_dif(words: &[&str], dir: Option<&Path>) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tcmu-dif"));
+    command.args(words).env_remove("TCMU_DIF_LOG");
+    if let Some(dir) = dir {
+        command.arg("--run-dir").arg(dir);
+    }
+    let out = command.output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    (out.status.success(), said)
+}
+
+/// A guest that knows what its disk holds.
+struct Known {
+    guest: Guest,
+    disk: Vec<u8>,
+    seed: u64,
+}
+
+impl Known {
+    fn random(&mut self, n: u64) -> u64 {
+        self.seed = self.seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.seed >> 33) % n
+    }
+
+    /// A write or an UNMAP somewhere.
+    fn step(&mut self) {
+        let blocks = 1 + self.random(64);
+        let lba = self.random(BLOCKS - blocks);
+        let range = (lba * 512) as usize..((lba + blocks) * 512) as usize;
+        if self.random(5) == 0 {
+            let mut list = vec![0, 22, 0, 16, 0, 0, 0, 0];
+            list.extend(lba.to_be_bytes());
+            list.extend((blocks as u32).to_be_bytes());
+            list.extend([0; 4]);
+            let cdb = [0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0];
+            assert_eq!(self.guest.kernel.execute(&cdb, Data::Out(&list)).unwrap().status, 0);
+            self.disk[range].fill(0);
+        } else {
+            let data: Vec<u8> = (0..range.len()).map(|_| self.random(256) as u8).collect();
+            assert_eq!(self.guest.write(lba as u32, &data), 0);
+            self.disk[range].copy_from_slice(&data);
+        }
+    }
+
+    fn steps(&mut self, n: usize) {
+        (0..n).for_each(|_| self.step());
+    }
+
+    fn compare(&mut self) {
+        for lba in (0..BLOCKS).step_by(2048) {
+            let cdb = [0x28, 0, 0, 0, (lba >> 8) as u8, lba as u8, 0, 8, 0, 0];
+            let done = self.guest.kernel.execute(&cdb, Data::In(MIB as usize)).unwrap();
+            assert_eq!(done.status, 0);
+            let at = (lba * 512) as usize;
+            assert!(
+                done.data == self.disk[at..at + MIB as usize],
+                "what is read at {lba} is not what was written"
+            );
+        }
+    }
+}
+
+fn make(path: &Path, format: Format, pi: bool) {
+    let at = path.to_owned();
+    sys::run(async move |io| {
+        match format {
+            Format::Raw => create_raw(&io, &at, SIZE).await.unwrap(),
+            Format::Qcow2 => create_qcow2(&io, &at, &CreateOptions::new(SIZE)).await.unwrap(),
+        }
+        if pi {
+            let format = if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+            let new = NewSidecar {
+                block_size: BlockSize::B512,
+                kind: PiType::Type1,
+                mode: PiMode::Bitmap,
+                capacity: Blocks(BLOCKS),
+                format,
+                stamp: Stamp::of(&at).unwrap(),
+            };
+            tools::create(&io, &at, &default_path(&at), new).await.unwrap();
+        }
+    });
+}
+
+fn start(rig: &Rig, image: &Path, pi: bool) -> Known {
+    let config = DeviceConfig { pi: pi.then_some(PiType::Type1), ..DeviceConfig::new(image) };
+    Known { guest: rig.start("vm1", config, SIZE), disk: vec![0; SIZE as usize], seed: 1 }
+}
+
+fn new_lun(rig: &Rig, format: Format, pi: bool) -> (PathBuf, Known) {
+    let image = rig.dir.path().join(format!("old.{format}"));
+    make(&image, format, pi);
+    let mut known = start(rig, &image, pi);
+    known.steps(100);
+    (image, known)
+}
+
+fn mirror(target: &Path, more: Value) -> Value {
+    let mut arguments = json!({ "device": "vm1", "target": target.display().to_string(), "sync": "full" });
+    for (key, value) in more.as_object().unwrap() {
+        arguments[key] = value.clone();
+    }
+    arguments
+}
+
+fn refused(answer: &Value) -> String {
+    answer["error"]["desc"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+}
+
+fn path(p: &Path) -> &str {
+    p.to_str().unwrap()
+}
+
+/// An image of a LUN that is down: whole, and what the guest knows.
+fn judge(image: &Path, format: Format, pi: bool, disk: &[u8], dir: &Path) {
+    if format == Format::Qcow2 {
+        let said = qemu_img(&["check", path(image)]);
+        assert!(said.contains("No errors were found"), "{said}");
+    }
+    let raw = dir.join("judged.raw");
+    std::fs::write(&raw, disk).unwrap();
+    let format = format.to_string();
+    let said = qemu_img(&["compare", "-f", &format, "-F", "raw", path(image), path(&raw)]);
+    assert!(said.contains("identical"), "{said}");
+    if pi {
+        let (good, said) = tcmu_dif(&["pi", "verify", path(image)], None);
+        assert!(good, "{said}");
+    }
+}
+
+#[test]
+fn a_lun_goes_over_to_its_mirror_while_it_is_written_to_and_stays_there() {
+    for (from, to) in [(Format::Raw, Format::Qcow2), (Format::Qcow2, Format::Raw)] {
+        for (pi, copy_mode) in [(false, "background"), (true, "write-blocking"), (true, "background")] {
+            let rig = Rig::new(Registry::default());
+            let (old, mut known) = new_lun(&rig, from, pi);
+            let new = rig.dir.path().join("new");
+            let mut talk = rig.talk();
+            let arguments = mirror(&new, json!({ "format": to.to_string(), "copy-mode": copy_mode }));
+            talk.get("drive-mirror", arguments);
+            known.steps(50);
+            let ready = talk.event("BLOCK_JOB_READY");
+            assert_eq!((&ready["data"]["type"], &ready["data"]["device"]), (&json!("mirror"), &json!("vm1")));
+            known.steps(50);
+            let jobs = talk.get("query-block-jobs", json!({}));
+            assert_eq!((&jobs[0]["status"], &jobs[0]["ready"]), (&json!("ready"), &json!(true)), "{jobs}");
+            talk.get("block-job-complete", json!({ "device": "vm1" }));
+            known.steps(30);
+            let done = talk.event("BLOCK_JOB_COMPLETED");
+            assert!(done["data"].get("error").is_none(), "{done}");
+            let at_pivot = known.disk.clone();
+            known.steps(100);
+            known.compare();
+            let blocks = talk.get("query-block", json!({}));
+            assert_eq!(blocks[0]["inserted"]["file"], path(&new));
+            assert_eq!(talk.get("query-jobs", json!({})), json!([]));
+            known.guest.lun.stop().unwrap();
+            judge(&new, to, pi, &known.disk, rig.dir.path());
+            assert_ne!(at_pivot, known.disk);
+            // Whoever still names the old image gets the new one.
+            let disk = known.disk;
+            let mut known = Known { disk, ..start(&rig, &old, pi) };
+            known.compare();
+            assert_eq!(known.guest.lun.remote().made().config.image, new);
+            known.guest.lun.stop().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_mirror_that_was_ready_leaves_an_identical_copy() {
+    for pi in [false, true] {
+        let rig = Rig::new(Registry::default());
+        let (old, mut known) = new_lun(&rig, Format::Raw, pi);
+        let new = rig.dir.path().join("new.qcow2");
+        let mut talk = rig.talk();
+        talk.get("drive-mirror", mirror(&new, json!({ "format": "qcow2", "job-id": "copy" })));
+        talk.event("BLOCK_JOB_READY");
+        known.steps(50);
+        talk.get("block-job-cancel", json!({ "device": "copy" }));
+        assert_eq!(talk.job().last().unwrap(), "null");
+        let same = known.disk.clone();
+        known.guest.lun.stop().unwrap();
+        let said = qemu_img(&["compare", "-f", "raw", "-F", "qcow2", path(&old), path(&new)]);
+        assert!(said.contains("identical"), "{said}");
+        judge(&new, Format::Qcow2, pi, &same, rig.dir.path());
+        judge(&old, Format::Raw, pi, &same, rig.dir.path());
+        // The LUN stays where it was.
+        let known = start(&rig, &old, pi);
+        assert_eq!(known.guest.lun.remote().made().config.image, old);
+        known.guest.lun.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_mirror_goes_on_after_a_restart_with_what_is_still_to_be_copied() {
+    let rig = Rig::new(Registry::default());
+    let (old, mut known) = new_lun(&rig, Format::Raw, true);
+    let data = vec![7; MIB as usize];
+    for i in 0..8 {
+        assert_eq!(known.guest.write(i * 2048, &data), 0);
+    }
+    known.disk.fill(7);
+    let new = rig.dir.path().join("new.raw");
+    let mut talk = rig.talk();
+    talk.get("drive-mirror", mirror(&new, json!({ "speed": 4 * MIB })));
+    let end = Instant::now() + Duration::from_secs(30);
+    let copied = loop {
+        let jobs = talk.get("query-block-jobs", json!({}));
+        let copied = jobs[0]["offset"].as_u64().unwrap();
+        if copied >= MIB {
+            break copied;
+        }
+        assert!(Instant::now() < end, "{jobs}");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    known.guest.lun.stop().unwrap();
+    let disk = known.disk;
+    let mut known = Known { disk, ..start(&rig, &old, true) };
+    let jobs = talk.get("query-block-jobs", json!({}));
+    let (offset, len) = (jobs[0]["offset"].as_u64().unwrap(), jobs[0]["len"].as_u64().unwrap());
+    assert!(offset >= copied && len <= SIZE + MIB, "it began anew: {jobs}");
+    talk.get("block-job-set-speed", json!({ "device": "vm1", "speed": 0 }));
+    known.steps(50);
+    talk.event("BLOCK_JOB_READY");
+    talk.get("job-complete", json!({ "id": "vm1" }));
+    talk.event("BLOCK_JOB_COMPLETED");
+    known.compare();
+    known.guest.lun.stop().unwrap();
+    judge(&new, Format::Raw, true, &known.disk, rig.dir.path());
+}
+
+#[test]
+fn a_block_that_does_not_match_ends_the_job_or_stops_it_and_is_named() {
+    let rig = Rig::new(Registry::default());
+    let (old, mut known) = new_lun(&rig, Format::Raw, true);
+    assert_eq!(known.guest.write(4000, &[9; 512]), 0);
+    let file = std::fs::File::options().read(true).write(true).open(&old).unwrap();
+    file.write_all_at(&[8], 4000 * 512 + 17).unwrap();
+    let new = rig.dir.path().join("new.raw");
+    let mut talk = rig.talk();
+    talk.get("drive-mirror", mirror(&new, json!({ "auto-dismiss": false })));
+    let error = talk.event("BLOCK_JOB_ERROR");
+    assert_eq!((&error["data"]["operation"], &error["data"]["action"]), (&json!("read"), &json!("report")));
+    assert!(error["data"]["reason"].as_str().unwrap().contains("4000"), "{error}");
+    let done = talk.event("BLOCK_JOB_COMPLETED");
+    assert!(done["data"]["error"].as_str().unwrap().contains("4000"), "{done}");
+    let jobs = talk.get("query-jobs", json!({}));
+    assert_eq!(jobs[0]["status"], "concluded");
+    assert!(refused(&talk.ask("drive-mirror", mirror(&new, json!({})))).contains("already in use"));
+    talk.get("job-dismiss", json!({ "id": "vm1" }));
+
+    // Stopped, it goes on once the block is written anew.
+    let new = rig.dir.path().join("other.raw");
+    talk.get("drive-mirror", mirror(&new, json!({ "on-source-error": "stop" })));
+    let found = talk.event("PI_MISMATCH");
+    assert_eq!((&found["data"]["operation"], &found["data"]["lba"]), (&json!("mirror"), &json!(4000)));
+    let error = talk.event("BLOCK_JOB_ERROR");
+    assert_eq!(error["data"]["action"], "stop");
+    let jobs = talk.get("query-block-jobs", json!({}));
+    assert_eq!((&jobs[0]["status"], &jobs[0]["io-status"]), (&json!("paused"), &json!("failed")), "{jobs}");
+    let copied = std::fs::read(&new).unwrap();
+    assert_eq!(copied[4000 * 512..4001 * 512], [0; 512], "it was copied");
+    assert_eq!(known.guest.write(4000, &[5; 512]), 0);
+    talk.get("job-resume", json!({ "id": "vm1" }));
+    talk.event("BLOCK_JOB_READY");
+
+    // With a spare, a block that rots is brought back, for the guest and for a scrub.
+    file.write_all_at(&[8], 4000 * 512 + 17).unwrap();
+    assert_eq!(known.guest.read(4000, 1), 0);
+    file.write_all_at(&[8], 4000 * 512 + 17).unwrap();
+    talk.get("pi-scrub", json!({ "device": "vm1", "speed": 0 }));
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let pi = talk.get("query-pi", json!({ "device": "vm1" }));
+        if pi[0]["scrub"]["status"] == "concluded" {
+            assert_eq!(
+                (&pi[0]["scrub"]["mismatches"], &pi[0]["counters"]["repaired"]),
+                (&json!(1), &json!(2)),
+                "{pi}"
+            );
+            break;
+        }
+        assert!(Instant::now() < end, "{pi}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 4000 * 512 + 17).unwrap();
+    assert_eq!(byte, [5]);
+    known.guest.lun.stop().unwrap();
+}
+
+#[test]
+fn a_job_waits_to_be_made_final_and_to_be_dismissed_if_that_is_asked_for() {
+    let rig = Rig::new(Registry::default());
+    let (_, known) = new_lun(&rig, Format::Raw, false);
+    let new = rig.dir.path().join("new.raw");
+    let mut talk = rig.talk();
+    let early = talk.ask("block-job-complete", json!({ "device": "vm1" }));
+    assert_eq!(
+        (refused(&early), early["error"]["class"].as_str()),
+        ("Job 'vm1' not found".into(), Some("DeviceNotActive"))
+    );
+    talk.get(
+        "drive-mirror",
+        mirror(&new, json!({ "auto-finalize": false, "auto-dismiss": false, "speed": 1 })),
+    );
+    let early = refused(&talk.ask("job-complete", json!({ "id": "vm1" })));
+    assert_eq!(early, "Job 'vm1' in state 'running' cannot accept command verb 'complete'");
+    let busy = refused(&talk.ask("drive-mirror", mirror(&new, json!({ "job-id": "b" }))));
+    assert!(busy.contains("has a job already"), "{busy}");
+    let size = refused(&talk.ask("block_resize", json!({ "device": "vm1", "size": 2 * SIZE })));
+    assert!(size.contains("being mirrored"), "{size}");
+    talk.get("job-pause", json!({ "id": "vm1" }));
+    talk.get("block-job-set-speed", json!({ "device": "vm1", "speed": 0 }));
+    assert_eq!(talk.get("query-block-jobs", json!({}))[0]["status"], "paused");
+    talk.get("block-job-resume", json!({ "device": "vm1" }));
+    talk.event("BLOCK_JOB_READY");
+    talk.get("job-complete", json!({ "id": "vm1" }));
+    let mut statuses = Vec::new();
+    while statuses.last().is_none_or(|s| s != "pending") {
+        statuses.push(talk.event("JOB_STATUS_CHANGE")["data"]["status"].as_str().unwrap().to_owned());
+    }
+    assert!(statuses.contains(&"waiting".to_owned()), "{statuses:?}");
+    assert_ne!(known.guest.lun.remote().made().config.image, new);
+    talk.get("job-finalize", json!({ "id": "vm1" }));
+    talk.event("BLOCK_JOB_COMPLETED");
+    assert_eq!(known.guest.lun.remote().made().config.image, new);
+    talk.event("JOB_STATUS_CHANGE");
+    assert_eq!(talk.get("query-block-jobs", json!({}))[0]["status"], "concluded");
+    talk.get("block-job-dismiss", json!({ "id": "vm1" }));
+    assert_eq!(talk.get("query-block-jobs", json!({})), json!([]));
+    known.guest.lun.stop().unwrap();
+}
+
+#[test]
+fn what_cannot_be_a_target_is_refused_with_a_reason_and_nothing_is_left_of_it() {
+    let rig = Rig::new(Registry::default());
+    let (old, known) = new_lun(&rig, Format::Raw, true);
+    let dir = rig.dir.path();
+    std::fs::write(dir.join("small.raw"), vec![0; 4096]).unwrap();
+    std::fs::write(dir.join("there.raw.pi"), b"x").unwrap();
+    let mut talk = rig.talk();
+    for (target, more, reason) in [
+        (dir.join("small.raw"), json!({}), "exists already"),
+        (dir.join("small.raw"), json!({ "mode": "existing" }), "4096"),
+        (dir.join("there.raw"), json!({}), "protection information is there already"),
+        (PathBuf::from("new.raw"), json!({}), "not absolute"),
+        (dir.join("no/new.raw"), json!({}), "directory does not exist"),
+        (old.clone(), json!({ "mode": "existing" }), "in use"),
+        (dir.join("a"), json!({ "granularity": 1000 }), "power of two"),
+        (dir.join("a"), json!({ "format": "vmdk" }), "Unknown driver"),
+        (dir.join("a"), json!({ "job-id": "scrub-vm1" }), "Invalid job ID"),
+        (dir.join("n".repeat(230)), json!({}), "the kernel takes 255"),
+    ] {
+        let said = refused(&talk.ask("drive-mirror", mirror(&target, more)));
+        assert!(said.contains(reason), "{}: {said}", target.display());
+    }
+    let left = |name: &str| dir.join(name).exists();
+    assert!(!left("there.raw") && !left("a") && !left("a.pi"));
+    assert_eq!(talk.get("query-jobs", json!({})), json!([]));
+    known.guest.lun.stop().unwrap();
+}
+
+#[test]
+fn the_top_of_a_chain_is_copied_alone_and_the_copy_has_the_same_backing_file() {
+    let rig = Rig::new(Registry::default());
+    let dir = rig.dir.path();
+    let base = dir.join("base.raw");
+    let below: Vec<u8> = (0..SIZE).map(|b| (b / 512) as u8 | 1).collect();
+    std::fs::write(&base, &below).unwrap();
+    let old = dir.join("old.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", path(&base), "-F", "raw", path(&old)]);
+    let mut known = Known { disk: below, ..start(&rig, &old, false) };
+    known.steps(20);
+    let new = dir.join("new.qcow2");
+    let mut talk = rig.talk();
+    talk.get("drive-mirror", mirror(&new, json!({ "sync": "top" })));
+    talk.event("BLOCK_JOB_READY");
+    known.steps(20);
+    talk.get("block-job-complete", json!({ "device": "vm1" }));
+    talk.event("BLOCK_JOB_COMPLETED");
+    known.compare();
+    known.guest.lun.stop().unwrap();
+    assert!(qemu_img(&["info", path(&new)]).contains(path(&base)));
+    judge(&new, Format::Qcow2, false, &known.disk, dir);
+    let map: Value = serde_json::from_str(&qemu_img(&["map", "--output=json", path(&new)])).unwrap();
+    assert!(map.as_array().unwrap().iter().any(|run| run["depth"] == 1), "all of it was copied");
+}
+
+fn job_of(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+#[test]
+fn the_command_line_mirrors_lists_leads_and_goes_over() {
+    let rig = Rig::new(Registry::default());
+    let (_, mut known) = new_lun(&rig, Format::Qcow2, true);
+    let dir = rig.dir.path();
+    let (a, b) = (dir.join("a.raw"), dir.join("b.qcow2"));
+    let cli = |words: &[&str]| tcmu_dif(words, Some(dir));
+    let (good, said) = cli(&["mirror", "vm1", path(&a), "--format", "raw", "--json"]);
+    assert!(good, "{said}");
+    let job = job_of(&said);
+    assert_eq!((&job["ready"], &job["target"]), (&json!(true), &json!(path(&a))));
+    let (good, said) = cli(&["job", "list"]);
+    assert!(good && said.contains("mirror") && said.contains("ready"), "{said}");
+    let (good, said) = cli(&["job", "speed", "vm1", "1M"]);
+    assert!(good && said.contains("1.0 MiB a second") || said.contains("1 MiB a second"), "{said}");
+    for verb in ["pause", "resume"] {
+        let (good, said) = cli(&["job", verb, "vm1", "--json"]);
+        assert!(good, "{said}");
+        assert_eq!(job_of(&said)["paused"], json!(verb == "pause"));
+    }
+    let (good, said) = cli(&["job", "cancel", "vm1"]);
+    assert!(good && said.contains("has ended"), "{said}");
+    judge(&a, Format::Raw, true, &known.disk, dir);
+
+    let (good, said) = cli(&["mirror", "vm1", path(&b), "--complete"]);
+    assert!(good && said.contains("has the image"), "{said}");
+    known.steps(20);
+    known.compare();
+    let (good, said) = cli(&["job", "list", "--json"]);
+    assert_eq!((good, job_of(&said)), (true, json!([])));
+    let (good, said) = cli(&["job", "complete", "vm1"]);
+    assert!(!good && said.contains("not found") && said.contains("next: "), "{said}");
+    known.guest.lun.stop().unwrap();
+    judge(&b, Format::Qcow2, true, &known.disk, dir);
+    let _: Option<Talk> = None;
+}

@@ -1,0 +1,119 @@
+//! Jobs under load, against the real kernel: mirrors that a LUN goes over to while fio verifies what it writes.
+
+use super::lun::{assert_image_clean, create_on_loopback, delete, show, start_daemon};
+use super::{Run, Test};
+use anyhow::{Context, Result, ensure};
+use std::time::Duration;
+
+pub const TESTS: &[Test] = &[Test {
+    name: "jobs.mirror-under-fio",
+    promise: "a LUN goes over to its mirror, and back, while fio verifies at QD32, with kill -9 before, in and after it: no I/O error, nothing lost",
+    limit: 900,
+    group: None,
+    run: mirror_under_fio,
+}];
+
+/// `mirrors.sh DEVICE KILLS`: goes over from a raw image to a qcow2 one and back, round after round, for as long as fio writes and reads back
+/// what it wrote; with KILLS 1 the daemon is killed and started again at a random moment of each round. Prints how often it went over.
+const MIRRORS: &str = r#"
+device=$1 kills=$2 over=0
+back() {
+    for _ in $(seq 600); do grep -q '"state": "online"' /run/tcmu-dif/luns/m.json 2>/dev/null && return; sleep 0.05; done
+    echo "the LUN is not back after 30 s"; tail -n 20 /scratch/daemon.log; exit 1
+}
+fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=32 --rw=randwrite --bs=4k --size=32M \
+    --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=60 > /tmp/fio.txt 2>&1 &
+fio=$!
+from=/scratch/m.raw to=/scratch/m.qcow2 format=qcow2
+while kill -0 $fio 2>/dev/null; do
+    rm -f $to $to.pi
+    mode=$([ $((RANDOM % 2)) = 0 ] && echo background || echo write-blocking)
+    timeout 60 tcmu-dif mirror m $to --format $format --copy-mode $mode --background > /tmp/mirror.txt 2>&1 || { cat /tmp/mirror.txt; exit 1; }
+    if [ $kills = 1 ]; then
+        (sleep 0.$((RANDOM % 10)); kill -9 $(cat /run/tcmu-dif/daemon.pid)
+         setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null) &
+        killer=$!
+    fi
+    # A daemon that is killed meanwhile goes on with the job.
+    for _ in $(seq 600); do
+        # Write-blocking it catches up with whoever writes all the time, and a mirror in the background may not.
+        status=$(timeout 60 tcmu-dif job list --json 2>/dev/null)
+        case $status in
+            *'"ready"'*) timeout 60 tcmu-dif job complete m > /tmp/complete.txt 2>&1 && break ;;
+            '[]') break ;;
+        esac
+        [ $mode = background ] && kill -0 $fio 2>/dev/null && [ $SECONDS -gt 40 ] && mode=waiting
+        sleep 0.1
+    done
+    [ $kills = 1 ] && wait $killer
+    back
+    now=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
+    if [ "$now" = $to ]; then
+        over=$((over + 1))
+        [ $format = qcow2 ] && format=raw || format=qcow2
+        next=$from from=$to to=$next
+    elif ! timeout 60 tcmu-dif job list --json | grep -q mirror; then
+        # Killed before the job was there, or in the second before the state file tells.
+        sleep 1.5
+        now=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
+        if [ "$now" = $to ]; then
+            over=$((over + 1))
+            [ $format = qcow2 ] && format=raw || format=qcow2
+            next=$from from=$to to=$next
+        fi
+    else
+        timeout 60 tcmu-dif job cancel m --force > /dev/null 2>&1
+    fi
+done
+wait $fio || { cat /tmp/fio.txt; exit 1; }
+echo $over
+"#;
+
+fn mirror_under_fio(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    std::fs::write(guest.share().join("mirrors.sh"), MIRRORS)?;
+    for kills in [0, 1] {
+        guest.sh("rm -f /scratch/m.*")?;
+        let options = "--image /scratch/m.raw --size 48M --format raw --pi type1";
+        let lun = create_on_loopback(guest, "m", options)?;
+        let mark = guest.mark()?;
+        let script = format!("bash /host/mirrors.sh {} {kills}", lun.device);
+        let over = guest
+            .sh_within(Duration::from_secs(400), &script)
+            .with_context(|| format!("with {kills} kills a round"))?;
+        guest.note(format!("{kills} kills a round: {} times gone over", over.trim()));
+        ensure!(over.trim().parse::<u32>()? >= 2, "the LUN went over {over} times");
+        let log = guest.kernel_log_since(&mark)?;
+        let bad: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("check failed") || line.contains("I/O error, dev"))
+            .collect();
+        ensure!(bad.is_empty(), "errors at the guest: {bad:#?}");
+        ensure!(!log.contains("Power-on or device reset"), "the guest was told of a power on");
+
+        // The kernel's own idea of the image is the LUN's, a moment later.
+        let image = guest.sh(
+            r#"for _ in $(seq 100); do
+                image=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
+                grep -q "^dif/$image;" /sys/kernel/config/target/core/user_*/m/attrib/dev_config && echo $image && exit 0
+                sleep 0.1
+            done
+            cat /sys/kernel/config/target/core/user_*/m/attrib/dev_config /sys/class/uio/uio*/name >&2; exit 1"#,
+        )?;
+        let image = image.trim();
+        ensure!(show(guest, "m")?["image"] == image);
+        guest.sh(&format!("dd if={} iflag=direct bs=1M of=/scratch/m.copy status=none", lun.device))?;
+        let format = if image.ends_with("qcow2") { "qcow2" } else { "raw" };
+        delete(guest, "m")?;
+        guest.sh(&format!("qemu-img compare -f raw -F {format} /scratch/m.copy {image}"))?;
+        if kills == 0 {
+            assert_image_clean(guest, image, format, true)?;
+        } else {
+            // A kill may leak a cluster of a qcow2 image.
+            assert_image_clean(guest, image, "raw", true)?;
+        }
+        guest.sh("rm -f /var/lib/tcmu-dif/moved/*")?;
+    }
+    Ok(())
+}
