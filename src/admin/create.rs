@@ -182,6 +182,10 @@ impl Admin {
                 images::create_new(&config.image, order.format.unwrap_or(Format::Raw), size)?;
                 let path = config.image.clone();
                 undo.note("the new image", move || fs::remove_file(path));
+                // A LUN of that name may have been moved from a file that was there; from this one it was not.
+                let moves = places.moves(name);
+                let failed = |e: std::io::Error| Refusal::from("create", moves.path().display(), &e);
+                moves.forget(&config.image).map_err(failed)?;
                 size
             }
         };
@@ -218,11 +222,6 @@ impl Admin {
             });
         }
         undo.keep();
-        if order.size.is_some()
-            && let Err(e) = self.places.moves(&order.name).forget(&config.image)
-        {
-            tracing::warn!("{name}: that it was moved from {} stays noted: {e}", config.image.display());
-        }
         Ok(Created::new(&there, config, views, Some(state), true))
     }
 

@@ -7,7 +7,7 @@ pub mod dirty;
 pub mod front;
 pub mod mirror;
 #[cfg(test)]
-mod model;
+mod model_tests;
 
 use serde::{Deserialize, Serialize};
 

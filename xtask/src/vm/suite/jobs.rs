@@ -35,33 +35,32 @@ while kill -0 $fio 2>/dev/null; do
         killer=$!
     fi
     # A daemon that is killed meanwhile goes on with the job.
-    for _ in $(seq 600); do
-        # Write-blocking it catches up with whoever writes all the time, and a mirror in the background may not.
+    for try in $(seq 200); do
         status=$(timeout 60 tcmu-dif job list --json 2>/dev/null)
         case $status in
             *'"ready"'*) timeout 60 tcmu-dif job complete m > /tmp/complete.txt 2>&1 && break ;;
             '[]') break ;;
         esac
-        [ $mode = background ] && kill -0 $fio 2>/dev/null && [ $SECONDS -gt 40 ] && mode=waiting
+        # In the background it may not catch up with whoever writes all the time.
+        if [ $mode = background ] && [ $try -gt 12 ]; then
+            timeout 60 tcmu-dif job cancel m --force > /dev/null 2>&1 && break
+        fi
         sleep 0.1
     done
     [ $kills = 1 ] && wait $killer
     back
-    now=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
+    # The state file tells within a second or two.
+    for _ in $(seq 25); do
+        now=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
+        [ "$now" = $to ] && break
+        sleep 0.1
+    done
     if [ "$now" = $to ]; then
         over=$((over + 1))
         [ $format = qcow2 ] && format=raw || format=qcow2
         next=$from from=$to to=$next
-    elif ! timeout 60 tcmu-dif job list --json | grep -q mirror; then
-        # Killed before the job was there, or in the second before the state file tells.
-        sleep 1.5
-        now=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
-        if [ "$now" = $to ]; then
-            over=$((over + 1))
-            [ $format = qcow2 ] && format=raw || format=qcow2
-            next=$from from=$to to=$next
-        fi
     else
+        # Not begun, given up, or killed in the middle with fio at its end.
         timeout 60 tcmu-dif job cancel m --force > /dev/null 2>&1
     fi
 done
@@ -113,7 +112,6 @@ fn mirror_under_fio(run: &mut Run<'_>) -> Result<()> {
             // A kill may leak a cluster of a qcow2 image.
             assert_image_clean(guest, image, "raw", true)?;
         }
-        guest.sh("rm -f /var/lib/tcmu-dif/moved/*")?;
     }
     Ok(())
 }
