@@ -151,7 +151,7 @@ impl DirtyMap {
 
     fn granules(&self, at: u64, len: u64) -> Granules {
         let end = at.saturating_add(len).min(self.capacity);
-        if end <= at { 0..0 } else { at >> self.shift..(end - 1 >> self.shift) + 1 }
+        if end <= at { 0..0 } else { at >> self.shift..((end - 1) >> self.shift) + 1 }
     }
 
     fn bytes(&self, granules: &Granules) -> Range<u64> {

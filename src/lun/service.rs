@@ -389,12 +389,19 @@ impl Service for Lun {
 
     async fn parting(self: Rc<Self>) {
         // Closing the image flushes again, and is the one to say what failed.
-        let _ = self.front.volume().flush().await;
+        let (image, mirror) = (self.front.volume(), self.front.mirror());
+        let _ = image.flush().await;
+        if let Some(mirror) = mirror {
+            let _ = mirror.target().flush().await;
+        }
     }
 
     fn ending(&self) {
         self.calls.end_soon();
         self.front.volume().image().ending();
+        if let Some(mirror) = self.front.mirror() {
+            mirror.target().image().ending();
+        }
     }
 
     fn ended(&self) {
