@@ -428,7 +428,9 @@ fn whatever_guests_errors_orders_and_kills_do_the_target_is_the_source_when_it_i
         }
     }
     eprintln!("killed, pivoted, left, cancelled, failed: {count:?}");
-    assert!(count.iter().all(|n| *n > 0), "not everything was tried: {count:?}");
+    // A short loop meets the common endings alone.
+    let met = if scaled(150) < 150 { &count[..2] } else { &count[..] };
+    assert!(met.iter().all(|n| *n > 0), "not everything was tried: {count:?}");
 }
 
 async fn still(

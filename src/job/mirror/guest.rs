@@ -94,7 +94,8 @@ impl<S: Side> Mirror<S> {
         if let (Ok(()), Err(e)) = (&source, &target) {
             self.failed(false, e);
         }
-        if !self.map.is_settled() {
+        // There is something to copy; or this was the last that kept it from ending.
+        if !self.map.is_settled() || self.verdict().is_some() {
             self.changed.notify_all();
         }
         source
