@@ -469,3 +469,51 @@ fn the_command_line_mirrors_lists_leads_and_goes_over() {
     judge(&b, Format::Qcow2, true, &known.disk, dir);
     let _: Option<Talk> = None;
 }
+
+#[test]
+fn thirty_two_commands_at_a_time_pass_through_pivots_there_and_back() {
+    for copy_mode in ["background", "write-blocking"] {
+        let rig = Rig::new(Registry::default());
+        let (old, mut known) = new_lun(&rig, Format::Raw, true);
+        let mut talk = rig.talk();
+        let (mut from, mut to) = (old, rig.dir.path().join("new.raw"));
+        for _ in 0..4 {
+            let _ = std::fs::remove_file(&to);
+            let _ = std::fs::remove_file(default_path(&to));
+            talk.get("drive-mirror", mirror(&to, json!({ "copy-mode": copy_mode })));
+            let end = Instant::now() + Duration::from_secs(60);
+            let (mut lba, mut told) = (0u32, false);
+            while known.guest.lun.remote().made().config.image != to {
+                assert!(Instant::now() < end, "{}", talk.get("query-block-jobs", json!({})));
+                let data = [lba as u8; 4096];
+                while known.guest.kernel.in_flight() < 32 {
+                    lba = (lba + 8) % (BLOCKS as u32 - 8);
+                    let mut cdb = vec![0x2a, 0];
+                    cdb.extend(lba.to_be_bytes());
+                    cdb.extend([0, 0, 8, 0]);
+                    known.guest.kernel.submit(&cdb, Data::Out(&data)).unwrap();
+                }
+                for done in known.guest.kernel.wait(Duration::from_secs(20)).unwrap() {
+                    assert_eq!(done.status, 0);
+                }
+                let jobs = talk.get("query-block-jobs", json!({}));
+                if !told && jobs[0]["ready"] == true {
+                    talk.get("block-job-complete", json!({ "device": "vm1" }));
+                    told = true;
+                }
+            }
+            while known.guest.kernel.in_flight() > 0 {
+                for done in known.guest.kernel.wait(Duration::from_secs(20)).unwrap() {
+                    assert_eq!(done.status, 0);
+                }
+            }
+            while talk.get("query-jobs", json!({})) != json!([]) {
+                assert!(Instant::now() < end);
+            }
+            (from, to) = (to, from);
+        }
+        known.guest.lun.stop().unwrap();
+        let (good, said) = tcmu_dif(&["pi", "verify", path(&from)], None);
+        assert!(good, "{said}");
+    }
+}
