@@ -83,10 +83,6 @@ pub enum Command {
     /// Read every protected block of a LUN that is in use and check it; goes on in the daemon if this command is interrupted
     Scrub(Scrub),
     /// Copy a LUN to another image while it is in use, and have it go over to that
-    ///
-    /// Waits until the copy has caught up, and leaves it kept up: tcmu-dif job complete then has the LUN go over to it, and tcmu-dif job
-    /// cancel leaves it as a copy. With --complete the LUN goes over at once. The job goes on in the daemon if this command is
-    /// interrupted, and after a restart of the daemon.
     Mirror(job_args::Mirror),
     /// List the jobs of the daemon, and lead them
     #[command(subcommand)]

@@ -47,6 +47,11 @@ pub(super) fn word(choice: &impl ValueEnum) -> String {
 
 /// `mirror`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "It waits until the copy has caught up, and leaves it kept up: tcmu-dif job complete then has the LUN go over to it, and \
+                  tcmu-dif job cancel leaves it as a copy. With --complete the LUN goes over at once. The job goes on in the daemon if this \
+                  command is interrupted, and after a restart of the daemon."
+)]
 pub struct Mirror {
     /// The LUN's name
     #[arg(value_parser = Name::new)]
