@@ -272,8 +272,9 @@ pub fn start_where(mut params: LunParams, continued: Option<ContinuedFile>) -> R
         .spawn(move || {
             let span = tracing::info_span!("lun", lun = %params.name);
             let _entered = span.entered();
-            let ended =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(params, continued, inbox, up, made_here)));
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                live(params, continued, inbox, up, made_here)
+            }));
             let end = match ended {
                 Ok(end) => end,
                 Err(panic) => State::Failed(format!("its thread panicked: {}", panic_text(&*panic))),
