@@ -239,8 +239,9 @@ fn assert_calls(case: Case, cost: &Cost) {
     assert_eq!(cost.kicks, cost.batches, "{case:?}: {cost:?}");
     // One to submit what a batch of commands asks for, which gives the answers along with it if they are in the page cache. Where
     // the kernel hands work to threads of its own, answers come in batches of their own, and to fetch them takes another.
-    let apart = case.write || case.pi.is_some();
-    let most = cost.batches * if apart { 2 } else { 1 } + cost.sleeps;
+    // A protected write's tuples and data are two operations that end apart.
+    let apart = u64::from(case.write) + u64::from(case.pi.is_some());
+    let most = cost.batches * (1 + apart) + cost.sleeps;
     assert!(cost.enters <= most + most / 50, "{case:?}: {cost:?}");
     if case.image == Image::Null {
         assert_eq!((cost.enters, cost.operations), (cost.sleeps, 0), "{case:?}: {cost:?}");

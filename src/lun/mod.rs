@@ -78,6 +78,10 @@ pub use stats::{PublicStats, ScrubSummary, Stats, SystemCalls};
 pub use words::chain;
 use words::panic_text;
 
+/// Bytes of a LUN's stack. Futures are moved over it when they begin, and in a build that is not optimized they are large; what is not
+/// touched takes no memory.
+const STACK: usize = 8 << 20;
+
 /// How often one who waits for an answer looks whether the LUN is still there.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -269,6 +273,7 @@ pub fn start_where(mut params: LunParams, continued: Option<ContinuedFile>) -> R
     let thread = std::thread::Builder::new()
         // 15 characters is what the kernel shows.
         .name(format!("lun-{name}").chars().take(15).collect())
+        .stack_size(STACK)
         .spawn(move || {
             let span = tracing::info_span!("lun", lun = %params.name);
             let _entered = span.entered();

@@ -361,18 +361,24 @@ impl Jobs {
                 self.added.wait().await;
                 continue;
             };
-            let begun = !active.record.borrow().scanned;
-            if begun {
-                let fresh = active.record.borrow().fresh;
-                active.mirror.scan(fresh).await;
-                active.record.borrow_mut().scanned = true;
-                if let Err(error) = self.save(&active) {
-                    warn!(%error, "after a restart all would be copied again");
-                }
-            }
-            let outcome = front.drive(&active.mirror, async || self.decide(&active).await).await;
-            self.conclude(&active, outcome, &moved).await;
+            // On the heap: it is some hundred KiB, which a LUN without a job is not to have.
+            Box::pin(self.work(&active, front, &moved)).await;
         }
+    }
+
+    /// Runs one job to its end.
+    async fn work(&self, active: &Active, front: &Front<Stack>, moved: &impl Fn()) {
+        let begun = !active.record.borrow().scanned;
+        if begun {
+            let fresh = active.record.borrow().fresh;
+            active.mirror.scan(fresh).await;
+            active.record.borrow_mut().scanned = true;
+            if let Err(error) = self.save(active) {
+                warn!(%error, "after a restart all would be copied again");
+            }
+        }
+        let outcome = front.drive(&active.mirror, async || self.decide(active).await).await;
+        self.conclude(active, outcome, moved).await;
     }
 
     /// Makes it durable that the LUN has the target for its image. On another thread: it waits for the disk.

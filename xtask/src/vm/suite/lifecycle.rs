@@ -537,7 +537,7 @@ for round in $(seq $1); do
         create > /tmp/said 2>&1 || { echo "round $round: create: $(cat /tmp/said)"; left; exit 1; }
         [ $(ls -d /sys/kernel/config/target/*/naa.*/tpgt_1/lun/lun_0/half | wc -l) = 2 ] || { echo "round $round: not whole"; left; exit 1; }
     fi
-    tcmu-dif delete half > /tmp/said 2>&1 || grep -q 'no such LUN' /tmp/said || { echo "round $round: delete: $(cat /tmp/said)"; left; exit 1; }
+    tcmu-dif delete half > /tmp/said 2>&1 || { grep -q 'no such LUN' /tmp/said; } || { echo "round $round: delete: $(cat /tmp/said)"; left; exit 1; }
     [ -z "$(left)" ] || { echo "round $round: left behind"; left; cat /tmp/said; exit 1; }
 done
 echo $halves
