@@ -16,18 +16,19 @@ pub const TESTS: &[Test] = &[Test {
 /// `mirrors.sh DEVICE KILLS`: goes over from a raw image to a qcow2 one and back, round after round, for as long as fio writes and reads back
 /// what it wrote; with KILLS 1 the daemon is killed and started again at a random moment of each round. Prints how often it went over.
 const MIRRORS: &str = r#"
-device=$1 kills=$2 over=0
+device=$1 kills=$2 over=0 round=0
 back() {
     for _ in $(seq 600); do grep -q '"state": "online"' /run/tcmu-dif/luns/m.json 2>/dev/null && return; sleep 0.05; done
     echo "the LUN is not back after 30 s"; tail -n 20 /scratch/daemon.log; exit 1
 }
 fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=32 --rw=randwrite --bs=4k --size=32M \
-    --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=60 > /tmp/fio.txt 2>&1 &
+    --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=120 > /tmp/fio.txt 2>&1 &
 fio=$!
 from=/scratch/m.raw to=/scratch/m.qcow2 format=qcow2
 while kill -0 $fio 2>/dev/null; do
     rm -f $to $to.pi
-    mode=$([ $((RANDOM % 2)) = 0 ] && echo background || echo write-blocking)
+    # In turns: in the background it may not catch up with whoever writes all the time.
+    round=$((round + 1)); mode=$([ $((round % 2)) = 0 ] && echo background || echo write-blocking)
     timeout 60 tcmu-dif mirror m $to --format $format --copy-mode $mode --background > /tmp/mirror.txt 2>&1 || { cat /tmp/mirror.txt; exit 1; }
     if [ $kills = 1 ]; then
         (sleep 0.$((RANDOM % 10)); kill -9 $(cat /run/tcmu-dif/daemon.pid)
@@ -41,7 +42,6 @@ while kill -0 $fio 2>/dev/null; do
             *'"ready"'*) timeout 60 tcmu-dif job complete m > /tmp/complete.txt 2>&1 && break ;;
             '[]') break ;;
         esac
-        # In the background it may not catch up with whoever writes all the time.
         if [ $mode = background ] && [ $try -gt 12 ]; then
             timeout 60 tcmu-dif job cancel m --force > /dev/null 2>&1 && break
         fi

@@ -111,7 +111,7 @@ qemu-img rebase -u -f qcow2 -b /scratch/loop2.qcow2 -F qcow2 loop.qcow2
 qemu-img create -q -f qcow2 future.qcow2 16M
 printf '\200' | dd of=future.qcow2 bs=1 seek=72 conv=notrunc status=none
 (setsid sleep 600 | setsid qemu-io -f qcow2 locked.qcow2 > /dev/null 2>&1 &)
-for _ in $(seq 50); do
+for _ in $(seq 300); do
     qemu-img info locked.qcow2 > /dev/null 2>&1 || exit 0
     sleep 0.1
 done
