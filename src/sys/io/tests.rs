@@ -130,3 +130,21 @@ fn a_watched_descriptor_wakes_the_turn() {
         }
     }
 }
+
+#[test]
+fn no_result_of_the_pool_is_slept_through_however_results_and_looks_fall_together() {
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        run_on(Backend::Threads, async |io| {
+            let io = &io;
+            join_all((0..3).map(|_| async move {
+                for _ in 0..20_000 {
+                    io.blocking(|| ()).await.unwrap();
+                }
+            }))
+            .await;
+        });
+        let _ = ended.send(());
+    });
+    end.recv_timeout(Duration::from_secs(300)).expect("a result came, and nobody was woken for it");
+}

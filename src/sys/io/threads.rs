@@ -88,9 +88,10 @@ impl Pool {
 
     /// Gives the results since the last call, in a list that is empty.
     pub(super) fn take_done(&self, into: &mut Vec<(usize, i32)>) {
-        // Both before the list is taken, so that a result that comes between is announced anew.
-        self.shared.announced.store(false, Ordering::Release);
+        // In this order: what is announced after the event was read, and before the flag is down, is in the list that is taken then. The other way
+        // round the event of that result would be read here and its flag stay up, and no later result would ring.
         let _ = rustix::io::read(&self.shared.event, &mut [0u8; 8]);
+        self.shared.announced.store(false, Ordering::SeqCst);
         std::mem::swap(&mut *self.shared.done.lock().unwrap_or_else(PoisonError::into_inner), into);
     }
 
@@ -122,7 +123,7 @@ impl Shared {
             drop(queue);
             let (key, result) = (job.key, job.run());
             self.done.lock().unwrap_or_else(PoisonError::into_inner).push((key, result));
-            if !self.announced.swap(true, Ordering::AcqRel) {
+            if !self.announced.swap(true, Ordering::SeqCst) {
                 let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
             }
         }
