@@ -53,6 +53,10 @@ impl Host for Embedded {
         Ok(())
     }
 
+    fn await_no_answers(&self, _: &UioName) -> Result<(), Failure> {
+        Ok(())
+    }
+
     fn start(
         &self,
         device: &UioDevice,

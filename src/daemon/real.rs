@@ -13,7 +13,7 @@ use crate::{
     kernel::{
         backstore,
         tree::{Real, Tree},
-        uio::{Uio, UioDevice},
+        uio::{Uio, UioDevice, UioName},
     },
     lun::{
         self, LunError, LunHandle, LunParams, Neighbourhood, Remote, State, chain, config::DeviceConfig,
@@ -119,6 +119,12 @@ fn errno(e: &(dyn std::error::Error + 'static)) -> Option<i32> {
     None
 }
 
+impl From<backstore::ConfigfsError> for Failure {
+    fn from(e: backstore::ConfigfsError) -> Failure {
+        Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
+    }
+}
+
 impl From<LunError> for Failure {
     fn from(e: LunError) -> Failure {
         let errno = errno(&e).unwrap_or(match e {
@@ -132,15 +138,12 @@ impl From<LunError> for Failure {
 impl Host for RealHost {
     fn identify(&self, device: &UioDevice) -> Result<Identity, Failure> {
         let tree = Real::at(&self.configfs);
-        let failed = |e: backstore::ConfigfsError| {
-            Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
-        };
-        let found = backstore::read(&tree, device.name.hba, &device.name.name).map_err(failed)?;
+        let found = backstore::read(&tree, device.name.hba, &device.name.name)?;
         let found = found.ok_or_else(|| Failure::new(libc::ENODEV, "configfs has no such device"))?;
         Ok(Identity {
             capacity: found.capacity,
             block_size: found.block_size,
-            device_id: found.device_id(&tree).map_err(failed)?,
+            device_id: found.device_id(&tree)?,
             serial: found.serial,
             write_cache: found.write_cache,
             wants_answers: found.wants_answers,
@@ -217,9 +220,12 @@ impl Host for RealHost {
 
     fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure> {
         let tree = Real::at(&self.configfs);
-        backstore::set_config(&tree, device.name.hba, &device.name.name, dev_config).map_err(|e| {
-            Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
-        })
+        Ok(backstore::set_config(&tree, device.name.hba, &device.name.name, dev_config)?)
+    }
+
+    fn await_no_answers(&self, name: &UioName) -> Result<(), Failure> {
+        let path = backstore::path_of(name.hba, &name.name);
+        Ok(backstore::await_no_answers(&Real::at(&self.configfs), &path)?)
     }
 }
 

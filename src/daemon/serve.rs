@@ -114,7 +114,8 @@ pub fn run<B>(
         InForce::begin(settings, registry.clone()).map_err(|(at, e)| DaemonError::Metrics(at, e))?;
     let socket = run.path().join(trace::SOCKET);
     let _trace = trace::Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
-    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
+    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs)
+        .beside(move || family.listeners().is_some_and(|sockets| sockets > 1));
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
         let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);

@@ -305,6 +305,27 @@ impl Family {
         }
         Err(protocol(format!("the family has no group {GROUP}")))
     }
+
+    /// How many sockets of this network namespace hear the kernel's events, our own among them. `None` where /proc does not tell.
+    pub fn listeners(&self) -> Option<usize> {
+        listeners_in(&std::fs::read_to_string(LISTENERS).ok()?, self.group)
+    }
+}
+
+/// Netlink's sockets: protocol in the second column, a bit for each of the first 32 groups in the fourth (`netlink_native_seq_show`).
+const LISTENERS: &str = "/proc/self/net/netlink";
+/// NETLINK_GENERIC.
+const GENERIC: &str = "16";
+
+fn listeners_in(table: &str, group: u32) -> Option<usize> {
+    let bit = 1u32.checked_shl(group.checked_sub(1)?)?;
+    let hears = |line: &&str| {
+        let mut words = line.split_whitespace().skip(1);
+        let generic = words.next() == Some(GENERIC);
+        let groups = words.nth(1).and_then(|w| u32::from_str_radix(w, 16).ok());
+        generic && groups.is_some_and(|groups| groups & bit != 0)
+    };
+    Some(table.lines().filter(hears).count())
 }
 
 fn request_socket() -> Result<NlSocketHandle, NetlinkError> {

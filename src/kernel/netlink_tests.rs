@@ -150,3 +150,17 @@ fn an_event_is_answered_once_and_with_an_error_when_forgotten() {
     drop(Pending::new(log.clone(), Kind::Removed, 2));
     assert_eq!(*log.0.lock().unwrap(), [(Kind::Added, 1, 0), (Kind::Removed, 2, -libc::EIO)]);
 }
+
+#[test]
+fn those_who_hear_the_group_are_counted_by_its_bit() {
+    let table = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
+        0000000000000000 0   4100       00000551 0        0        0     2        0        1\n\
+        0000000000000000 16  4195       00000010 0        0        0     2        0        2\n\
+        0000000000000000 16  812        00000030 0        0        0     2        0        3\n\
+        0000000000000000 16  0          00000000 0        0        0     2        0        4\n";
+    assert_eq!(listeners_in(table, 5), Some(2));
+    assert_eq!(listeners_in(table, 6), Some(1));
+    assert_eq!(listeners_in(table, 1), Some(0), "routing's sockets are of another protocol");
+    assert_eq!(listeners_in(table, 33), None, "the table has no room for it");
+    assert_eq!(listeners_in(table, 0), None);
+}
