@@ -197,6 +197,17 @@ fn what_a_lun_has_done_is_exposed_in_a_form_that_prometheus_takes() {
     let mut talk = rig.talk();
     talk.get("pi-scrub", serde_json::json!({ "device": "vm1", "speed": 0 }));
     talk.job();
+    let copy = rig.dir.path().join("copy.qcow2");
+    let name = "a \"quoted\\\" name";
+    talk.get(
+        "drive-mirror",
+        serde_json::json!({ "device": name, "job-id": "copy", "target": copy, "format": "qcow2", "sync": "full" }),
+    );
+    let mut wait = 0..1000;
+    while talk.get("query-block-jobs", serde_json::json!({}))[0]["ready"] != true {
+        wait.next().expect("the mirror never catches up");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
 
     let text = scraped.metrics("");
     for (sample, want) in [
@@ -226,6 +237,11 @@ fn what_a_lun_has_done_is_exposed_in_a_form_that_prometheus_takes() {
         ("tcmu_dif_scrub_done_bytes{lun=\"vm1\"}", 8 << 20),
         ("tcmu_dif_scrub_mismatched_blocks{lun=\"vm1\"}", 1),
         ("tcmu_dif_lun_operations_total{lun=\"a \\\"quoted\\\\\\\" name\",kind=\"write\"}", 1),
+        ("tcmu_dif_job_running{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 1),
+        ("tcmu_dif_job_ready{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 1),
+        ("tcmu_dif_job_failed{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 0),
+        ("tcmu_dif_job_done_bytes{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 16 << 20),
+        ("tcmu_dif_job_size_bytes{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 16 << 20),
     ] {
         assert_eq!(value(&text, sample), Some(f64::from(want)), "{sample}:\n{text}");
     }

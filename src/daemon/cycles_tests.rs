@@ -53,10 +53,6 @@ impl Host for Embedded {
         Ok(())
     }
 
-    fn await_no_answers(&self, _: &UioName) -> Result<(), Failure> {
-        Ok(())
-    }
-
     fn start(
         &self,
         device: &UioDevice,

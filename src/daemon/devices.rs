@@ -66,9 +66,6 @@ pub struct Devices {
     registry: Registry,
     /// Whether configfs still has a device; asked only for its directory, which never waits.
     in_configfs: Box<dyn Fn(&UioDevice) -> bool>,
-    /// Whether another handler answers the kernel too; and what was found when that was last looked at.
-    beside: Box<dyn Fn() -> bool>,
-    is_beside: bool,
     here: BTreeMap<u32, Entry>,
     leaving: Vec<Leaving>,
 }
@@ -84,25 +81,7 @@ impl Devices {
         in_configfs: impl Fn(&UioDevice) -> bool + 'static,
     ) -> Devices {
         let in_configfs = Box::new(in_configfs);
-        Devices {
-            host,
-            run,
-            uio,
-            answers,
-            registry,
-            in_configfs,
-            beside: Box::new(|| false),
-            is_beside: false,
-            here: BTreeMap::new(),
-            leaving: Vec::new(),
-        }
-    }
-
-    /// Says how to see whether another handler hears the kernel (tcmu-runner). The kernel takes the first answer that anybody gives for a new device, and
-    /// tcmu-runner says at once that it has no handler for ours.
-    pub fn beside(mut self, others: impl Fn() -> bool + 'static) -> Devices {
-        self.beside = Box::new(others);
-        self
+        Devices { host, run, uio, answers, registry, in_configfs, here: BTreeMap::new(), leaving: Vec::new() }
     }
 
     /// Devices with a worker.
@@ -150,9 +129,6 @@ impl Devices {
                     return;
                 }
                 let pending = pending();
-                if self.is_beside || self.look_beside() {
-                    self.answer_first(&name, &pending);
-                }
                 match self.uio.device(event.minor) {
                     Ok(Some(device)) if device.name == name => self.add(device, Some(pending)),
                     Ok(_) => pending.answer(-libc::ENODEV),
@@ -177,19 +153,6 @@ impl Devices {
                 }
                 _ => pending().answer(-libc::ENODEV),
             },
-        }
-    }
-
-    fn look_beside(&mut self) -> bool {
-        self.is_beside = (self.beside)();
-        self.is_beside
-    }
-
-    /// Answers for a new device before another handler does, and has the kernel ask no more about it: as `create` makes devices. What comes of it is in the state file.
-    fn answer_first(&self, name: &UioName, pending: &Pending) {
-        pending.answer(0);
-        if let Err(failure) = self.host.await_no_answers(name) {
-            tracing::warn!(lun = %name.name, "another handler may answer the kernel for this device: {}", failure.reason);
         }
     }
 
@@ -228,7 +191,6 @@ impl Devices {
     /// # Errors
     /// If sysfs can't be read; nothing is changed then.
     pub fn look(&mut self, lost: bool) -> io::Result<()> {
-        self.look_beside();
         let found: BTreeMap<u32, UioDevice> = self
             .uio
             .scan()?

@@ -102,12 +102,6 @@ impl Host for TestHost {
         self.0.say(format!("tell {} {dev_config}", device.name.name));
         Ok(())
     }
-
-    fn await_no_answers(&self, name: &UioName) -> Result<(), Failure> {
-        self.0.opted_out.store(true, Ordering::Relaxed);
-        self.0.say(format!("no answers for {}", name.name));
-        Ok(())
-    }
 }
 
 impl Lun for TestLun {
@@ -156,8 +150,6 @@ struct Bench {
     devices: Devices,
     /// Devices that configfs has no more.
     gone: Arc<Mutex<Vec<u32>>>,
-    /// Another handler hears the kernel.
-    rivals: Arc<AtomicBool>,
 }
 
 impl Bench {
@@ -172,11 +164,8 @@ impl Bench {
         let there = gone.clone();
         let in_configfs = move |d: &UioDevice| !there.lock().unwrap().contains(&d.minor);
         let host = Arc::new(TestHost(world.clone()));
-        let rivals = Arc::new(AtomicBool::new(false));
-        let others = rivals.clone();
-        let devices = Devices::new(host, run.clone(), uio, world.clone(), Registry::default(), in_configfs)
-            .beside(move || others.load(Ordering::Relaxed));
-        Bench { dir, world, run, devices, gone, rivals }
+        let devices = Devices::new(host, run.clone(), uio, world.clone(), Registry::default(), in_configfs);
+        Bench { dir, world, run, devices, gone }
     }
 
     fn plug(&self, minor: u32, name: &str) {
@@ -434,26 +423,6 @@ fn a_device_that_wants_no_answers_gets_none() {
     b.world.wait_for("stopped vm1");
     b.devices.stop(Duration::from_secs(5), |_| ());
     assert_eq!(b.world.log(), ["start vm1", "resize vm1 8192", "stopping vm1", "stopped vm1"]);
-}
-
-#[test]
-fn beside_another_handler_the_kernel_is_answered_before_the_image_is_looked_at() {
-    let mut b = Bench::new();
-    b.rivals.store(true, Ordering::Relaxed);
-    b.world.fail_start.store(true, Ordering::Relaxed);
-    b.plug(0, "vm1");
-    b.event(Kind::Added, 0, "vm1", None);
-    b.wait_until("failed", |b| b.state("vm1").is_some_and(|s| s.state == Phase::Failed));
-    assert_eq!(b.world.log(), ["answer Added 100 0", "no answers for vm1", "failed vm1"]);
-    // It is there, and comes up once it can.
-    b.world.fail_start.store(false, Ordering::Relaxed);
-    b.devices.look(false).unwrap();
-    b.world.wait_for("start vm1");
-    // What is another's stays another's to answer.
-    b.event(Kind::Added, 1, "other1", None);
-    b.event(Kind::Reconfig, 0, "vm1", Some(Change::Size(8192)));
-    b.world.wait_for("resize vm1 8192");
-    assert_eq!(b.world.log().iter().filter(|l| l.starts_with("answer")).count(), 1);
 }
 
 #[test]

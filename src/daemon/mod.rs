@@ -4,6 +4,7 @@
 //! ([`worker`]) that may: it opens the image, resizes, closes. What a LUN is doing stands in a file under /run
 //! ([`rundir`]), which is how the command line learns of it; the service manager is told by [`systemd`].
 
+mod beside;
 pub mod declaring;
 pub mod devices;
 pub mod real;

@@ -13,7 +13,7 @@ use crate::{
     kernel::{
         backstore,
         tree::{Real, Tree},
-        uio::{Uio, UioDevice, UioName},
+        uio::{Uio, UioDevice},
     },
     lun::{
         self, LunError, LunHandle, LunParams, Neighbourhood, Remote, State, chain, config::DeviceConfig,
@@ -119,12 +119,6 @@ fn errno(e: &(dyn std::error::Error + 'static)) -> Option<i32> {
     None
 }
 
-impl From<backstore::ConfigfsError> for Failure {
-    fn from(e: backstore::ConfigfsError) -> Failure {
-        Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
-    }
-}
-
 impl From<LunError> for Failure {
     fn from(e: LunError) -> Failure {
         let errno = errno(&e).unwrap_or(match e {
@@ -138,12 +132,15 @@ impl From<LunError> for Failure {
 impl Host for RealHost {
     fn identify(&self, device: &UioDevice) -> Result<Identity, Failure> {
         let tree = Real::at(&self.configfs);
-        let found = backstore::read(&tree, device.name.hba, &device.name.name)?;
+        let failed = |e: backstore::ConfigfsError| {
+            Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
+        };
+        let found = backstore::read(&tree, device.name.hba, &device.name.name).map_err(failed)?;
         let found = found.ok_or_else(|| Failure::new(libc::ENODEV, "configfs has no such device"))?;
         Ok(Identity {
             capacity: found.capacity,
             block_size: found.block_size,
-            device_id: found.device_id(&tree)?,
+            device_id: found.device_id(&tree).map_err(failed)?,
             serial: found.serial,
             write_cache: found.write_cache,
             wants_answers: found.wants_answers,
@@ -220,12 +217,9 @@ impl Host for RealHost {
 
     fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure> {
         let tree = Real::at(&self.configfs);
-        Ok(backstore::set_config(&tree, device.name.hba, &device.name.name, dev_config)?)
-    }
-
-    fn await_no_answers(&self, name: &UioName) -> Result<(), Failure> {
-        let path = backstore::path_of(name.hba, &name.name);
-        Ok(backstore::await_no_answers(&Real::at(&self.configfs), &path)?)
+        backstore::set_config(&tree, device.name.hba, &device.name.name, dev_config).map_err(|e| {
+            Failure::new(e.source.raw_os_error().unwrap_or(libc::EIO), format!("configfs: {}", chain(&e)))
+        })
     }
 }
 

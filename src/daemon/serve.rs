@@ -13,6 +13,7 @@ use mio::{Events as Ready, Interest, Poll, Token, unix::SourceFd};
 use thiserror::Error;
 
 use super::{
+    beside::Beside,
     declaring::{Declared, Declaring},
     devices::Devices,
     rundir::RunDir,
@@ -114,13 +115,15 @@ pub fn run<B>(
         InForce::begin(settings, registry.clone()).map_err(|(at, e)| DaemonError::Metrics(at, e))?;
     let socket = run.path().join(trace::SOCKET);
     let _trace = trace::Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
-    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs)
-        .beside(move || family.listeners().is_some_and(|sockets| sockets > 1));
+    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
         let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);
         registered.map_err(|e| DaemonError::Io("epoll", e))?;
     }
+    let others = move || family.listeners().is_some_and(|sockets| sockets > 1);
+    let mut rivals = Beside::new(configfs);
+    rivals.turn(others());
     look(&mut devices, false);
     let _beside = beside();
     let mut manager = Manager::from_env(Instant::now());
@@ -168,6 +171,7 @@ pub fn run<B>(
         let now = Instant::now();
         devices.tidy(now);
         if now.saturating_duration_since(looked) >= LOOK {
+            rivals.turn(others());
             look(&mut devices, false);
             looked = now;
         }

@@ -21,7 +21,7 @@ use crate::{
     control::Registry,
     kernel::{
         netlink::{Change, Pending},
-        uio::{UioDevice, UioName},
+        uio::UioDevice,
     },
     lun::{
         Pulse, Remote,
@@ -198,11 +198,6 @@ pub trait Host: Send + Sync + 'static {
     /// # Errors
     /// The kernel's.
     fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure>;
-    /// Has the kernel wait for no more answers about a device.
-    ///
-    /// # Errors
-    /// The kernel's.
-    fn await_no_answers(&self, name: &UioName) -> Result<(), Failure>;
 }
 
 /// What a worker is told.

@@ -225,7 +225,8 @@ impl Backstore {
     /// The kernel's.
     pub fn remove(&self, tree: &dyn Tree) -> Result<(), ConfigfsError> {
         // Also for a device that somebody else made: nobody waits for a daemon that may be gone.
-        await_no_answers(tree, &self.path)?;
+        let answers = self.path.join("attrib/nl_reply_supported");
+        tree.write(&answers, "-1").context("write", &answers)?;
         tree.remove_dir(&self.path).context("remove", &self.path)?;
         if let Some(hba) = self.path.parent() {
             match tree.remove_dir(hba) {
@@ -235,15 +236,6 @@ impl Backstore {
         }
         Ok(())
     }
-}
-
-/// Has the kernel wait for no daemon's answer about the device at `path`: `nl_reply_supported`. A wait that has begun goes on.
-///
-/// # Errors
-/// The kernel's.
-pub fn await_no_answers(tree: &dyn Tree, path: &Path) -> Result<(), ConfigfsError> {
-    let answers = path.join("attrib/nl_reply_supported");
-    tree.write(&answers, "-1").context("write", &answers)
 }
 
 /// Gives a device that somebody else has made the time limits that `create` would have: with the kernel's half a minute, a restart of the daemon ends in

@@ -6,6 +6,7 @@
 pub mod backstore;
 pub mod dif;
 pub mod fabric;
+pub mod forestall;
 pub mod leftover;
 pub mod modules;
 pub mod names;

@@ -173,6 +173,7 @@ impl Lun {
             measured: self.measures.get(),
             formatted_with: stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
+            jobs: self.jobs.all(),
             caches: stack.image().caches(),
             pi: stack.pi_counters().map(all),
         }

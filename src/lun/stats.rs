@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{
+    jobs::JobInfo,
     measured::Measured,
     scrub::{Scrub, ScrubStatus},
     throttle::Throttled,
@@ -89,6 +90,9 @@ pub struct Stats {
     /// The scrub under way, or the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub: Option<ScrubSummary>,
+    /// Block jobs: those under way, and those that wait to be dismissed. `query-jobs` tells them.
+    #[serde(skip)]
+    pub jobs: Vec<JobInfo>,
 }
 
 /// A scrub, in a few words.

@@ -13,11 +13,11 @@ const BENCHES: &[&str] = &["guard", "ring", "image", "scale", VM];
 /// The one that is no program of cargo's, but a boot of the VM.
 const VM: &str = "vm";
 
-/// Runs those benches, or all; `keep` puts their pictures where the documentation has them.
+/// Runs those benches, or all; `keep` puts their pictures where the documentation has them. With `draw` none is run, and their last figures are drawn.
 ///
 /// # Errors
-/// A name that is none, a build that fails, a bench that fails.
-pub(crate) fn main(wanted: &[String], keep: bool, more: &[String]) -> Result<()> {
+/// A name that is none, a build that fails, a bench that fails, one that has never run and is to be drawn.
+pub(crate) fn main(wanted: &[String], keep: bool, draw: bool, more: &[String]) -> Result<()> {
     if let Some(name) = wanted.iter().find(|name| !BENCHES.contains(&name.as_str())) {
         bail!("there is no bench {name}: choose of {}", BENCHES.join(", "));
     }
@@ -25,7 +25,7 @@ pub(crate) fn main(wanted: &[String], keep: bool, more: &[String]) -> Result<()>
         BENCHES.iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == *name)).collect();
     let directory = sh::target_dir().join("bench");
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    if chosen.iter().any(|name| **name != VM) {
+    if !draw && chosen.iter().any(|name| **name != VM) {
         let built = sh::cargo().args(["bench", "--package=tcmu-dif", "--benches", "--no-run"]).status()?;
         if !built.success() {
             bail!("the benches do not build");
@@ -36,6 +36,7 @@ pub(crate) fn main(wanted: &[String], keep: bool, more: &[String]) -> Result<()>
         let pictures = if keep { sh::workspace_root().join("docs/performance") } else { directory.clone() };
         println!("\n== {name} ({})", file.display());
         match *name {
+            _ if draw => {}
             VM => {
                 let found = vm::bench(more).context("the bench vm failed")?;
                 fs::write(&file, format!("{found:#}\n")).with_context(|| file.display().to_string())?;

@@ -79,6 +79,9 @@ enum Chore {
         /// Put the pictures where the documentation has them
         #[arg(long)]
         keep: bool,
+        /// Measure nothing: draw what the last run found
+        #[arg(long)]
+        draw: bool,
         /// Options of the bench, `--seconds 10` for instance
         #[arg(last = true)]
         more: Vec<String>,
@@ -101,7 +104,9 @@ fn main() -> ExitCode {
         }
         Chore::Deb { profile } => deb::main(&profile).map(|()| ExitCode::SUCCESS),
         Chore::Sbom { directory } => sbom::main(&directory).map(|()| ExitCode::SUCCESS),
-        Chore::Bench { names, keep, more } => bench::main(&names, keep, &more).map(|()| ExitCode::SUCCESS),
+        Chore::Bench { names, keep, draw, more } => {
+            bench::main(&names, keep, draw, &more).map(|()| ExitCode::SUCCESS)
+        }
         Chore::GuestAgent => vm::serve().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

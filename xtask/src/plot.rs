@@ -153,6 +153,11 @@ fn image(found: &Value) -> Vec<Panel> {
             target: Some(0.95),
         },
         Panel {
+            title: "operations a second with protection, of those without (aim: the line)".into(),
+            bars: bars(found, "of_plain", |name| name.strip_suffix(": tcmu-dif, type 1").map(str::to_owned)),
+            target: Some(0.9),
+        },
+        Panel {
             title: "operations a second, of qemu-img bench".into(),
             bars: bars(found, "of_qemu_img", ours),
             target: Some(1.0),

@@ -82,6 +82,7 @@ use Type::{Counter, Gauge, Histogram, Info};
 const LUN: &[&str] = &["lun"];
 const BY_KIND: &[&str] = &["lun", "kind"];
 const BY_CACHE: &[&str] = &["lun", "cache"];
+const BY_JOB: &[&str] = &["lun", "job"];
 
 metrics! {
     BUILD = Metric::new("tcmu_dif_build", Info, &["version"], "The daemon's version.");
@@ -153,6 +154,14 @@ metrics! {
         "Blocks that it found not to match.").unit("blocks");
     SCRUB_UNREADABLE = Metric::new("tcmu_dif_scrub_unreadable_blocks", Gauge, LUN,
         "Blocks that it could not read.").unit("blocks");
+
+    JOB_RUNNING = Metric::new("tcmu_dif_job_running", Gauge, BY_JOB,
+        "1 while a block job is at work or keeps up, 0 while it is paused, and once it has ended until it is dismissed.");
+    JOB_READY = Metric::new("tcmu_dif_job_ready", Gauge, BY_JOB, "1 if it has caught up, and can be completed.");
+    JOB_FAILED = Metric::new("tcmu_dif_job_failed", Gauge, BY_JOB, "1 if it stopped or ended with an error; query-jobs tells which.");
+    JOB_DONE = Metric::new("tcmu_dif_job_done_bytes", Gauge, BY_JOB, "Bytes that it has done.").unit("bytes");
+    JOB_SIZE = Metric::new("tcmu_dif_job_size_bytes", Gauge, BY_JOB,
+        "Bytes that it has to do, as far as it is known; grows as the guest writes.").unit("bytes");
 }
 
 /// The table of `docs/metrics.md`, in Markdown.

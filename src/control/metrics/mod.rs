@@ -10,7 +10,10 @@ pub mod text;
 use std::time::{Duration, Instant};
 
 use super::Registry;
-use crate::lun::{Stats, scrub::ScrubStatus};
+use crate::{
+    job::JobStatus,
+    lun::{Stats, scrub::ScrubStatus},
+};
 use declared as m;
 use text::Samples;
 
@@ -105,6 +108,17 @@ fn put_lun(samples: &mut Samples, lun: &str, stats: &Stats) {
             (&m::SCRUB_UNREADABLE, scrub.unreadable),
         ] {
             samples.put(metric, &[lun], value);
+        }
+    }
+    for job in &stats.jobs {
+        for (metric, value) in [
+            (&m::JOB_RUNNING, u64::from(matches!(job.status, JobStatus::Running | JobStatus::Ready))),
+            (&m::JOB_READY, u64::from(job.ready)),
+            (&m::JOB_FAILED, u64::from(job.error.is_some())),
+            (&m::JOB_DONE, job.offset),
+            (&m::JOB_SIZE, job.len),
+        ] {
+            samples.put(metric, &[lun, &job.id], value);
         }
     }
 }
