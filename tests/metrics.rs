@@ -240,8 +240,8 @@ fn what_a_lun_has_done_is_exposed_in_a_form_that_prometheus_takes() {
         ("tcmu_dif_job_running{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 1),
         ("tcmu_dif_job_ready{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 1),
         ("tcmu_dif_job_failed{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 0),
-        ("tcmu_dif_job_done_bytes{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 16 << 20),
-        ("tcmu_dif_job_size_bytes{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 16 << 20),
+        ("tcmu_dif_job_done_bytes{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 64 << 10),
+        ("tcmu_dif_job_size_bytes{lun=\"a \\\"quoted\\\\\\\" name\",job=\"copy\"}", 64 << 10),
     ] {
         assert_eq!(value(&text, sample), Some(f64::from(want)), "{sample}:\n{text}");
     }
