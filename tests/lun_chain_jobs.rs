@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::{
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -184,6 +185,35 @@ fn a_stream_waits_goes_on_after_a_restart_and_can_be_cancelled() {
     known.guest.lun.stop().unwrap();
     assert_eq!(chain(&top), [top.clone()]);
     judge(&top, Format::Qcow2, true, &known.disk, dir);
+}
+
+#[test]
+fn a_block_beneath_that_does_not_match_is_not_brought_up() {
+    let rig = Rig::new(Registry::default());
+    let (old, mut known) = new_lun(&rig, Format::Raw, true);
+    assert_eq!(known.guest.write(4000, &[9; 512]), 0);
+    let top = rig.dir.path().join("over.qcow2");
+    let mut talk = rig.talk();
+    talk.get("blockdev-snapshot-sync", json!({ "device": "vm1", "snapshot-file": path(&top) }));
+    let file = std::fs::File::options().read(true).write(true).open(&old).unwrap();
+    file.write_all_at(&[8], 4000 * 512 + 17).unwrap();
+    talk.get("block-stream", json!({ "device": "vm1" }));
+    let done = talk.event("BLOCK_JOB_COMPLETED");
+    assert!(done["data"]["error"].as_str().unwrap().contains("4000"), "{done}");
+    assert_eq!(chain(&top).len(), 2);
+    assert_eq!(known.guest.read(4000, 1), 2);
+    talk.get("block-stream", json!({ "device": "vm1", "on-error": "stop" }));
+    let found = talk.event("PI_MISMATCH");
+    assert_eq!(found["data"]["lba"], 4000, "{found}");
+    let error = talk.event("BLOCK_JOB_ERROR");
+    assert_eq!(error["data"]["action"], "stop");
+    assert_eq!(known.guest.write(4000, &[5; 512]), 0);
+    talk.get("job-resume", json!({ "id": "vm1" }));
+    let done = talk.event("BLOCK_JOB_COMPLETED");
+    assert!(done["data"].get("error").is_none(), "{done}");
+    assert_eq!(known.guest.read(4000, 1), 0);
+    known.guest.lun.stop().unwrap();
+    assert_eq!(chain(&top).len(), 1);
 }
 
 #[test]

@@ -3,7 +3,10 @@
 //! How much of the disk's time a job may take is bounded here. While guests are at work one lane copies, in small pieces, so that a
 //! command never stands behind more than one of them; while they are not, all lanes do. `speed` bounds it further.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use super::{Mirror, Settings, SyncMode, Task, Told, Verdict};
 use crate::{
@@ -13,7 +16,7 @@ use crate::{
         mem::Buffer,
     },
     units::ByteOffset,
-    volume::ExtentKind,
+    volume::{ExtentKind, Result},
 };
 
 /// Bytes of one piece while guests are idle ...
@@ -198,6 +201,21 @@ impl<S: Side> Mirror<S> {
         }
     }
 
+    /// Reads what is to be copied of a range, and checks it.
+    async fn verify(&self, range: Range<u64>, buffer: &Buffer) -> Result<()> {
+        let task = self.settings.get().task;
+        let mut at = range.start;
+        while at < range.end {
+            let extent = self.source.extent(ByteOffset(at), range.end - at).await?;
+            let len = extent.len.min(range.end - at).min(PIECE);
+            if extent.kind == ExtentKind::Data && task.wants(&extent) {
+                self.source.read_whole(ByteOffset(at), &buffer.sg().slice(0, len as usize)).await?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
     /// Copies one run. Tells what was done about an error, if there was one; the run is dirty again then.
     async fn copy(&self, copying: Copying<'_>, buffer: &Buffer) -> Option<ErrorAction> {
         let range = copying.range();
@@ -209,6 +227,12 @@ impl<S: Side> Mirror<S> {
         } else {
             self.lock.shared(range.start, len).await
         };
+        // Whoever writes a part of a cluster takes all of it over: what goes along has to be right as well.
+        if task.is_within()
+            && let Err(e) = self.verify(range.clone(), buffer).await
+        {
+            return Some(self.failed(true, &e));
+        }
         let mut at = range.start;
         while at < range.end {
             if self.is_over() {

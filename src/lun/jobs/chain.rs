@@ -73,7 +73,10 @@ impl Jobs {
         let below = below.map_err(JobError::Chain)?;
         let task = Task::Stream { below };
         let settings = Settings { task, sync: SyncMode::Full, ..order.settings };
-        let granularity = granularity_for(volume.limits().capacity).max(block_size.bytes());
+        // Whole clusters, which are taken over at once.
+        let limits = volume.limits();
+        let least = block_size.bytes().max(u64::from(limits.discard_granularity).next_power_of_two());
+        let granularity = granularity_for(limits.capacity).max(least);
         let mut record = Record::new(order.id, &own.image, &own, granularity, settings, false);
         record.base = image.files().get(below as usize).cloned();
         self.launch(front, (volume.clone(), volume), record, own).await
