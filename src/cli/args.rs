@@ -21,12 +21,7 @@ use crate::{
         CONFIGFS,
         names::{Name, Wwn},
     },
-    lun::{
-        cpus::Cpus,
-        scrub::{MIN_SPEED, ScrubError},
-        state_file::STATE_DIR,
-        throttle::limits::Limits,
-    },
+    lun::{cpus::Cpus, state_file::STATE_DIR, throttle::limits::Limits},
     pi::{Exposure, PiMode, PiType, Transfer},
     units::BlockSize,
 };
@@ -81,9 +76,15 @@ pub enum Command {
     #[command(subcommand)]
     Pi(Pi),
     /// Read every protected block of a LUN that is in use and check it; goes on in the daemon if this command is interrupted
-    Scrub(Scrub),
+    Scrub(job_args::Scrub),
     /// Copy a LUN to another image while it is in use, and have it go over to that
     Mirror(job_args::Mirror),
+    /// Put a new image over a LUN's while it is in use: what is written from then on goes there
+    Snapshot(job_args::Snapshot),
+    /// Bring the images beneath a LUN's into it while it is in use
+    Stream(job_args::Stream),
+    /// Bring what was written to a LUN's image to one beneath it while it is in use, and have the LUN go over to that
+    Commit(job_args::Commit),
     /// List the jobs of the daemon, and lead them
     #[command(subcommand)]
     Job(job_args::Job),
@@ -125,36 +126,6 @@ pub struct Json {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// `scrub`.
-#[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("what").args(["background", "pause", "resume", "cancel", "status"])))]
-pub struct Scrub {
-    /// The LUN's name
-    #[arg(value_parser = Name::new)]
-    pub name: Name,
-    /// Bytes a second at most (or with K, M, G), 0 for no limit; changes the speed of one that is under way [default: 100M]
-    #[arg(long, value_name = "SIZE", value_parser = speed, conflicts_with_all = ["pause", "resume", "cancel", "status"])]
-    pub speed: Option<u64>,
-    /// Begin, and do not wait for the end
-    #[arg(long)]
-    pub background: bool,
-    /// Let the one under way wait, until it is resumed
-    #[arg(long)]
-    pub pause: bool,
-    /// Let a paused one go on
-    #[arg(long)]
-    pub resume: bool,
-    /// End the one under way
-    #[arg(long)]
-    pub cancel: bool,
-    /// Only tell of the one under way, or of the last
-    #[arg(long)]
-    pub status: bool,
-    /// As always.
-    #[command(flatten)]
-    pub json: Json,
 }
 
 /// `top`.
@@ -537,14 +508,6 @@ pub struct PeerVhost {
     /// Milliseconds for which reads are counted
     #[arg(long, default_value_t = 1000)]
     pub measure_ms: u64,
-}
-
-fn speed(text: &str) -> Result<u64, String> {
-    let speed = if text == "0" { 0 } else { super::size::parse(text)? };
-    if (1..MIN_SPEED).contains(&speed) {
-        return Err(ScrubError::Speed(speed).to_string());
-    }
-    Ok(speed)
 }
 
 fn pi(text: &str) -> Result<PiSetting, String> {

@@ -52,6 +52,8 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "pi",
         "scrub",
         "mirror",
+        "stream",
+        "commit",
         "job",
         "top",
         "support-bundle",

@@ -22,32 +22,32 @@ use crate::control::{
 const LOOK: Duration = Duration::from_millis(200);
 
 /// The daemon, asked about jobs.
-struct Asked {
+pub(super) struct Asked {
     command: &'static str,
     about: String,
     client: Client,
 }
 
 impl Asked {
-    fn new(cli: &Cli, command: &'static str, about: &str) -> Result<Asked, CliError> {
+    pub(super) fn new(cli: &Cli, command: &'static str, about: &str) -> Result<Asked, CliError> {
         let socket: PathBuf = cli.run_dir.join(SOCKET);
         let client = Client::connect(&socket).map_err(|e| failed(command, about, &e))?;
         Ok(Asked { command, about: about.to_owned(), client })
     }
 
-    fn ask(&mut self, verb: &str, arguments: Value) -> Result<Value, CliError> {
+    pub(super) fn ask(&mut self, verb: &str, arguments: Value) -> Result<Value, CliError> {
         let Value::Object(arguments) = arguments else { return Ok(Value::Null) };
         self.client.execute(verb, arguments).map_err(|e| failed(self.command, &self.about, &e))
     }
 
     /// The block job of that name.
-    fn job(&mut self, id: &str) -> Result<Option<Value>, CliError> {
+    pub(super) fn job(&mut self, id: &str) -> Result<Option<Value>, CliError> {
         let jobs = self.ask("query-block-jobs", json!({}))?;
         Ok(jobs.as_array().into_iter().flatten().find(|job| job["device"] == id).cloned())
     }
 
     /// Shows how far a job is, until that holds of it or it is no more.
-    fn follow(
+    pub(super) fn follow(
         &mut self,
         id: &str,
         words: &'static str,
@@ -71,7 +71,7 @@ impl Asked {
     }
 
     /// Waits until a job has ended, and has it forgotten; an error is its own.
-    fn end(&mut self, id: &str, words: &'static str) -> Result<(), CliError> {
+    pub(super) fn end(&mut self, id: &str, words: &'static str) -> Result<(), CliError> {
         let Some(job) = self.follow(id, words, |job| job["status"] == "concluded")? else { return Ok(()) };
         self.ask("job-dismiss", json!({ "id": id }))?;
         match job["error"].as_str() {
@@ -143,7 +143,7 @@ fn absolute(path: &std::path::Path) -> String {
     std::path::absolute(path).unwrap_or(path.to_owned()).display().to_string()
 }
 
-fn said(json: bool, value: Value, text: impl FnOnce() -> String) -> Done {
+pub(super) fn said(json: bool, value: Value, text: impl FnOnce() -> String) -> Done {
     if json { output::json(&value) } else { output::print(&text()) }
 }
 
@@ -190,18 +190,21 @@ fn order(cli: &Cli, one: &job_args::One, verb: &'static str, ends: bool, tell: O
 }
 
 /// One job in lines.
-fn one(job: &Value) -> String {
+pub(super) fn one(job: &Value) -> String {
     let text = |key: &str| job[key].as_str().unwrap_or_default().to_owned();
     let number = |key: &str| job[key].as_u64().unwrap_or(0);
     let mut pairs = vec![
         ("job", text("device")),
         ("lun", text("lun")),
+        ("type", text("type")),
         ("status", text("status")),
         ("target", text("target")),
         ("copied", progress(number("offset"), number("len"))),
         ("speed", speed(number("speed"))),
-        ("copy mode", text("copy-mode")),
     ];
+    if job["copy-mode"].is_string() {
+        pairs.push(("copy mode", text("copy-mode")));
+    }
     if number("repaired") > 0 {
         pairs.push(("repaired", number("repaired").to_string()));
     }

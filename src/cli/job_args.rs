@@ -1,11 +1,16 @@
-//! The arguments of `mirror` and `job`.
+//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `snapshot`, `stream`, `commit` and `job`.
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::args::Json;
-use crate::{admin::order, image::Format, kernel::names::Name};
+use crate::{
+    admin::order,
+    image::Format,
+    kernel::names::Name,
+    lun::scrub::{MIN_SPEED, ScrubError},
+};
 
 /// What is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -43,6 +48,36 @@ pub enum OnError {
 /// QEMU's word for a choice.
 pub(super) fn word(choice: &impl ValueEnum) -> String {
     choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// `scrub`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").args(["background", "pause", "resume", "cancel", "status"])))]
+pub struct Scrub {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit; changes the speed of one that is under way [default: 100M]
+    #[arg(long, value_name = "SIZE", value_parser = scrub_speed, conflicts_with_all = ["pause", "resume", "cancel", "status"])]
+    pub speed: Option<u64>,
+    /// Begin, and do not wait for the end
+    #[arg(long)]
+    pub background: bool,
+    /// Let the one under way wait, until it is resumed
+    #[arg(long)]
+    pub pause: bool,
+    /// Let a paused one go on
+    #[arg(long)]
+    pub resume: bool,
+    /// End the one under way
+    #[arg(long)]
+    pub cancel: bool,
+    /// Only tell of the one under way, or of the last
+    #[arg(long)]
+    pub status: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// `mirror`.
@@ -99,6 +134,89 @@ pub struct Mirror {
     pub json: Json,
 }
 
+/// `snapshot`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "FILE is a new qcow2 image whose backing file is the LUN's image, which is left as it is at that moment, with its \
+                  protection information. Several LUNs are named one after the other (vm1 /a.qcow2 vm2 /b.qcow2): all of them go over at \
+                  one point in time, or none does."
+)]
+pub struct Snapshot {
+    /// A LUN's name, and the image that is made for it; again for each further LUN
+    #[arg(value_names = ["NAME", "FILE"], num_args = 2.., required = true)]
+    pub pairs: Vec<PathBuf>,
+    /// The images are there already, empty, over the LUNs' images
+    #[arg(long)]
+    pub existing: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `stream`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Guests go on meanwhile. At the end the images that were brought in are no longer part of the chain; they are left as they \
+                  are. The job goes on in the daemon if this command is interrupted, and after a restart of the daemon."
+)]
+pub struct Stream {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The image of the chain that stays beneath [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<PathBuf>,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
+    pub speed: u64,
+    /// What is done about an error, a block that fails protection among them
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_error: OnError,
+    /// The job's name [default: the LUN's]
+    #[arg(long, value_name = "ID")]
+    pub job_id: Option<String>,
+    /// Begin, and do not wait for the end
+    #[arg(long)]
+    pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `commit`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Guests go on meanwhile. At the end the LUN goes over to the image, and what was above it is no longer part of the chain; \
+                  it is left as it is. The job goes on in the daemon if this command is interrupted, and after a restart of the daemon: \
+                  tcmu-dif job complete has the LUN go over then."
+)]
+pub struct Commit {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The image of the chain that is brought to the base, with those between [default: the LUN's own]
+    #[arg(long, value_name = "PATH")]
+    pub top: Option<PathBuf>,
+    /// The image of the chain that all above it is brought to [default: the last]
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<PathBuf>,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
+    pub speed: u64,
+    /// What is done about an error, a block that fails protection among them
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_error: OnError,
+    /// The job's name [default: the LUN's]
+    #[arg(long, value_name = "ID")]
+    pub job_id: Option<String>,
+    /// Begin, and do not wait: the LUN goes over when tcmu-dif job complete says so
+    #[arg(long)]
+    pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
 /// `job`.
 #[derive(Debug, Subcommand)]
 pub enum Job {
@@ -142,4 +260,12 @@ pub struct One {
 
 fn speed(text: &str) -> Result<u64, String> {
     if text == "0" { Ok(0) } else { super::size::parse(text) }
+}
+
+fn scrub_speed(text: &str) -> Result<u64, String> {
+    let speed = if text == "0" { 0 } else { super::size::parse(text)? };
+    if (1..MIN_SPEED).contains(&speed) {
+        return Err(ScrubError::Speed(speed).to_string());
+    }
+    Ok(speed)
 }

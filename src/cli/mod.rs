@@ -4,6 +4,7 @@
 //! [`crate::admin::luns`].
 
 mod args;
+mod chain;
 mod check_host;
 mod conformance;
 mod create;
@@ -100,6 +101,9 @@ fn run(cli: &Cli) -> Done {
         Command::Export(args) => export::run(cli, args),
         Command::Throttle(args) => throttle::run(cli, args),
         Command::Mirror(args) => job::mirror(cli, args),
+        Command::Snapshot(args) => chain::snapshot(cli, args),
+        Command::Stream(args) => chain::stream(cli, args),
+        Command::Commit(args) => chain::commit(cli, args),
         Command::Job(args) => job::job(cli, args),
         Command::Top(args) => top::run(cli, args),
         Command::SupportBundle(args) => support_bundle::run(cli, args),

@@ -10,8 +10,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     CliError, Done,
-    args::{self, Cli},
-    error, output,
+    args::Cli,
+    error, job_args, output,
     pi::{advance, bar, found_text, wrong},
     size,
 };
@@ -38,15 +38,15 @@ struct Asked<'a> {
 }
 
 /// Runs `scrub`.
-pub fn run(cli: &Cli, args: &args::Scrub) -> Done {
+pub fn run(cli: &Cli, args: &job_args::Scrub) -> Done {
     let name = args.name.as_str();
     let socket = cli.run_dir.join(SOCKET);
     let client = Client::connect(&socket).map_err(|e| failed(name, &e))?;
     let mut asked = Asked { name, socket, client };
     let told = match args {
-        args::Scrub { pause: true, .. } => Some("job-pause"),
-        args::Scrub { resume: true, .. } => Some("job-resume"),
-        args::Scrub { cancel: true, .. } => Some("job-cancel"),
+        job_args::Scrub { pause: true, .. } => Some("job-pause"),
+        job_args::Scrub { resume: true, .. } => Some("job-resume"),
+        job_args::Scrub { cancel: true, .. } => Some("job-cancel"),
         _ => None,
     };
     if let Some(command) = told {
@@ -132,7 +132,7 @@ fn failed(name: &str, e: &ClientError) -> CliError {
     error::from_client("scrub", name, e)
 }
 
-fn end(args: &args::Scrub, scrub: Scrub) -> Done {
+fn end(args: &job_args::Scrub, scrub: Scrub) -> Done {
     if args.json.json {
         output::json(&scrub)?;
     } else {

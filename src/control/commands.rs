@@ -4,10 +4,12 @@
 //! the table in `docs/qmp.md`.
 
 mod block;
+mod chain;
 mod export;
 mod jobs;
 mod luns;
 mod mirror;
+mod snapshot;
 mod throttle;
 
 use serde_json::{Map, Value, json};
@@ -115,6 +117,9 @@ static COMMANDS: &[Command] = &[
         run: block::resize,
         after: None,
     },
+    chain::COMMIT,
+    chain::STREAM,
+    snapshot::TAKE,
     Command {
         name: "drive-mirror",
         args: mirror::ARGUMENTS,
@@ -331,6 +336,7 @@ static COMMANDS: &[Command] = &[
             luns.host().into_iter().for_each(Host::quit);
         }),
     },
+    snapshot::TRANSACTION,
 ];
 
 /// The tables of commands and events, in Markdown.

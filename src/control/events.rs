@@ -234,9 +234,9 @@ impl Bus {
             Event::Job { id, status } => {
                 self.publish("JOB_STATUS_CHANGE", json!({ "id": id, "status": status }));
             }
-            Event::BlockJob { id, what, progress: (offset, len, speed) } => {
+            Event::BlockJob { id, task, what, progress: (offset, len, speed) } => {
                 let mut data = json!({
-                    "type": "mirror", "device": id, "len": len, "offset": offset, "speed": speed,
+                    "type": task.word(), "device": id, "len": len, "offset": offset, "speed": speed,
                 });
                 let name = match what {
                     BlockJob::Ready => "BLOCK_JOB_READY",

@@ -109,7 +109,12 @@ impl Type {
             }
             Type::Object(object) => {
                 let map = value.as_object().ok_or_else(|| wrong("object"))?;
-                check_members(object.members, map)
+                let of_case = object.variants.and_then(|(tag, cases)| {
+                    let said = map.get(tag)?.as_str()?;
+                    cases.iter().find(|(case, _)| *case == said)
+                });
+                let more = of_case.map_or(&[][..], |(_, more)| more.members);
+                check_all(object.members.iter().chain(more), map)
             }
         }
     }
@@ -120,14 +125,21 @@ impl Type {
 /// # Errors
 /// In QEMU's words.
 pub(super) fn check_members(members: &[Member], given: &serde_json::Map<String, Value>) -> Result<(), Error> {
-    for member in members {
+    check_all(members.iter(), given)
+}
+
+fn check_all<'a>(
+    members: impl Iterator<Item = &'a Member> + Clone,
+    given: &serde_json::Map<String, Value>,
+) -> Result<(), Error> {
+    for member in members.clone() {
         match given.get(member.name) {
             Some(value) => member.of.check(member.name, value)?,
             None if member.optional => {}
             None => return Err(Error::generic(format!("Parameter '{}' is missing", member.name))),
         }
     }
-    match given.keys().find(|key| members.iter().all(|m| m.name != key.as_str())) {
+    match given.keys().find(|key| members.clone().all(|m| m.name != key.as_str())) {
         Some(key) => Err(Error::generic(format!("Parameter '{key}' is unexpected"))),
         None => Ok(()),
     }
@@ -252,6 +264,25 @@ mod tests {
         assert_eq!(refused(green), "Parameter 'colour' does not accept value 'green'");
         assert_eq!(refused(json!({ "words": [], "x": 1 })), "Parameter 'x' is unexpected");
         assert_eq!(refused(json!({ "words": [], "below": {} })), "Parameter 'words' is missing");
+    }
+
+    #[test]
+    fn what_an_object_has_in_its_case_alone_is_checked_too() {
+        static RED: Object = object("Red", &[has("depth", Type::Int)]);
+        static KIND: Enum = Enum { name: "Kind", values: &["red", "plain"] };
+        static PAINT: Object = Object {
+            name: "Paint",
+            members: &[has("type", Type::Enum(&KIND))],
+            variants: Some(("type", &[("red", &RED)])),
+        };
+        let check = |value: Value| Type::Object(&PAINT).check("paint", &value).map_err(|e| e.desc);
+        assert_eq!(check(json!({ "type": "red", "depth": 1 })), Ok(()));
+        assert_eq!(check(json!({ "type": "plain" })), Ok(()));
+        assert_eq!(check(json!({ "type": "red" })), Err("Parameter 'depth' is missing".into()));
+        assert_eq!(
+            check(json!({ "type": "plain", "depth": 1 })),
+            Err("Parameter 'depth' is unexpected".into())
+        );
     }
 
     #[test]

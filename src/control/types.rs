@@ -17,7 +17,8 @@ pub(super) static VERSION_INFO: Object =
     object("VersionInfo", &[has("qemu", Type::Object(&VERSION_TRIPLE)), has("package", Type::Str)]);
 
 /// JobType, with the one of ours.
-pub(super) static JOB_TYPE: Enum = Enum { name: "JobType", values: &["mirror", "pi-scrub"] };
+pub(super) static JOB_TYPE: Enum =
+    Enum { name: "JobType", values: &["commit", "stream", "mirror", "pi-scrub"] };
 
 /// MirrorSyncMode, without those that need a bitmap.
 pub(super) static SYNC_MODE: Enum = Enum { name: "MirrorSyncMode", values: &["top", "full", "none"] };
@@ -34,7 +35,7 @@ pub(super) static NEW_IMAGE_MODE: Enum =
 pub(super) static ON_ERROR: Enum =
     Enum { name: "BlockdevOnError", values: &["report", "ignore", "enospc", "stop"] };
 
-/// BlockJobInfo of a mirror; `target`, `sync`, `copy-mode` and `repaired` are ours.
+/// BlockJobInfo; `lun`, `target`, `repaired`, and of a mirror `sync` and `copy-mode`, are ours.
 pub(super) static BLOCK_JOB_INFO: Object = object(
     "BlockJobInfo",
     &[
@@ -54,8 +55,8 @@ pub(super) static BLOCK_JOB_INFO: Object = object(
         has("actively-synced", Type::Bool),
         has("lun", Type::Str),
         has("target", Type::Str),
-        has("sync", Type::Enum(&SYNC_MODE)),
-        has("copy-mode", Type::Enum(&COPY_MODE)),
+        may("sync", Type::Enum(&SYNC_MODE)),
+        may("copy-mode", Type::Enum(&COPY_MODE)),
         has("repaired", Type::Int),
     ],
 );

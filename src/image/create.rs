@@ -187,6 +187,15 @@ pub async fn create_qcow2(io: &Io, path: &Path, options: &qcow2::CreateOptions) 
         // The header says what was found, so that nobody has to guess again.
         options.backing_format.get_or_insert_with(|| below.format().to_string());
     }
+    make_qcow2(io, path, options).await
+}
+
+/// As [`create_qcow2`], over a backing file that is not looked at.
+pub(super) async fn make_qcow2(
+    io: &Io,
+    path: &Path,
+    options: qcow2::CreateOptions,
+) -> Result<(), CreateError> {
     check_size(path, options.size)?;
     let at = path.to_owned();
     let made = io.blocking(move || NewFile::create(&at)).await.and_then(|r| r);

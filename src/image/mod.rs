@@ -10,6 +10,7 @@ pub mod lock;
 pub mod nbd;
 pub mod null;
 pub mod open;
+pub mod overlay;
 mod power;
 pub mod qcow2;
 pub mod raw;
@@ -32,9 +33,9 @@ use serde::Serialize;
 use crate::{
     sys::mem::Sg,
     units::ByteOffset,
-    volume::{Extent, Limits, Result, Volume, WriteFlags},
+    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
 };
-use lock::ImageLock;
+use lock::{ImageLock, LockError, LockMode};
 
 /// The formats of images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,8 +142,8 @@ pub struct Image {
     caches: Caches,
     /// What transfers past the page cache have to be multiples of.
     direct_alignment: u32,
-    /// On every file of the chain. Given up by `close`, or when the image is dropped.
-    locks: RefCell<Vec<ImageLock>>,
+    /// On every file of the chain, by its depth. Given up by `close`, or when the image is dropped.
+    locks: RefCell<Vec<(usize, ImageLock)>>,
 }
 
 impl Image {
@@ -220,6 +221,40 @@ impl Image {
             cluster_size,
             backing,
         }
+    }
+
+    /// Makes durable that the image has another backing file, or none; what is open stays as it is, and has to be closed and opened anew.
+    ///
+    /// # Errors
+    /// `Unsupported` for a format without backing files, and where the header cannot be changed in place.
+    pub async fn set_backing(&self, to: Option<(&Path, Format)>) -> Result<()> {
+        let Driver::Qcow2(driver) = &self.driver else {
+            let what = IoError::new(IoErrorKind::Unsupported, IoOp::Write).path(&self.path);
+            return Err(what.detail("only qcow2 images have backing files"));
+        };
+        let named = to.map(|(path, format)| (path.display().to_string(), format.to_string()));
+        driver.set_backing(named.as_ref().map(|(path, format)| (&**path, &**format))).await
+    }
+
+    /// Gives up the lock on a backing file, for somebody of this process who writes to it, and takes its own.
+    pub fn lend(&self, depth: usize) {
+        self.locks.borrow_mut().retain(|(of, _)| *of != depth);
+    }
+
+    /// Locks a backing file again that was lent. Nothing if the image is closed.
+    ///
+    /// # Errors
+    /// If somebody else has it now.
+    pub fn take_back(&self, depth: usize) -> std::result::Result<(), LockError> {
+        if self.locks.borrow().is_empty() {
+            return Ok(());
+        }
+        let Some((_, Some(file))) = depth.checked_sub(1).and_then(|at| self.beneath.get(at)) else {
+            return Ok(());
+        };
+        let lock = ImageLock::acquire(file, LockMode::Reader)?;
+        self.locks.borrow_mut().push((depth, lock));
+        Ok(())
     }
 
     /// The LUN over it was told to end, and will close it: what cannot be had soon is given up.

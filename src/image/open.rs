@@ -120,9 +120,9 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     let places = layers.iter().map(|l| l.data.as_ref().map_or(&l.path, |d| &d.path).clone()).collect();
     let data = layers.first().and_then(|l| l.data.as_ref()).map(|d| d.file.clone());
     for (i, mut layer) in layers.into_iter().enumerate().rev() {
-        locks.extend(layer.lock.take());
+        locks.extend(layer.lock.take().map(|lock| (i, lock)));
         let below = layer.data.take().map(|mut data| {
-            locks.extend(data.lock.take());
+            locks.extend(data.lock.take().map(|lock| (i, lock)));
             data.file
         });
         let read_only = options.read_only || i > 0;

@@ -87,6 +87,8 @@ pub enum Ending {
     Pivot,
     /// They go on to the source; the target is what it was at that moment.
     Leave,
+    /// They go on to the source, in whose chain something has changed.
+    Finish,
 }
 
 /// What came of an attempt to end.
@@ -166,6 +168,35 @@ impl<S: Side> Front<S> {
     pub async fn detach(&self) {
         let old = self.replace(self.volume(), None);
         self.let_go(&old).await;
+    }
+
+    /// Whether commands are held back: the volume is about to be another.
+    pub fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// Waits until commands may pass.
+    pub async fn passable(&self) {
+        while self.closed.get() {
+            self.opened.wait().await;
+        }
+    }
+
+    /// Changes what commands go to for another volume, in a moment in which none runs. Those under way end first, and those that come
+    /// meanwhile wait and go to what `change` gives; where it gives nothing, to what was there. A job that is attached is detached then.
+    pub async fn switch<T>(&self, change: impl AsyncFnOnce(Rc<S>) -> (Option<Rc<S>>, T)) -> T {
+        let gate = Closed::close(self);
+        let layer = self.layer.borrow().clone();
+        self.let_go(&layer).await;
+        let volume = layer.volume.clone();
+        // Whoever closes the old volume wants to be its last user.
+        drop(layer);
+        let (new, out) = change(volume).await;
+        if let Some(new) = new {
+            self.replace(new, None);
+        }
+        drop(gate);
+        out
     }
 
     /// Ends a mirror that has caught up. The target is flushed first, so that commands wait for little of it; then the gate is closed,

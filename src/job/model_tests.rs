@@ -369,6 +369,7 @@ async fn life(seed: u64, ground: Ground, first: bool, fresh: bool, patience: u64
         }
         // Guests have ended when the gate was closed or soon after: the target is as of then.
         Outcome::Ended(Ending::Leave) => assert!(front.mirror().is_none()),
+        Outcome::Ended(Ending::Finish) => panic!("a mirror does not end by itself"),
         Outcome::Cancelled | Outcome::Failed(_) => {
             let same = front.volume();
             compare(&ground, &same, &same).await;
@@ -418,7 +419,7 @@ fn whatever_guests_errors_orders_and_kills_do_the_target_is_the_source_when_it_i
             match ended {
                 Life::Killed => count[0] += 1,
                 Life::Over(Outcome::Ended(Ending::Pivot)) => count[1] += 1,
-                Life::Over(Outcome::Ended(Ending::Leave)) => count[2] += 1,
+                Life::Over(Outcome::Ended(Ending::Leave | Ending::Finish)) => count[2] += 1,
                 Life::Over(Outcome::Cancelled) => count[3] += 1,
                 Life::Over(Outcome::Failed(_)) => count[4] += 1,
             }

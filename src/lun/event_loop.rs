@@ -72,6 +72,10 @@ pub(super) trait Service: 'static {
     }
     /// The loop takes no more commands, and ends as soon as nothing runs.
     fn ending(&self) {}
+    /// Something is under way in the background that is not to be cut off.
+    fn is_changing(&self) -> bool {
+        false
+    }
     /// No message arrives any more; what runs is waited for.
     fn ended(&self) {}
 }
@@ -156,7 +160,8 @@ impl<S: Service> EventLoop<S> {
             self.waiting.clear();
         }
         // What is under way reaches the image, answered or not.
-        while self.exec.tasks() > BACKGROUND && self.io.turn(Wait::AtMost(Duration::from_millis(100))).is_ok()
+        while (self.exec.tasks() > BACKGROUND || self.service.is_changing())
+            && self.io.turn(Wait::AtMost(Duration::from_millis(100))).is_ok()
         {
             self.exec.run_ready();
         }

@@ -11,7 +11,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::jobs::BlockJob;
+use super::jobs::{BlockJob, Task};
 pub use crate::job::JobStatus;
 use crate::{
     job::ErrorAction,
@@ -81,6 +81,8 @@ pub enum Event {
     BlockJob {
         /// The job.
         id: String,
+        /// What it is for.
+        task: Task,
         /// How far.
         what: BlockJob,
         /// Bytes done, bytes in all, bytes a second.

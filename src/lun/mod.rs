@@ -48,7 +48,6 @@ use tracing::{error, info, warn};
 pub use crate::image::ImageInfo;
 use crate::{
     image::open::OpenError,
-    job::front::Front,
     pi::PiOpenError,
     ring::{Device, Ring, RingError},
     sys::{
@@ -261,7 +260,7 @@ pub fn start(params: LunParams) -> Result<LunHandle, LunError> {
 pub fn start_where(mut params: LunParams, continued: Option<ContinuedFile>) -> Result<LunHandle, LunError> {
     if let Some(dir) = &params.state_dir {
         let moves = Moves::of(dir, &params.name);
-        let found = moves.follow(&params.config);
+        let found = moved::settle(dir).and_then(|()| moves.follow(&params.config));
         params.config = found.map_err(|source| LunError::Moved { path: moves.path().to_owned(), source })?;
     }
     let (outbox, inbox) = inbox::channel().map_err(LunError::Thread)?;
@@ -403,8 +402,7 @@ fn live(
         let open = async move {
             let LunParams { config, block_size, capacity, .. } = &*for_task;
             let stack = Stack::open(&io, config, *block_size, *capacity).await?;
-            let capacity = stack.limits().capacity;
-            let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), capacity).await;
+            let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;
             Ok((stack, job))
         };
         let opened = run_to_end(&exec_io, &exec, None, open);
@@ -422,7 +420,7 @@ fn live(
     let ring = match Ring::attach(params.device) {
         Ok(ring) => ring,
         Err(e) => {
-            close(&io, &exec, lun.front().clone());
+            close(&io, &exec, lun.clone());
             lun.jobs().stop();
             return refuse(up, e.into());
         }
@@ -442,7 +440,7 @@ fn live(
         lun.has_answered();
     }
     lun.scrubber().stop();
-    let closed = close(&io, &exec, lun.front().clone());
+    let closed = close(&io, &exec, lun.clone());
     lun.jobs().stop();
     match (served, closed) {
         (Ok(()), None) => State::Stopped,
@@ -458,8 +456,12 @@ fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
 }
 
 /// Closes the stack; tells what went wrong if something that was promised may be lost.
-fn close(io: &Io, exec: &Executor, front: Rc<Front<Stack>>) -> Option<String> {
-    let closed = run_to_end(io, exec, None, async move { front.close().await });
+fn close(io: &Io, exec: &Executor, lun: Rc<Lun>) -> Option<String> {
+    let closed = run_to_end(io, exec, None, async move {
+        let closed = lun.front().close().await;
+        lun.jobs().close().await;
+        closed
+    });
     match closed {
         Ok(Ok(())) => None,
         Ok(Err(e)) => Some(chain(&e)),

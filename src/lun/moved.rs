@@ -4,11 +4,15 @@
 //! first, so that a LUN never wakes up with an image that has missed writes. The file is named after the LUN's name, says which image was
 //! left for which, and outlives the LUN: whoever makes it again with the old image is told. It is forgotten when a new file is made in the
 //! old image's place, or when the LUN is moved back.
+//!
+//! Several LUNs that are moved in one transaction are moved by one more file, whose coming is the moment of it: [`note_together`]. The
+//! LUNs' own files follow; a process that dies between is followed by one that finishes that first ([`settle`]).
 
 use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -21,9 +25,34 @@ use super::{
 /// The folder of these files.
 pub const FOLDER: &str = "moved";
 
+/// The name under which moves of several LUNs stand for the moment; those of one stand under `name:`.
+const TOGETHER: &str = "together";
+
+/// Held by who finishes or begins moves of several LUNs.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// The moves of one LUN.
 #[derive(Debug, Clone)]
-pub struct Moves(StateFile);
+pub struct Moves {
+    file: StateFile,
+    state_dir: PathBuf,
+    name: String,
+}
+
+/// Moves of several LUNs that hold all together.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Together {
+    moves: Vec<OneOfMany>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct OneOfMany {
+    lun: String,
+    /// The image that is left.
+    from: PathBuf,
+    /// The new configuration, as in [`Move`].
+    to: String,
+}
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Content {
@@ -57,12 +86,13 @@ fn nonsense(e: ConfigError) -> io::Error {
 impl Moves {
     /// Those of the LUN of that name. Nothing is opened yet.
     pub fn of(state_dir: &Path, name: &str) -> Moves {
-        Moves(StateFile::new(state_dir, FOLDER, &format!("name:{name}")))
+        let file = StateFile::new(state_dir, FOLDER, &format!("name:{name}"));
+        Moves { file, state_dir: state_dir.to_owned(), name: name.to_owned() }
     }
 
     /// Where they stand.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.file.path()
     }
 
     /// Where the LUN went from that image, if it did.
@@ -70,7 +100,7 @@ impl Moves {
     /// # Errors
     /// If that cannot be told.
     pub fn from(&self, image: &Path) -> io::Result<Option<Move>> {
-        Ok(self.0.load::<Content>()?.and_then(|content| content.left.get(image).cloned()))
+        Ok(self.file.load::<Content>()?.and_then(|content| content.left.get(image).cloned()))
     }
 
     /// The configuration with the image that the LUN has now.
@@ -88,13 +118,18 @@ impl Moves {
     /// # Errors
     /// The file system's. [`Moves::from`] tells what holds then.
     pub fn note(&self, from: &DeviceConfig, to: &DeviceConfig) -> io::Result<()> {
-        let mut content = self.0.load::<Content>()?.unwrap_or_default();
+        settle(&self.state_dir)?;
+        self.add(&from.image, to)
+    }
+
+    fn add(&self, from: &Path, to: &DeviceConfig) -> io::Result<()> {
+        let mut content = self.file.load::<Content>()?.unwrap_or_default();
         let now = Move { to: to.to_string(), at_ms: now_ms() };
         // Whoever names an image that was left earlier comes to the newest one; that itself is none that was left.
         content.left.remove(&to.image);
         content.left.values_mut().for_each(|moved| moved.to.clone_from(&now.to));
-        content.left.insert(from.image.clone(), now);
-        self.0.save(&content, true)
+        content.left.insert(from.to_owned(), now);
+        self.file.save(&content, true)
     }
 
     /// A new file is in that image's place.
@@ -102,13 +137,71 @@ impl Moves {
     /// # Errors
     /// The file system's.
     pub fn forget(&self, image: &Path) -> io::Result<()> {
-        let Some(mut content) = self.0.load::<Content>()? else { return Ok(()) };
+        let Some(mut content) = self.file.load::<Content>()? else { return Ok(()) };
         match content.left.remove(image) {
             None => Ok(()),
-            Some(_) if content.left.is_empty() => self.0.remove(),
-            Some(_) => self.0.save(&content, true),
+            Some(_) if content.left.is_empty() => self.file.remove(),
+            Some(_) => self.file.save(&content, true),
         }
     }
+}
+
+/// Makes durable that each of those LUNs, which may be one, has the second image instead of the first: all of them or none, whatever is
+/// cut off. They are of one state directory.
+///
+/// # Errors
+/// The file system's: none of them has moved.
+pub fn note_together(moves: &[(Moves, DeviceConfig, DeviceConfig)]) -> io::Result<()> {
+    let Some((first, ..)) = moves.first() else { return Ok(()) };
+    let dir = first.state_dir.clone();
+    {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        settle_now(&dir)?;
+        let one = |(of, from, to): &(Moves, DeviceConfig, DeviceConfig)| OneOfMany {
+            lun: of.name.clone(),
+            from: from.image.clone(),
+            to: to.to_string(),
+        };
+        let file = StateFile::new(&dir, FOLDER, TOGETHER);
+        let together = Together { moves: moves.iter().map(one).collect() };
+        if let Err(e) = file.save(&together, true) {
+            // It may have come all the same, and must not be found by the next start.
+            return match file.remove() {
+                Ok(()) => Err(e),
+                // It is there, and cannot be taken back: it holds.
+                Err(error) => {
+                    tracing::warn!(%error, was = %e, "the LUNs' new images are written down, and a power cut may undo that");
+                    Ok(())
+                }
+            };
+        }
+        if let Err(error) = settle_now(&dir) {
+            tracing::warn!(%error, path = %file.path().display(), "the LUNs have moved; the next start writes that down for each");
+        }
+    }
+    Ok(())
+}
+
+/// Finishes moves of several LUNs that were cut off after they were decided.
+///
+/// # Errors
+/// The file system's: which image those LUNs have is not to be told from their own files yet.
+pub fn settle(state_dir: &Path) -> io::Result<()> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    settle_now(state_dir)
+}
+
+fn settle_now(state_dir: &Path) -> io::Result<()> {
+    let file = StateFile::new(state_dir, FOLDER, TOGETHER);
+    let Some(together) = file.load::<Together>()? else { return Ok(()) };
+    for OneOfMany { lun, from, to } in together.moves {
+        let moves = Moves::of(state_dir, &lun);
+        // It has been done, and more may have happened since.
+        if moves.from(&from)?.is_none() {
+            moves.add(&from, &DeviceConfig::parse(&to).map_err(nonsense)?)?;
+        }
+    }
+    file.remove()
 }
 
 #[cfg(test)]
@@ -138,6 +231,41 @@ mod tests {
         moves.forget(Path::new("/c")).unwrap();
         assert!(!moves.path().exists());
         assert_eq!(Moves::of(dir.path(), "vm2").follow(&of("/a")).unwrap(), of("/a"));
+    }
+
+    #[test]
+    fn moves_of_several_luns_hold_all_together_wherever_the_process_dies() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str| Moves::of(dir.path(), name);
+        let image = |path: &str| DeviceConfig::new(path);
+        let now = |name: &str, at: &str| {
+            settle(dir.path()).unwrap();
+            of(name).follow(&image(at)).unwrap().image.display().to_string()
+        };
+        let all = [(of("a"), image("/a"), image("/a1")), (of("b"), image("/b"), image("/b1"))];
+        note_together(&all).unwrap();
+        assert_eq!((now("a", "/a"), now("b", "/b")), ("/a1".into(), "/b1".into()));
+        // Killed after it was decided, and after the first LUN's own file was written.
+        let file = StateFile::new(dir.path(), FOLDER, TOGETHER);
+        assert!(!file.path().exists());
+        let one = |lun: &str, from: &str, to: &str| OneOfMany {
+            lun: lun.into(),
+            from: from.into(),
+            to: image(to).to_string(),
+        };
+        let moves = vec![one("a", "/a1", "/a2"), one("b", "/b1", "/b2")];
+        file.save(&Together { moves }, true).unwrap();
+        of("a").add(Path::new("/a1"), &image("/a2")).unwrap();
+        assert_eq!((now("a", "/a"), now("b", "/b")), ("/a2".into(), "/b2".into()));
+        assert!(!file.path().exists());
+        // A file that stayed changes nothing of what came later.
+        of("a").note(&image("/a2"), &image("/a3")).unwrap();
+        file.save(&Together { moves: vec![one("a", "/a1", "/a2")] }, true).unwrap();
+        assert_eq!(now("a", "/a"), "/a3");
+        assert_eq!(now("a", "/a1"), "/a3");
+        // One that makes no sense stops whoever would have to know.
+        std::fs::write(file.path(), "{").unwrap();
+        assert!(settle(dir.path()).is_err() && of("a").note(&image("/a3"), &image("/a4")).is_err());
     }
 
     #[test]

@@ -188,6 +188,13 @@ impl Lun {
         }
     }
 
+    /// The LUN has another image, or is about to: whoever looks at the image looks again.
+    fn has_moved(&self) {
+        self.target.capacity_changed();
+        self.scrubber.set_files(self.front.volume().image().places().to_vec());
+        self.moved.notify_all();
+    }
+
     async fn resize(&self, capacity: u64) -> Result<(), LunError> {
         if capacity == 0 || !capacity.is_multiple_of(self.target.block_size().bytes()) {
             let block_size = self.target.block_size();
@@ -314,8 +321,13 @@ impl Service for Lun {
         let scrubs = async {
             loop {
                 let moved = self.moved.wait();
+                // Who changes the image for another closes the old one, and has to be alone with it.
+                self.front.passable().await;
                 let stack = self.front.volume();
-                let Some(protected) = stack.protected() else { return std::future::pending().await };
+                let Some(protected) = stack.protected() else {
+                    drop(stack);
+                    return std::future::pending().await;
+                };
                 // A step that is cut off is made again on what the LUN has then.
                 race(self.scrubber.run(protected, &self.io, self.spare()), moved).await;
             }
@@ -330,11 +342,7 @@ impl Service for Lun {
                 self.target.forget_given(false);
             }
         };
-        let jobs = self.jobs.run(&self.front, || {
-            self.target.capacity_changed();
-            self.scrubber.set_files(self.front.volume().image().places().to_vec());
-            self.moved.notify_all();
-        });
+        let jobs = self.jobs.run(&self.front, || self.has_moved());
         let rest = join(join(self.calls.watch_the_end(), attentions), jobs);
         join(join(self.target.background(), scrubs), rest).await;
     }
@@ -356,7 +364,8 @@ impl Service for Lun {
             }
             Message::Job(order, back) => {
                 let block_size = self.target.block_size();
-                drop(back.send(self.jobs.order(&self.front, block_size, order).await));
+                let done = self.jobs.order(&self.front, block_size, order, || self.has_moved()).await;
+                drop(back.send(done));
             }
             Message::Limit(limits, back) => drop(back.send(self.limit(limits))),
             Message::Stats(back) => drop(back.send(self.stats(load))),
@@ -403,6 +412,10 @@ impl Service for Lun {
         if let Some(mirror) = self.front.mirror() {
             mirror.target().image().ending();
         }
+    }
+
+    fn is_changing(&self) -> bool {
+        self.front.is_closed()
     }
 
     fn ended(&self) {

@@ -101,6 +101,11 @@ impl Stack {
         }
     }
 
+    /// How blocks are protected at rest, and what initiators see of it.
+    pub(super) fn protected_as(&self) -> Option<(PiType, Option<PiType>)> {
+        self.protected().map(|p| (p.kind_at_rest(), p.protection()))
+    }
+
     /// What the protection has counted, if there is any.
     pub(super) fn pi_counters(&self) -> Option<Counters> {
         self.protected().map(Protected::counters)

@@ -74,7 +74,7 @@ pub(super) fn query_jobs(luns: &Registry, _: &Arguments) -> Result<Value, Error>
     for (name, lun) in luns.all_knocked() {
         for job in lun.job(JobOrder::Query).unwrap_or_default() {
             jobs.push(without_nulls(json!({
-                "id": job.id, "type": "mirror", "status": job.status, "current-progress": job.offset,
+                "id": job.id, "type": job.settings.task.word(), "status": job.status, "current-progress": job.offset,
                 "total-progress": job.len, "error": job.error,
             })));
         }

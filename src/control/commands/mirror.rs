@@ -17,7 +17,9 @@ use crate::{
     },
     lun::{
         Remote,
-        jobs::{CopyMode, JobInfo, JobOrder, MirrorOrder, OnError, Settings, SyncMode, copy_mode, sync_mode},
+        jobs::{
+            CopyMode, JobInfo, JobOrder, MirrorOrder, OnError, Settings, SyncMode, Task, copy_mode, sync_mode,
+        },
     },
 };
 
@@ -40,10 +42,18 @@ pub(super) const ARGUMENTS: &[Member] = &[
     may("sidecar", Type::Str),
 ];
 
-/// Begins a mirror.
-pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
-    let device = args.text("device")?;
-    let lun = find(luns, device)?;
+/// What `on-error` and its like say.
+pub(super) fn on_error(args: &Arguments, name: &str) -> OnError {
+    match args.maybe_text(name) {
+        Some("ignore") => OnError::Ignore,
+        Some("enospc") => OnError::Enospc,
+        Some("stop") => OnError::Stop,
+        _ => OnError::Report,
+    }
+}
+
+/// The name of a job that is to begin: the LUN's, unless one is given.
+pub(super) fn new_id<'a>(luns: &Registry, args: &'a Arguments, device: &'a str) -> Result<&'a str, Error> {
     let id = args.maybe_text("job-id").unwrap_or(device);
     if id.is_empty() || job_device(id).is_some() {
         return Err(Error::generic(format!("Invalid job ID '{id}'")));
@@ -51,17 +61,20 @@ pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
     if all(luns).iter().any(|(_, _, job)| job.id == id) {
         return Err(Error::generic(format!("Job ID '{id}' already in use")));
     }
+    Ok(id)
+}
+
+/// Begins a mirror.
+pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let device = args.text("device")?;
+    let lun = find(luns, device)?;
+    let id = new_id(luns, args, device)?;
     let format = match args.maybe_text("format") {
         None => None,
         Some(word) => Some(word.parse().map_err(|_| Error::generic(format!("Unknown driver '{word}'")))?),
     };
-    let on_error = |name| match args.maybe_text(name) {
-        Some("ignore") => OnError::Ignore,
-        Some("enospc") => OnError::Enospc,
-        Some("stop") => OnError::Stop,
-        _ => OnError::Report,
-    };
     let settings = Settings {
+        task: Task::Mirror,
         sync: match args.text("sync")? {
             "top" => SyncMode::Top,
             "none" => SyncMode::None,
@@ -73,8 +86,8 @@ pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
         },
         unmap: args.flag_or("unmap", true),
         speed: args.maybe_number("speed").unwrap_or(0),
-        on_source_error: on_error("on-source-error"),
-        on_target_error: on_error("on-target-error"),
+        on_source_error: on_error(args, "on-source-error"),
+        on_target_error: on_error(args, "on-target-error"),
         auto_finalize: args.flag_or("auto-finalize", true),
         auto_dismiss: args.flag_or("auto-dismiss", true),
         paused: false,
@@ -149,13 +162,14 @@ pub(super) fn query(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
 }
 
 fn described(lun: &str, job: &JobInfo) -> Value {
+    let mirror = job.settings.task == Task::Mirror;
     without_nulls(json!({
-        "type": "mirror", "device": job.id, "len": job.len, "offset": job.offset, "busy": job.busy,
+        "type": job.settings.task.word(), "device": job.id, "len": job.len, "offset": job.offset, "busy": job.busy,
         "paused": job.paused, "speed": job.speed, "io-status": job.io_status, "ready": job.ready,
         "status": job.status, "auto-finalize": job.settings.auto_finalize,
         "auto-dismiss": job.settings.auto_dismiss, "error": job.error,
         "actively-synced": job.ready && job.settings.copy_mode == CopyMode::WriteBlocking,
-        "lun": lun, "target": job.target.display().to_string(), "sync": sync_mode(&job.settings),
-        "copy-mode": copy_mode(&job.settings), "repaired": job.repaired,
+        "lun": lun, "target": job.target.display().to_string(), "sync": mirror.then(|| sync_mode(&job.settings)),
+        "copy-mode": mirror.then(|| copy_mode(&job.settings)), "repaired": job.repaired,
     }))
 }

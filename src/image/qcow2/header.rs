@@ -32,6 +32,8 @@ pub const LAZY_REFCOUNTS: u64 = 1;
 
 /// Offsets of header fields that are written in place.
 pub mod field {
+    /// backing_file_offset, 8 bytes; backing_file_size, 4 bytes, follows.
+    pub const BACKING_FILE: u64 = 8;
     /// Virtual size, 8 bytes; crypt_method, l1_size and l1_table_offset follow.
     pub const SIZE: u64 = 24;
     /// refcount_table_offset, 8 bytes; refcount_table_clusters follows.
@@ -42,7 +44,7 @@ pub mod field {
     pub const AUTOCLEAR: u64 = 88;
 }
 
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;

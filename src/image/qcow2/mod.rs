@@ -32,6 +32,7 @@ mod map;
 mod measure;
 mod open;
 mod read;
+mod rebase;
 mod rebuild;
 mod refcount;
 mod repair;

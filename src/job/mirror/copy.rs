@@ -3,17 +3,20 @@
 //! How much of the disk's time a job may take is bounded here. While guests are at work one lane copies, in small pieces, so that a
 //! command never stands behind more than one of them; while they are not, all lanes do. `speed` bounds it further.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
-use super::{Mirror, Settings, SyncMode, Told, Verdict};
+use super::{Mirror, Settings, SyncMode, Task, Told, Verdict};
 use crate::{
-    job::{ErrorAction, IoStatus, Side, dirty::Copying},
+    job::{ErrorAction, IoStatus, Side, dirty::Copying, front::Ending},
     sys::{
         exec::{join, yield_now},
         mem::Buffer,
     },
     units::ByteOffset,
-    volume::ExtentKind,
+    volume::{ExtentKind, Result},
 };
 
 /// Bytes of one piece while guests are idle ...
@@ -41,11 +44,11 @@ impl<S: Side> Mirror<S> {
     /// Marks what there is to copy. A target that is `fresh` reads as zeros.
     pub async fn scan(&self, fresh: bool) {
         let capacity = self.map.capacity();
-        let sync = self.settings.get().sync;
+        let Settings { sync, task, .. } = self.settings.get();
         if sync == SyncMode::None {
             return;
         }
-        if sync == SyncMode::Full && !fresh {
+        if task == Task::Mirror && sync == SyncMode::Full && !fresh {
             return self.map.set(0, capacity);
         }
         let mut at = 0;
@@ -54,6 +57,7 @@ impl<S: Side> Mirror<S> {
                 Ok(extent) => {
                     let own = extent.depth == 0 && extent.kind != ExtentKind::Unallocated;
                     let wanted = match sync {
+                        _ if task != Task::Mirror => task.wants(&extent),
                         SyncMode::Full => extent.kind == ExtentKind::Data,
                         SyncMode::Top => own,
                         SyncMode::None => false,
@@ -125,7 +129,7 @@ impl<S: Side> Mirror<S> {
     }
 
     fn next(&self, number: usize) -> Next<'_> {
-        let Settings { auto_finalize, speed, .. } = self.settings.get();
+        let Settings { auto_finalize, speed, task, .. } = self.settings.get();
         let (waits, ready, asked, told) = {
             let state = self.state.borrow();
             let waits =
@@ -137,7 +141,9 @@ impl<S: Side> Mirror<S> {
         }
         if !self.map.has_work() {
             if self.map.is_settled() {
-                if !ready {
+                if task.ends_by_itself() && !asked {
+                    self.change(|state| state.asked = Some(Ending::Finish));
+                } else if !ready && !task.ends_by_itself() {
                     self.change(|state| state.ready = true);
                     let (done, all) = self.progress();
                     (self.hooks.tell)(Told::Ready(done, all, speed));
@@ -171,8 +177,12 @@ impl<S: Side> Mirror<S> {
             // What is wrong with the map comes up again when it is that extent's turn.
             let Ok(next) = self.source.extent(ByteOffset(end), stop - end).await else { break };
             // A hole whose page of tuples has some may have none itself, and is looked at alone.
-            let stored = next.kind == ExtentKind::Data && next.host_offset.is_some();
-            let bridged = next.kind != ExtentKind::Data && next.len < SMALL_HOLE && end + next.len < stop;
+            let task = self.settings.get().task;
+            let stored = next.kind == ExtentKind::Data && next.host_offset.is_some() && task.wants(&next);
+            let bridged = task == Task::Mirror
+                && next.kind != ExtentKind::Data
+                && next.len < SMALL_HOLE
+                && end + next.len < stop;
             if !stored && !bridged {
                 break;
             }
@@ -191,15 +201,38 @@ impl<S: Side> Mirror<S> {
         }
     }
 
+    /// Reads what is to be copied of a range, and checks it.
+    async fn verify(&self, range: Range<u64>, buffer: &Buffer) -> Result<()> {
+        let task = self.settings.get().task;
+        let mut at = range.start;
+        while at < range.end {
+            let extent = self.source.extent(ByteOffset(at), range.end - at).await?;
+            let len = extent.len.min(range.end - at).min(PIECE);
+            if extent.kind == ExtentKind::Data && task.wants(&extent) {
+                self.source.read_whole(ByteOffset(at), &buffer.sg().slice(0, len as usize)).await?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
     /// Copies one run. Tells what was done about an error, if there was one; the run is dirty again then.
     async fn copy(&self, copying: Copying<'_>, buffer: &Buffer) -> Option<ErrorAction> {
         let range = copying.range();
         let len = range.end - range.start;
-        let _together = if self.is_write_blocking() {
+        let task = self.settings.get().task;
+        // What is copied within one volume has to be so before a guest may change it.
+        let _together = if self.is_write_blocking() || task.is_within() {
             self.lock.exclusive(range.start, len).await
         } else {
             self.lock.shared(range.start, len).await
         };
+        // Whoever writes a part of a cluster takes all of it over: what goes along has to be right as well.
+        if task.is_within()
+            && let Err(e) = self.verify(range.clone(), buffer).await
+        {
+            return Some(self.failed(true, &e));
+        }
         let mut at = range.start;
         while at < range.end {
             if self.is_over() {
@@ -213,6 +246,7 @@ impl<S: Side> Mirror<S> {
             let unmap = self.settings.get().unmap;
             let mut len = extent.len.min(range.end - at);
             let written = match extent.kind {
+                _ if !task.wants(&extent) => Ok(()),
                 ExtentKind::Zero => self.target.write_zeroes(place, len, false).await,
                 ExtentKind::Hole | ExtentKind::Unallocated => {
                     self.target.write_zeroes(place, len, unmap).await

@@ -68,6 +68,11 @@ impl<S: Side> Mirror<S> {
         if len == 0 {
             return change.apply(&*self.source, at).await;
         }
+        if self.settings.get().task.is_within() {
+            // What is written here need not be copied here.
+            let _together = self.lock.shared(at.0, len).await;
+            return change.apply(&*self.source, at).await;
+        }
         let both = self.is_write_blocking();
         let _alone =
             if both { self.lock.exclusive(at.0, len).await } else { self.lock.shared(at.0, len).await };
@@ -154,16 +159,22 @@ impl<S: Side> Mirror<S> {
         }
     }
 
+    /// Whether there is another side that has what this one has.
+    fn has_spare(&self) -> bool {
+        let settings = self.settings.get();
+        settings.sync != SyncMode::None && !settings.task.is_within() && !self.is_over()
+    }
+
     /// Whether the other side may be of help.
     fn may_mend(&self, e: &IoError) -> bool {
         let may = matches!(e.kind, IoErrorKind::Protection(_) | IoErrorKind::Medium);
-        may && self.settings.get().sync != SyncMode::None && !self.is_over()
+        may && self.has_spare()
     }
 
     /// Brings back from the target what cannot be read from the source or does not match; true if something was. Only where both are
     /// known to be the same, and only blocks that the target can vouch for.
     pub async fn mend(&self, at: u64, len: u64) -> bool {
-        if self.settings.get().sync == SyncMode::None || self.is_over() {
+        if !self.has_spare() {
             return false;
         }
         let _alone = self.lock.exclusive(at, len).await;

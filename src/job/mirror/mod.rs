@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use super::{ErrorAction, IoStatus, JobStatus, OnError, Side, dirty::DirtyMap, front::Ending};
 use crate::{
     sync::{Notify, RangeLock},
-    volume::{IoError, IoErrorKind, PiMismatch},
+    volume::{Extent, ExtentKind, IoError, IoErrorKind, PiMismatch},
 };
 
 /// What is copied (MirrorSyncMode).
@@ -43,6 +43,67 @@ pub enum SyncMode {
     Top,
     /// What is written from now on.
     None,
+}
+
+/// What a job is for. All of them copy what a dirty map says; they differ in what there is to copy, and in how they end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// The volume is copied to another, and may go over to it.
+    #[default]
+    Mirror,
+    /// What lies beneath the volume, above the image at that depth, is copied into the volume itself (`block-stream`). It ends by itself.
+    Stream {
+        /// [`u32::MAX`]: all that lies beneath.
+        below: u32,
+    },
+    /// What the volume has above the image at that depth is copied to that image, and the volume goes over to it (`block-commit` of the
+    /// active layer).
+    Commit {
+        /// 1 or more.
+        below: u32,
+    },
+    /// The same of an image that nobody writes to, seen from that. It ends by itself.
+    CommitBeneath {
+        /// 1 or more.
+        below: u32,
+    },
+}
+
+impl Task {
+    /// Whether it ends when it has copied all, without being told to.
+    pub fn ends_by_itself(self) -> bool {
+        matches!(self, Task::Stream { .. } | Task::CommitBeneath { .. })
+    }
+
+    /// Whether its target is the volume itself.
+    pub fn is_within(self) -> bool {
+        matches!(self, Task::Stream { .. })
+    }
+
+    /// QEMU's word for it (JobType).
+    pub fn word(self) -> &'static str {
+        match self {
+            Task::Mirror => "mirror",
+            Task::Stream { .. } => "stream",
+            Task::Commit { .. } | Task::CommitBeneath { .. } => "commit",
+        }
+    }
+
+    /// Whether a run of the source's map is to be copied, where the map alone says it.
+    pub(super) fn wants(self, extent: &Extent) -> bool {
+        match self {
+            Task::Mirror => true,
+            // With nothing left beneath, what no file says anything of reads as zeros anyway. Over a base its zeros are kept, and where a
+            // file in between was too short to say anything, too.
+            Task::Stream { below: u32::MAX } => extent.depth > 0 && extent.kind == ExtentKind::Data,
+            Task::Stream { below } => match extent.kind {
+                ExtentKind::Unallocated => extent.depth < below,
+                _ => (1..below).contains(&extent.depth),
+            },
+            Task::Commit { below } | Task::CommitBeneath { below } => extent.depth < below,
+        }
+    }
 }
 
 /// How it keeps up (MirrorCopyMode).
@@ -59,6 +120,9 @@ pub enum CopyMode {
 /// What a mirror is told at its beginning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
+    /// What it is for.
+    #[serde(default)]
+    pub task: Task,
     /// What is copied.
     pub sync: SyncMode,
     /// How it keeps up.
@@ -82,6 +146,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Settings {
         Settings {
+            task: Task::Mirror,
             sync: SyncMode::Full,
             copy_mode: CopyMode::Background,
             unmap: true,
@@ -317,7 +382,11 @@ impl<S: Side> Mirror<S> {
     /// # Errors
     /// If it has not caught up, or its target is not whole.
     pub fn complete(&self) -> Result<(), VerbError> {
-        if self.settings.get().sync == SyncMode::None {
+        let settings = self.settings.get();
+        if settings.task.ends_by_itself() {
+            return self.in_state("complete");
+        }
+        if settings.sync == SyncMode::None {
             return Err(VerbError::Partial);
         }
         if self.status() != JobStatus::Ready {
@@ -452,6 +521,9 @@ impl<S: Side> Mirror<S> {
 
     /// Closes the target, the LUN's own end being near. What is still to be copied is kept.
     pub async fn close_target(&self) {
+        if self.settings.get().task.is_within() {
+            return;
+        }
         match self.target.close().await {
             Ok(()) => self.closed.set(true),
             Err(error) => tracing::warn!(job = self.id, %error, "the mirror's target could not be closed"),

@@ -7,7 +7,13 @@
 //! written down and durable ([`Moves`]); commands go to the target; the source is closed; the job's record goes. A start before the choice
 //! is durable finds the source, which has all that was acknowledged, and the record of a mirror that goes on; a start after it finds the target.
 
+mod ballot;
+mod beneath;
+mod chain;
+mod commit;
 mod record;
+mod snapshot;
+mod switch;
 mod target;
 mod types;
 
@@ -19,12 +25,16 @@ use std::{
 
 use tracing::{error, info, warn};
 
+pub use ballot::Ballot;
 pub use record::FOLDER;
-pub use types::{BlockJob, JobError, JobInfo, JobOrder, MirrorOrder, copy_mode, sync_mode};
+pub use types::{
+    BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder, SnapshotOrder, StreamOrder, copy_mode,
+    sync_mode,
+};
 
 pub use crate::job::{
     OnError,
-    mirror::{CopyMode, Settings, SyncMode},
+    mirror::{CopyMode, Settings, SyncMode, Task},
 };
 
 pub(super) use self::record::Place;
@@ -61,6 +71,10 @@ struct Active {
 pub(super) enum Resumed {
     /// Its target is open.
     Open(Box<Record>, Box<Stack>),
+    /// It copies within the LUN's own image.
+    Within(Box<Record>),
+    /// It copies between images that lie beneath the LUN's own: both are open.
+    Beneath(Box<Record>, Box<Stack>, Box<Stack>),
     /// It is not.
     Lost(Box<Record>, String),
 }
@@ -80,14 +94,23 @@ pub(super) struct Jobs {
     io: Io,
 }
 
+/// Something begins.
+struct Starting<'a>(&'a Jobs);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.starting.set(false);
+    }
+}
+
 /// Forgets the job of the LUN with that serial number, which is gone.
 pub fn forget(state_dir: &std::path::Path, serial: &str) {
     Place::new(Some(StateFile::new(state_dir, FOLDER, serial))).remove();
 }
 
 /// Opens the target of a job that was under way. Before the LUN serves: no write may pass the mirror by.
-pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, capacity: u64) -> Option<Resumed> {
-    let record = match place.load() {
+pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, stack: &Stack) -> Option<Resumed> {
+    let mut record = match place.load() {
         Ok(record) => record?,
         Err(error) => {
             error!(%error, "the record of a job cannot be read: the job is lost");
@@ -105,7 +128,31 @@ pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, capacity:
         Ok(config) => config,
         Err(e) => return Some(Resumed::Lost(Box::new(record), e.to_string())),
     };
-    match target::reopen(io, &config, params.block_size, capacity).await {
+    if record.settings.task.is_within() {
+        return Some(match chain::stream_again(&mut record, stack.image()) {
+            Ok(()) => Resumed::Within(Box::new(record)),
+            Err(reason) => Resumed::Lost(Box::new(record), reason),
+        });
+    }
+    if let Task::CommitBeneath { .. } = record.settings.task {
+        let (own, size) = (&params.config, params.block_size);
+        return match beneath::open_again(io, &mut record, own, &config, size, stack).await {
+            Ok(Some((source, target))) => {
+                Some(Resumed::Beneath(Box::new(record), Box::new(source), Box::new(target)))
+            }
+            Ok(None) => {
+                info!(job = record.id, "the job had done its work");
+                place.remove();
+                None
+            }
+            Err(reason) => Some(Resumed::Lost(Box::new(record), reason)),
+        };
+    }
+    let opened = match record.settings.task {
+        Task::Commit { .. } => commit::open_again(io, &mut record, &config, params.block_size, stack).await,
+        _ => target::reopen(io, &config, params.block_size, stack.limits().capacity).await,
+    };
+    match opened {
         Ok(stack) => Some(Resumed::Open(Box::new(record), Box::new(stack))),
         Err(reason) => Some(Resumed::Lost(Box::new(record), format!("its target: {reason}"))),
     }
@@ -158,22 +205,26 @@ impl Jobs {
                 error: Some(reason),
             });
         };
-        let (mut record, stack) = match found {
+        let (mut record, copied, stack) = match found {
             None => return front(None),
             Some(Resumed::Lost(record, reason)) => {
                 lost(*record, reason);
                 return front(None);
             }
-            Some(Resumed::Open(record, stack)) => (*record, *stack),
+            Some(Resumed::Open(record, stack)) => (*record, source.clone(), Rc::new(*stack)),
+            Some(Resumed::Within(record)) => (*record, source.clone(), source.clone()),
+            Some(Resumed::Beneath(record, from, to)) => (*record, Rc::new(*from), Rc::new(*to)),
         };
         let (map, known) = match self.place.go_on(&mut record, source.limits().capacity) {
             Ok(found) => found,
             Err(e) => {
+                drop(stack);
+                commit::give_back(&source, record.settings.task, record.base.as_deref());
                 lost(record, format!("its record: {e}"));
                 return front(None);
             }
         };
-        info!(job = record.id, left = map.left(), known, "the mirror goes on where it was");
+        info!(job = record.id, left = map.left(), known, "the job goes on where it was");
         let target = match DeviceConfig::parse(&record.target) {
             Ok(target) => target,
             Err(e) => {
@@ -181,23 +232,25 @@ impl Jobs {
                 return front(None);
             }
         };
-        let hooks = self.hooks(&record.id);
-        let sides = (source.clone(), Rc::new(stack));
+        let hooks = self.hooks(&record.id, record.settings.task);
+        let sides = (copied, stack);
         let mirror = Mirror::new(record.id.clone(), sides, map, record.settings, record.copied, hooks);
         let mirror = Rc::new(mirror);
         let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target };
         self.active.replace(Some(Rc::new(active)));
-        front(Some(mirror))
+        // Guests are not concerned by what goes on between other images.
+        let concerns_guests = !matches!(mirror.settings().task, Task::CommitBeneath { .. });
+        front(concerns_guests.then_some(mirror))
     }
 
-    fn hooks(&self, id: &str) -> Hooks {
+    fn hooks(&self, id: &str, task: Task) -> Hooks {
         let (events, io, id) = (self.events.clone(), self.io.clone(), id.to_owned());
         Hooks {
             tell: Box::new(move |told| match told {
                 Told::Status(status) => events.tell(Event::Job { id: id.clone(), status }),
                 Told::Ready(done, all, speed) => {
                     let progress = (done, all, speed);
-                    events.tell(Event::BlockJob { id: id.clone(), what: BlockJob::Ready, progress });
+                    events.tell(Event::BlockJob { id: id.clone(), task, what: BlockJob::Ready, progress });
                 }
                 Told::Error { source, action, reason, mismatch } => {
                     error!(job = id, side = if source { "source" } else { "target" }, ?action, "{reason}");
@@ -235,15 +288,19 @@ impl Jobs {
         }
     }
 
-    /// Carries out an order; gives the jobs as they are then.
+    /// Carries out an order; gives the jobs as they are then. `moved` is called when the LUN is about to have another image, and when it has.
     pub(super) async fn order(
         &self,
         front: &Front<Stack>,
         block_size: BlockSize,
         order: JobOrder,
+        moved: impl Fn(),
     ) -> Result<Vec<JobInfo>, JobError> {
         match order {
             JobOrder::Query => {}
+            JobOrder::Commit(order) => self.commit(front, block_size, *order).await?,
+            JobOrder::Stream(order) => self.stream(front, block_size, *order).await?,
+            JobOrder::Snapshot(order) => self.snapshot(front, block_size, order, &moved).await?,
             JobOrder::Mirror(order) => self.begin(front, block_size, *order).await?,
             JobOrder::Complete(id) => self.find(&id)?.mirror.complete()?,
             JobOrder::Cancel { id, force } => self.find(&id)?.mirror.cancel(force),
@@ -293,18 +350,22 @@ impl Jobs {
         block_size: BlockSize,
         order: MirrorOrder,
     ) -> Result<(), JobError> {
-        if self.ended.borrow().iter().any(|info| info.id == order.id) {
-            return Err(JobError::Taken(order.id));
+        let _starting = self.starting(&order.id)?;
+        self.begin_alone(front, block_size, order).await
+    }
+
+    /// Nothing else begins while what is given lives; refused while there is a job.
+    fn starting(&self, id: &str) -> Result<Starting<'_>, JobError> {
+        if self.ended.borrow().iter().any(|info| info.id == id) {
+            return Err(JobError::Taken(id.to_owned()));
         }
         if let Some(active) = &*self.active.borrow() {
             return Err(JobError::Busy(active.mirror.id().to_owned()));
         }
         if self.starting.replace(true) {
-            return Err(JobError::Busy(order.id));
+            return Err(JobError::Busy(id.to_owned()));
         }
-        let begun = self.begin_alone(front, block_size, order).await;
-        self.starting.set(false);
-        begun
+        Ok(Starting(self))
     }
 
     async fn begin_alone(
@@ -324,30 +385,40 @@ impl Jobs {
         let own = self.made.get().config.clone();
         let found = target::prepare(&self.io, &order, &own, &source, block_size).await?;
         let settings = Settings { sync: found.sync, ..order.settings };
-        let mut record =
-            Record::new(order.id.clone(), &own.image, &found.config, granularity, settings, found.fresh);
+        let record = Record::new(order.id, &own.image, &found.config, granularity, settings, found.fresh);
+        let target = Rc::new(found.stack);
+        let launched = self.launch(front, (source, target.clone()), record, found.config).await;
+        if launched.is_err() {
+            close(&target).await;
+        }
+        launched
+    }
+
+    /// Writes a job down, attaches it, and has it run.
+    async fn launch(
+        &self,
+        front: &Front<Stack>,
+        sides: (Rc<Stack>, Rc<Stack>),
+        mut record: Record,
+        target: DeviceConfig,
+    ) -> Result<(), JobError> {
         let failed = |e: io::Error| JobError::Record(e.to_string());
-        let map = match self.place.begin(capacity, granularity) {
-            Ok(map) => map,
-            Err(e) => {
-                close(&found.stack).await;
-                return Err(failed(e));
-            }
-        };
+        let (id, settings) = (record.id.clone(), record.settings);
+        let map = self.place.begin(sides.0.limits().capacity, record.granularity).map_err(failed)?;
         // Nothing to mark: what is written from now on marks itself.
         record.scanned = settings.sync == SyncMode::None;
         if let Err(e) = self.place.save(&record) {
-            close(&found.stack).await;
             self.place.remove();
             return Err(failed(e));
         }
-        self.events.tell(Event::Job { id: order.id.clone(), status: JobStatus::Created });
-        let sides = (source, Rc::new(found.stack));
-        let hooks = self.hooks(&order.id);
-        let mirror = Rc::new(Mirror::new(order.id, sides, map, settings, 0, hooks));
-        front.attach(mirror.clone()).await;
-        info!(job = mirror.id(), target = %found.config.image.display(), ?settings, "mirror");
-        let active = Active { mirror, record: RefCell::new(record), target: found.config };
+        self.events.tell(Event::Job { id: id.clone(), status: JobStatus::Created });
+        let hooks = self.hooks(&id, settings.task);
+        let mirror = Rc::new(Mirror::new(id, sides, map, settings, 0, hooks));
+        if !matches!(settings.task, Task::CommitBeneath { .. }) {
+            front.attach(mirror.clone()).await;
+        }
+        info!(job = mirror.id(), target = %target.image.display(), ?settings, "the job begins");
+        let active = Active { mirror, record: RefCell::new(record), target };
         self.active.replace(Some(Rc::new(active)));
         self.added.notify_all();
         Ok(())
@@ -377,14 +448,22 @@ impl Jobs {
                 warn!(%error, "after a restart all would be copied again");
             }
         }
-        let outcome = front.drive(&active.mirror, async || self.decide(active).await).await;
+        let outcome = match active.mirror.settings().task.ends_by_itself() {
+            true => self.drive_chain(active, front, moved).await,
+            false => front.drive(&active.mirror, async || self.decide(active.target.clone()).await).await,
+        };
+        let goes_on = !matches!(outcome, Outcome::Ended(Ending::Pivot | Ending::Finish));
         self.conclude(active, outcome, moved).await;
+        if goes_on {
+            let (task, base) = (active.mirror.settings().task, active.record.borrow().base.clone());
+            commit::give_back(&front.volume(), task, base.as_deref());
+        }
     }
 
-    /// Makes it durable that the LUN has the target for its image. On another thread: it waits for the disk.
-    async fn decide(&self, active: &Active) -> Result<(), String> {
+    /// Makes it durable that the LUN has that image. On another thread: it waits for the disk.
+    async fn decide(&self, to: DeviceConfig) -> Result<(), String> {
         let Some(moves) = self.moves.clone() else { return Ok(()) };
-        let (from, to) = (self.made.get().config.clone(), active.target.clone());
+        let from = self.made.get().config.clone();
         let noted = self
             .io
             .blocking(move || {
@@ -399,8 +478,7 @@ impl Jobs {
                 }
             })
             .await;
-        let failed = |e: io::Error| format!("the LUN's new image cannot be written down: {e}");
-        noted.map_err(failed)?.map_err(failed)
+        noted.and_then(|noted| noted).map_err(|e| ballot::unwritten(&e))
     }
 
     async fn conclude(&self, active: &Active, outcome: Outcome, moved: impl Fn()) {
@@ -420,12 +498,16 @@ impl Jobs {
             }
             Outcome::Cancelled => (BlockJob::Cancelled, Vec::new()),
             Outcome::Failed(reason) => {
-                error!(job = info.id, "the mirror could not go on: {reason}");
+                error!(job = info.id, "the job could not go on: {reason}");
                 info.error = Some(reason.clone());
                 (BlockJob::Completed(Some(reason.clone())), Vec::new())
             }
         };
-        close(if pivoted { mirror.source() } else { mirror.target() }).await;
+        if matches!(info.settings.task, Task::CommitBeneath { .. }) {
+            Jobs::close_sides(active).await;
+        } else if !info.settings.task.is_within() {
+            close(if pivoted { mirror.source() } else { mirror.target() }).await;
+        }
         self.place.remove();
         self.repaired.set(self.repaired.get() + mirror.repaired());
         self.active.replace(None);
@@ -434,13 +516,21 @@ impl Jobs {
         let id = || info.id.clone();
         before.into_iter().for_each(|status| self.events.tell(Event::Job { id: id(), status }));
         let progress = (info.offset, info.len, info.speed);
-        self.events.tell(Event::BlockJob { id: id(), what, progress });
+        self.events.tell(Event::BlockJob { id: id(), task: info.settings.task, what, progress });
         self.events.tell(Event::Job { id: id(), status: JobStatus::Concluded });
-        info!(job = info.id, ?outcome, "the mirror is over");
+        info!(job = info.id, ?outcome, "the job is over");
         if info.settings.auto_dismiss {
             self.events.tell(Event::Job { id: id(), status: JobStatus::Null });
         } else {
             self.ended.borrow_mut().push(info);
+        }
+    }
+
+    /// The LUN stops: closes what a job has open beside the LUN's own.
+    pub(super) async fn close(&self) {
+        let active = self.active.borrow().clone();
+        if let Some(active) = active {
+            Jobs::close_sides(&active).await;
         }
     }
 
@@ -453,7 +543,7 @@ impl Jobs {
                 false => Ok(()),
             });
         if let Err(error) = saved {
-            warn!(error, "the mirror cannot be written down as it is");
+            warn!(error, "the job cannot be written down as it is");
         }
     }
 }

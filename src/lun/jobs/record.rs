@@ -38,6 +38,12 @@ pub(in crate::lun) struct Record {
     pub(in crate::lun) source: PathBuf,
     /// The target, as a LUN's configuration.
     pub(in crate::lun) target: String,
+    /// The image in the chain that is committed, if that is not the LUN's own.
+    #[serde(default)]
+    pub(in crate::lun) top: Option<PathBuf>,
+    /// The image in the chain that stays beneath, of a job that has one.
+    #[serde(default)]
+    pub(in crate::lun) base: Option<PathBuf>,
     pub(in crate::lun) granularity: u64,
     #[serde(flatten)]
     pub(in crate::lun) settings: Settings,
@@ -64,6 +70,8 @@ impl Record {
             id,
             source: source.to_owned(),
             target: target.to_string(),
+            top: None,
+            base: None,
             granularity,
             settings,
             fresh,

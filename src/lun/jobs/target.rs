@@ -28,9 +28,9 @@ const LOCK_LOOK: Duration = Duration::from_millis(50);
 
 /// Files that were made for a target that came to nothing.
 #[derive(Default)]
-struct Made {
-    files: Vec<PathBuf>,
-    keep: bool,
+pub(super) struct Made {
+    pub(super) files: Vec<PathBuf>,
+    pub(super) keep: bool,
 }
 
 impl Drop for Made {
@@ -108,7 +108,9 @@ pub(super) async fn prepare(
         }
         made.files.push(order.target.clone());
     }
-    if let Some(sidecar) = protect(io, order, &config, source, block_size, format).await? {
+    let sidecar = sidecar_path(&order.target, order.sidecar.as_deref());
+    let format = if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+    if let Some(sidecar) = protect(io, &config, &sidecar, order.existing, source, block_size, format).await? {
         made.files.push(sidecar);
     }
     let stack =
@@ -162,25 +164,25 @@ pub(super) async fn reopen(
     }
 }
 
-/// Sees to the target's sidecar before it is opened: makes it where there is none, and has it know whose tags it gets. Gives the
+/// Sees to the sidecar of an image before that is opened: makes it where there is none, and has it know whose tags it gets. Gives the
 /// path of one that was made.
-async fn protect(
+pub(super) async fn protect(
     io: &Io,
-    order: &MirrorOrder,
     config: &DeviceConfig,
+    path: &Path,
+    existing: bool,
     source: &Stack,
     block_size: BlockSize,
-    format: Format,
+    format: ImageFormat,
 ) -> Result<Option<PathBuf>, JobError> {
     let (Some(protected), Some(kind)) = (source.protected(), config.pi) else { return Ok(None) };
-    let path = sidecar_path(&order.target, order.sidecar.as_deref());
     let failed = |e: PiOpenError| {
         let next = e.next_step().map(|next| format!(": {next}")).unwrap_or_default();
         JobError::Target(format!("{}{next}", crate::lun::chain(&e)))
     };
     let broken = |e: io::Error| JobError::Target(format!("{}: {e}", path.display()));
     let there = path.symlink_metadata().is_ok();
-    if there && !order.existing {
+    if there && !existing {
         return Err(JobError::Target(format!(
             "{}: protection information is there already, of an image that isn't: remove it, or choose another path",
             path.display()
@@ -192,21 +194,35 @@ async fn protect(
             kind,
             mode: protected.sidecar().mode(),
             capacity: block_size.blocks_in(source.limits().capacity),
-            format: if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 },
-            stamp: Stamp::of(&order.target).map_err(broken)?,
+            format,
+            stamp: Stamp::of(&config.image).map_err(broken)?,
         };
-        tools::create(io, &order.target, &path, new).await.map_err(failed)?;
+        tools::create(io, &config.image, path, new).await.map_err(failed)?;
     }
     if protected.sidecar().tags() == Exposure::Initiator {
-        let done = admit(io, &path).await;
+        let done = admit(io, path).await;
         if let Err(e) = done {
             if !there {
-                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(path);
             }
             return Err(broken(e));
         }
     }
-    Ok((!there).then_some(path))
+    Ok((!there).then(|| path.to_owned()))
+}
+
+/// Has a new sidecar, which is not open, keep tuples as that stack keeps them: FORMAT UNIT may have chosen others than the configuration.
+pub(super) async fn match_tuples(io: &Io, path: &Path, source: &Stack) -> Result<(), JobError> {
+    let Some(wanted) = source.protected().map(|p| p.sidecar().info()) else { return Ok(()) };
+    let matched = async {
+        let sidecar = Sidecar::open(open_file(io, path, false).await?).await.map_err(io::Error::other)?;
+        let is = sidecar.info();
+        match is.pi == wanted.pi && is.hidden == wanted.hidden {
+            true => Ok(()),
+            false => sidecar.reformat((!wanted.hidden).then_some(wanted.pi)).await,
+        }
+    };
+    matched.await.map_err(|e: io::Error| JobError::Target(format!("{}: {e}", path.display())))
 }
 
 async fn admit(io: &Io, path: &Path) -> io::Result<()> {

@@ -1,9 +1,10 @@
 //! What the jobs of a LUN are told, and what they tell.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
+use super::ballot::Ballot;
 use crate::{
     image::Format,
     job::{
@@ -32,11 +33,52 @@ pub struct MirrorOrder {
     pub settings: Settings,
 }
 
+/// A job that brings what lies beneath into the image (`block-stream`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamOrder {
+    /// The job's name.
+    pub id: String,
+    /// The image of the chain that stays beneath; none if it is left out.
+    pub base: Option<PathBuf>,
+    /// All else.
+    pub settings: Settings,
+}
+
+/// A job that brings what the LUN's chain holds above an image to that image (`block-commit`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommitOrder {
+    /// The job's name.
+    pub id: String,
+    /// The LUN's own image, if it is named.
+    pub top: Option<PathBuf>,
+    /// The image of the chain that it is brought to; the last if it is left out.
+    pub base: Option<PathBuf>,
+    /// All else.
+    pub settings: Settings,
+}
+
+/// A snapshot that is asked for (`blockdev-snapshot-sync`): the image becomes the backing file of a new one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotOrder {
+    /// The new image's file, an absolute path.
+    pub file: PathBuf,
+    /// It is there, empty, over the LUN's image; otherwise it is made.
+    pub existing: bool,
+    /// The vote that it is a part of, if others take part.
+    pub ballot: Option<Arc<Ballot>>,
+}
+
 /// What the jobs of a LUN can be told. A name that is not that of a job of this LUN is an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobOrder {
     /// Begin a mirror.
     Mirror(Box<MirrorOrder>),
+    /// Begin to bring what lies above an image to that.
+    Commit(Box<CommitOrder>),
+    /// Begin to bring what lies beneath into the image.
+    Stream(Box<StreamOrder>),
+    /// Go over to an overlay.
+    Snapshot(SnapshotOrder),
     /// Nothing: only tell.
     Query,
     /// End it: the LUN goes over to the target.
@@ -110,6 +152,12 @@ pub enum JobError {
     /// The target.
     #[error("{0}")]
     Target(String),
+    /// A snapshot.
+    #[error("{0}")]
+    Snapshot(String),
+    /// The chain.
+    #[error("{0}")]
+    Chain(String),
     /// The granularity.
     #[error(
         "a granularity of {0} bytes: give a power of two from {MIN_GRANULARITY} to {MAX_GRANULARITY}, and a block at least"

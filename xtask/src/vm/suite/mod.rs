@@ -2,6 +2,7 @@
 //!
 //! A test is a function that drives a [`Guest`]. [`runner`] gives each a VM and tells how it went.
 
+mod chain;
 mod conformance;
 mod copy;
 mod daemon;
@@ -111,6 +112,7 @@ pub fn all() -> Vec<&'static Test> {
         fabric::TESTS,
         daemon::TESTS,
         lifecycle::TESTS,
+        chain::TESTS,
         jobs::TESTS,
         qmp::TESTS,
         conformance::TESTS,
@@ -132,11 +134,12 @@ pub fn init_of(name: &str) -> Init {
 }
 
 /// Tests that take minutes each, or wait out a stop time, or need a build of their own, or have not been green from end to end yet
-/// (`pi.differential-lio`, `service.upgrade`, `jobs.mirror-under-fio`): run at full scale, or when they are named.
+/// (`pi.differential-lio`, `service.upgrade`, `jobs.mirror-under-fio`, `jobs.chain-under-fio`): run at full scale, or when they are named.
 const LONG: &[&str] = &[
     "pi.guest-",
     "pi.differential-lio",
     "jobs.mirror-under-fio",
+    "jobs.chain-under-fio",
     "service.upgrade",
     "tools.targetcli",
     "fault.hung-device",
