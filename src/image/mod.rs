@@ -10,6 +10,7 @@ pub mod lock;
 pub mod nbd;
 pub mod null;
 pub mod open;
+pub mod owner;
 mod power;
 pub mod qcow2;
 pub mod raw;
@@ -143,6 +144,8 @@ pub struct Image {
     direct_alignment: u32,
     /// On every file of the chain. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<ImageLock>>,
+    /// It is held for this host. Given up by `close`.
+    owned: RefCell<Option<owner::Owned>>,
 }
 
 impl Image {
@@ -160,6 +163,7 @@ impl Image {
             caches: Caches::default(),
             direct_alignment: 1,
             locks: RefCell::default(),
+            owned: RefCell::default(),
         }
     }
 
@@ -220,6 +224,11 @@ impl Image {
             cluster_size,
             backing,
         }
+    }
+
+    /// The generation under which it is held, if it has an owner's file.
+    pub fn generation(&self) -> Option<u64> {
+        self.owned.borrow().as_ref().map(owner::Owned::generation)
     }
 
     /// The LUN over it was told to end, and will close it: what cannot be had soon is given up.
@@ -332,6 +341,11 @@ impl Volume for Image {
 
     async fn close(&self) -> Result<()> {
         let closed = driver!(self, v => v.close());
+        if let Some(owned) = self.owned.take()
+            && let Err(e) = owned.end()
+        {
+            tracing::warn!(image = %self.path.display(), "it could not be given back: {e}");
+        }
         self.locks.borrow_mut().clear();
         closed
     }
