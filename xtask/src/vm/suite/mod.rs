@@ -10,6 +10,7 @@ mod device;
 mod docs;
 mod fabric;
 mod fault;
+mod handover;
 pub(super) mod initiator;
 mod iscsi;
 mod jobs;
@@ -112,6 +113,7 @@ pub fn all() -> Vec<&'static Test> {
         daemon::TESTS,
         lifecycle::TESTS,
         jobs::TESTS,
+        handover::TESTS,
         qmp::TESTS,
         conformance::TESTS,
         copy::TESTS,
