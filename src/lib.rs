@@ -12,6 +12,7 @@ pub mod dbus;
 pub mod demo;
 pub mod export;
 mod files;
+pub mod handover;
 pub mod image;
 pub mod job;
 pub mod kernel;

@@ -10,23 +10,18 @@ use std::{
 };
 
 use tcmu_dif::{
-    image::{
-        direct::CacheMode,
-        open::{OpenErrorKind, OpenOptions, open},
-    },
+    image::open::{OpenErrorKind, OpenOptions, open},
     sys::run,
     volume::Volume,
 };
 
-const READ_ONLY: OpenOptions = OpenOptions { read_only: true, ..WRITABLE };
-const WRITABLE: OpenOptions = OpenOptions {
-    read_only: false,
-    format: None,
-    lock: true,
-    cache_size: None,
-    null_size: None,
-    cache: CacheMode::Writeback,
-};
+fn read_only() -> OpenOptions {
+    OpenOptions { read_only: true, ..OpenOptions::default() }
+}
+
+fn writable() -> OpenOptions {
+    OpenOptions::default()
+}
 
 fn qemu(tool: &str, args: &[&str], path: &Path) -> Output {
     Command::new(tool).args(args).arg(path).output().unwrap()
@@ -89,7 +84,7 @@ fn qemu_img_refuses_what_we_write_to_until_it_is_closed() {
     let dir = tempfile::tempdir().unwrap();
     let path = image(&dir);
     run(async move |io| {
-        let ours = open(&io, &path, &WRITABLE).await.unwrap();
+        let ours = open(&io, &path, &writable()).await.unwrap();
         // Of qemu-img's readers only `convert` minds a raw image that changes; of a qcow2 image all do.
         let out = convert(&[], &path);
         let stderr = String::from_utf8_lossy(&out.stderr);
@@ -101,7 +96,7 @@ fn qemu_img_refuses_what_we_write_to_until_it_is_closed() {
         let out = qemu("qemu-io", &["-f", "raw", "-c", "write 0 512"], &path);
         assert!(out.status.success(), "close gives the lock up");
         drop(ours);
-        drop(open(&io, &path, &WRITABLE).await.unwrap());
+        drop(open(&io, &path, &writable()).await.unwrap());
         let out = qemu("qemu-io", &["-f", "raw", "-c", "write 0 512"], &path);
         assert!(out.status.success(), "so does dropping");
     });
@@ -112,17 +107,17 @@ fn readers_of_both_live_together_and_keep_writers_out() {
     let dir = tempfile::tempdir().unwrap();
     let path = image(&dir);
     run(async move |io| {
-        let one = open(&io, &path, &READ_ONLY).await.unwrap();
-        let two = open(&io, &path, &READ_ONLY).await.unwrap();
+        let one = open(&io, &path, &read_only()).await.unwrap();
+        let two = open(&io, &path, &read_only()).await.unwrap();
         let theirs = QemuIo::open(&["-f", "raw", "-r"], &path);
         assert!(convert(&[], &path).status.success());
         let out = qemu("qemu-io", &["-f", "raw", "-c", "write 0 512"], &path);
         let stderr = String::from_utf8_lossy(&out.stderr);
         assert!(!out.status.success() && stderr.contains("Failed to get \"write\" lock"), "{stderr}");
-        let e = open(&io, &path, &WRITABLE).await.unwrap_err();
+        let e = open(&io, &path, &writable()).await.unwrap_err();
         assert!(matches!(e.what, OpenErrorKind::InUse(_)), "{e}");
         drop((one, two, theirs));
-        open(&io, &path, &WRITABLE).await.unwrap();
+        open(&io, &path, &writable()).await.unwrap();
     });
 }
 
@@ -134,16 +129,16 @@ fn we_refuse_what_qemu_writes_to_and_name_it() {
     let pid = theirs.0.id();
     let at = path.clone();
     run(async move |io| {
-        let e = open(&io, &at, &WRITABLE).await.unwrap_err();
+        let e = open(&io, &at, &writable()).await.unwrap_err();
         let OpenErrorKind::InUse(holders) = &e.what else { panic!("{e}") };
         assert_eq!(holders.iter().map(|h| h.pid).collect::<Vec<_>>(), [pid]);
         assert_eq!(e.to_string(), format!("{}: is in use by qemu-io (pid {pid})", at.display()));
         assert_eq!(e.next_step().unwrap(), format!("stop qemu-io (pid {pid}), which holds it"));
-        let look = OpenOptions { lock: false, ..READ_ONLY };
+        let look = OpenOptions { lock: false, ..read_only() };
         open(&io, &at, &look).await.unwrap();
     });
     drop(theirs);
-    run(async move |io| drop(open(&io, &path, &WRITABLE).await.unwrap()));
+    run(async move |io| drop(open(&io, &path, &writable()).await.unwrap()));
 }
 
 #[test]
@@ -161,7 +156,7 @@ fn we_refuse_what_qemu_nbd_serves() {
     }
     let at = path.clone();
     let refused = run(async move |io| {
-        open(&io, &at, &WRITABLE).await.map(drop).map_err(|e| matches!(e.what, OpenErrorKind::InUse(_)))
+        open(&io, &at, &writable()).await.map(drop).map_err(|e| matches!(e.what, OpenErrorKind::InUse(_)))
     });
     nbd.kill().unwrap();
     nbd.wait().unwrap();

@@ -46,7 +46,10 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     (
         "admin",
-        &["daemon", "control", "lun", "kernel", "nbd", "pi", "image", "volume", "files", "sys", "units"],
+        &[
+            "daemon", "control", "handover", "lun", "kernel", "nbd", "pi", "image", "volume", "files", "sys",
+            "units",
+        ],
     ),
     ("dbus", &[]),
     (

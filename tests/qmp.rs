@@ -258,9 +258,37 @@ impl Host for Asked {
         Ok(json!({ "name": device, "deleted": true, "left": [], "leftovers": [] }))
     }
 
+    fn hand_over(&self, _: &Registry, device: &str, to: &str) -> Result<Value, Error> {
+        self.0.lock().unwrap().push(format!("hand over {device} {to}"));
+        match to {
+            "unix:/there" => Ok(json!({ "device": device, "uri": to, "answered": true, "left": null })),
+            _ => Err(Error::generic("nobody is there")),
+        }
+    }
+
     fn quit(&self) {
         self.0.lock().unwrap().push("quit".into());
     }
+}
+
+#[test]
+fn a_handover_is_the_daemons_and_its_events_are_told() {
+    let asked = Asked::default();
+    let rig = Rig::new(Registry::with_host(asked.clone()));
+    let mut talk = rig.talk();
+    let schema = Schema(talk.get("query-qmp-schema", json!({})));
+    let given = talk.get("migrate", json!({ "device": "vm1", "uri": "unix:/there" }));
+    schema.check_answer("migrate", &given);
+    let refused = talk.ask("migrate", json!({ "device": "vm1", "uri": "unix:/elsewhere" }));
+    assert_eq!(refused["error"]["desc"], "nobody is there");
+    let told: Vec<Value> = (0..4).map(|_| talk.event("MIGRATION")).collect();
+    told.iter().for_each(|event| schema.check_event(event));
+    let statuses: Vec<&Value> = told.iter().map(|event| &event["data"]["status"]).collect();
+    assert_eq!(statuses, ["active", "completed", "active", "failed"]);
+    assert_eq!(*asked.0.lock().unwrap(), ["hand over vm1 unix:/there", "hand over vm1 unix:/elsewhere"]);
+    let nobody = Rig::new(Registry::default());
+    let refused = nobody.talk().ask("migrate", json!({ "device": "vm1", "uri": "unix:/there" }));
+    assert!(refused["error"]["desc"].as_str().unwrap().contains("no daemon here"), "{refused}");
 }
 
 #[test]

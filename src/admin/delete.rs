@@ -21,7 +21,7 @@ use super::{
 use crate::{
     kernel::{
         SYSFS,
-        backstore::Backstore,
+        backstore::{self, Backstore},
         fabric::{self, Export, Fabric, Removed},
         names::Name,
         usage::{self, User},
@@ -57,6 +57,20 @@ impl Admin {
     /// # Errors
     /// As [`Admin::delete`].
     pub(super) fn delete_in_turn(&self, name: &Name, force: bool) -> Result<Deleted, Refusal> {
+        self.take_down(name, if force { How::Forced } else { How::Unused })
+    }
+
+    /// Takes down a LUN that serves on another host now: nobody here answers its commands any more, and its initiators are to send them again.
+    ///
+    /// # Errors
+    /// As [`Admin::delete`].
+    pub(super) fn delete_handed_over(&self, name: &Name) -> Result<Deleted, Refusal> {
+        let _turn = self.places.turn("delete", name)?;
+        self.take_down(name, How::HandedOver)
+    }
+
+    fn take_down(&self, name: &Name, how: How) -> Result<Deleted, Refusal> {
+        let force = how != How::Unused;
         let places = &self.places;
         let half = Half::noted(places, name);
         let Some(store) = places.find("delete", name)? else {
@@ -89,7 +103,8 @@ impl Admin {
         let serial = serial.unwrap_or_else(|| store.serial.clone());
         let now = exports.iter().map(|e| (e.fabric.as_str(), e.target.as_str()));
         Half::new(&serial, now).note_with(half.as_ref(), places, name)?;
-        let _failing = if alive { None } else { Some(Failing::start(places, &store, &exports)) };
+        let handed_over = how == How::HandedOver;
+        let _failing = (!alive || handed_over).then(|| Failing::start(places, &store, &exports, handed_over));
         let mut left = Vec::new();
         for export in &exports {
             match fabric::remove(&places.tree, export).map_err(|e| refused("delete", name, &e))? {
@@ -101,6 +116,12 @@ impl Admin {
         // Until the daemon has let go of the image, nobody else can have it.
         if alive && let Err(e) = luns::wait_until_closed(places, name.as_str(), Some(store.hba)) {
             tracing::warn!("{name}: {e}");
+        }
+        // A LUN that was handed over to another of this host has left what is kept to that.
+        let another = backstore::all(&places.tree).map_err(|e| refused("delete", name, &e))?;
+        if another.iter().any(|b| b.serial == serial) {
+            Half::forget(places, name);
+            return Ok(Deleted { name: name.to_string(), deleted: true, left, leftovers: Vec::new() });
         }
         // After that: a LUN that stops saves how far its scrub is.
         half::forget_state(places, &serial);
@@ -125,6 +146,17 @@ impl Admin {
     }
 }
 
+/// Why a LUN may be taken down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Nobody uses it.
+    Unused,
+    /// Whoever uses it.
+    Forced,
+    /// It serves elsewhere.
+    HandedOver,
+}
+
 /// Fails whatever would wait for a daemon that isn't there, until it is dropped: the kernel sends SYNCHRONIZE CACHE to a
 /// disk that it takes down, and more than once.
 struct Failing {
@@ -133,7 +165,7 @@ struct Failing {
 }
 
 impl Failing {
-    fn start(places: &Places, store: &Backstore, exports: &[Export]) -> Failing {
+    fn start(places: &Places, store: &Backstore, exports: &[Export], busy: bool) -> Failing {
         for export in exports.iter().filter(|e| e.kind() == Some(Fabric::Loopback)) {
             let address = fabric::scsi_address(&places.tree, export).map_err(|e| e.source);
             if let Err(e) = address.and_then(|a| fabric::set_disk_offline(Path::new(SYSFS), &a)) {
@@ -144,7 +176,7 @@ impl Failing {
         let (end, tree, store) = (done.clone(), places.tree.clone(), store.clone());
         let thread = std::thread::spawn(move || {
             // Until the device is gone, and its attribute with it.
-            while !end.load(Ordering::Acquire) && store.fail_commands(&tree).is_ok() {
+            while !end.load(Ordering::Acquire) && store.end_commands(&tree, busy).is_ok() {
                 std::thread::sleep(Duration::from_millis(100));
             }
         });

@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use rustix::process::{Signal, getpid, kill_process};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::{Admin, Refusal, order::Words};
+use super::{Admin, Refusal, handover::Address, order::Words};
 use crate::{
     control::{
-        Host,
+        Host, Registry,
         qmp::{Class, Error},
     },
     daemon::resize::{ResizeError, resize},
@@ -49,6 +49,15 @@ impl Host for Admin {
     fn del(&self, device: &str, force: bool) -> Result<Value, Error> {
         let gone = self.delete(&name_of(device)?, force).map_err(|e| told(&e))?;
         serde_json::to_value(&gone).map_err(|e| Error::generic(e.to_string()))
+    }
+
+    fn hand_over(&self, luns: &Registry, device: &str, to: &str) -> Result<Value, Error> {
+        let to: Address = to.parse().map_err(|why| Error::generic(format!("uri: {to}: {why}")))?;
+        let given = Admin::hand_over(self, luns, &name_of(device)?, &to).map_err(|e| told(&e))?;
+        Ok(json!({
+            "device": device, "uri": to.to_string(), "answered": given.made.is_some(),
+            "left": given.left.map(|left| left.reason),
+        }))
     }
 
     fn quit(&self) {

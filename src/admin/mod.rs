@@ -10,6 +10,7 @@ pub mod declared;
 pub mod delete;
 mod error;
 mod half;
+pub mod handover;
 pub mod host;
 pub mod images;
 pub mod luns;

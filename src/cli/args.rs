@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::{
     daemon_args::Daemon,
-    image_args::{ImageCheck, ImageMap, ImageMeasure, ImageRepair},
+    handover_args,
+    image_args::{ImageCheck, ImageMap, ImageMeasure, ImageOwner, ImageRepair, ImageResize, ImageSnapshot},
     job_args,
 };
 use crate::{
@@ -88,6 +89,10 @@ pub enum Command {
     /// List the jobs of the daemon, and lead them
     #[command(subcommand)]
     Job(job_args::Job),
+    /// Hand a LUN over to another host that has the same storage, while it is in use; it serves here until it serves there
+    Handover(handover_args::Handover),
+    /// Wait for LUNs that other hosts hand over, and serve them here
+    Receive(handover_args::Receive),
     /// Watch the LUNs on the terminal: operations and bytes a second, commands in flight, protection errors, jobs
     Top(Top),
     /// Show a LUN's commands as they pass, until interrupted
@@ -305,6 +310,8 @@ pub enum Image {
     Snapshot(ImageSnapshot),
     /// Change the size of an image that nobody uses, in qemu-img's words
     Resize(ImageResize),
+    /// Say whose an image on shared storage is, begin to keep that, or take it from a host that is gone
+    Owner(ImageOwner),
 }
 
 /// `image create`.
@@ -343,51 +350,6 @@ pub struct ImageInfo {
     pub json: bool,
     /// The image
     pub path: PathBuf,
-}
-
-/// `image snapshot`.
-#[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("action").args(["list", "create", "apply", "delete"])))]
-pub struct ImageSnapshot {
-    /// List the snapshots; what is done if nothing else is asked for
-    #[arg(short, long)]
-    pub list: bool,
-    /// Make a snapshot of the disk as it is
-    #[arg(short, long, value_name = "NAME")]
-    pub create: Option<String>,
-    /// Make the disk what it was; what it holds now is lost. By name or ID, or snapshot.name=NAME, snapshot.id=ID
-    #[arg(short, long, value_name = "NAME")]
-    pub apply: Option<String>,
-    /// Delete a snapshot, named as for -a
-    #[arg(short, long, value_name = "NAME")]
-    pub delete: Option<String>,
-    /// List them while somebody else is writing to the image; what is shown may be out of date
-    #[arg(short = 'U', long, conflicts_with_all = ["create", "apply", "delete"])]
-    pub force_share: bool,
-    /// Print the list as JSON
-    #[arg(long, conflicts_with_all = ["create", "apply", "delete"])]
-    pub json: bool,
-    /// The image
-    pub path: PathBuf,
-}
-
-/// `image resize`.
-#[derive(Debug, Args)]
-pub struct ImageResize {
-    /// The format, rather than what the first bytes say
-    #[arg(short, long, value_name = "FORMAT", value_parser = order::format)]
-    pub format: Option<Format>,
-    /// Agree that what lies beyond a smaller size is deleted
-    #[arg(long)]
-    pub shrink: bool,
-    /// The image
-    pub path: PathBuf,
-    /// The new size (bytes, or with K, M, G, T), or with + or - before it how much more or less
-    #[arg(value_parser = super::image_resize::NewSize::parse, allow_hyphen_values = true)]
-    pub size: super::image_resize::NewSize,
-    /// As always.
-    #[command(flatten)]
-    pub json: Json,
 }
 
 /// How to print.

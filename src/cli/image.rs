@@ -14,7 +14,7 @@ use serde_json::json;
 use super::{
     CliError, Done,
     args::{Image, ImageCreate, ImageInfo, Output},
-    image_check, image_map, image_measure, image_resize,
+    image_check, image_map, image_measure, image_owner, image_resize,
     image_snapshot::{self, SnapshotInfo},
     output, size,
 };
@@ -42,6 +42,7 @@ pub fn run(args: &Image) -> Done {
         Image::Measure(args) => image_measure::run(args),
         Image::Snapshot(args) => image_snapshot::run(args),
         Image::Resize(args) => image_resize::run(args),
+        Image::Owner(args) => image_owner::run(args),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::args::Output;
+use super::args::{Json, Output};
 use crate::admin::order::format;
 use crate::image::Format;
 
@@ -113,4 +113,68 @@ pub struct ImageMeasure {
     /// The image whose content the new one is to have
     #[arg(required_unless_present = "size")]
     pub path: Option<PathBuf>,
+}
+
+/// `image owner`.
+#[derive(Debug, Args)]
+pub struct ImageOwner {
+    /// Begin to keep whose it is, in IMAGE.owner: from then on one host at a time has it, and one that has lost it never writes again
+    #[arg(long, conflicts_with = "take_over")]
+    pub share: bool,
+    /// Take it from a host that is gone, after waiting until that can have begun its last I/O (15 seconds, and 10 to see whether it lives)
+    #[arg(long)]
+    pub take_over: bool,
+    /// Even from a host that shows signs of life; it stops using the image
+    #[arg(long, requires = "take_over")]
+    pub force: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+    /// The image
+    pub path: PathBuf,
+}
+
+/// `image snapshot`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("action").args(["list", "create", "apply", "delete"])))]
+pub struct ImageSnapshot {
+    /// List the snapshots; what is done if nothing else is asked for
+    #[arg(short, long)]
+    pub list: bool,
+    /// Make a snapshot of the disk as it is
+    #[arg(short, long, value_name = "NAME")]
+    pub create: Option<String>,
+    /// Make the disk what it was; what it holds now is lost. By name or ID, or snapshot.name=NAME, snapshot.id=ID
+    #[arg(short, long, value_name = "NAME")]
+    pub apply: Option<String>,
+    /// Delete a snapshot, named as for -a
+    #[arg(short, long, value_name = "NAME")]
+    pub delete: Option<String>,
+    /// List them while somebody else is writing to the image; what is shown may be out of date
+    #[arg(short = 'U', long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub force_share: bool,
+    /// Print the list as JSON
+    #[arg(long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub json: bool,
+    /// The image
+    pub path: PathBuf,
+}
+
+/// `image resize`.
+#[derive(Debug, Args)]
+pub struct ImageResize {
+    /// The format, rather than what the first bytes say
+    #[arg(short, long, value_name = "FORMAT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Agree that what lies beyond a smaller size is deleted
+    #[arg(long)]
+    pub shrink: bool,
+    /// The image
+    pub path: PathBuf,
+    /// The new size (bytes, or with K, M, G, T), or with + or - before it how much more or less
+    #[arg(value_parser = super::image_resize::NewSize::parse, allow_hyphen_values = true)]
+    pub size: super::image_resize::NewSize,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
 }

@@ -1,6 +1,6 @@
 //! `tcmu-dif image resize`: another size for an image that nobody uses, in qemu-img's words.
 
-use super::{CliError, Done, args::ImageResize, image::warn_of_sidecar, output, size};
+use super::{CliError, Done, image::warn_of_sidecar, image_args::ImageResize, output, size};
 use crate::{
     admin::images::open_failed,
     image::{

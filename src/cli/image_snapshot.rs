@@ -4,7 +4,7 @@ use std::{path::Path, process::ExitCode, time::SystemTime};
 
 use serde::Serialize;
 
-use super::{CliError, Done, args::ImageSnapshot, image::warn_of_sidecar, output};
+use super::{CliError, Done, image::warn_of_sidecar, image_args::ImageSnapshot, output};
 use crate::{
     admin::images::open_failed,
     image::{

@@ -13,11 +13,14 @@ mod delete;
 mod error;
 mod export;
 mod export_args;
+mod handover;
+mod handover_args;
 mod image;
 mod image_args;
 mod image_check;
 mod image_map;
 mod image_measure;
+mod image_owner;
 mod image_resize;
 mod image_snapshot;
 mod job;
@@ -105,6 +108,8 @@ fn run(cli: &Cli) -> Done {
         Command::Stream(args) => chain::stream(cli, args),
         Command::Commit(args) => chain::commit(cli, args),
         Command::Job(args) => job::job(cli, args),
+        Command::Handover(args) => handover::give(cli, args),
+        Command::Receive(args) => handover::take(cli, args),
         Command::Top(args) => top::run(cli, args),
         Command::SupportBundle(args) => support_bundle::run(cli, args),
         Command::Trace(args) => trace::run(cli, args),

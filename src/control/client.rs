@@ -71,6 +71,14 @@ impl Client {
         Ok(client)
     }
 
+    /// Waits that long for answers from now on.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn wait_for(&mut self, time: Duration) -> Result<(), ClientError> {
+        self.out.set_read_timeout(Some(time)).map_err(|e| ClientError::Io(self.path.clone(), e))
+    }
+
     /// Executes a command; gives what it returns.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::{
     job_id,
     schema::{Enum, Member, Type, has, may},
-    types::{JOB_STATUS, JOB_TYPE},
+    types::{JOB_STATUS, JOB_TYPE, MIGRATION_STATUS},
 };
 use crate::{
     lun::{
@@ -116,6 +116,11 @@ pub(super) static EVENTS: &[Declared] = &[
         name: "LUN_REMOVED",
         data: &[has("device", Type::Str)],
         help: "a LUN serves no more: it was removed, or the daemon stops",
+    },
+    Declared {
+        name: "MIGRATION",
+        data: &[has("device", Type::Str), has("status", Type::Enum(&MIGRATION_STATUS))],
+        help: "as QEMU's, of one LUN that `migrate` hands over; `device` is ours. `failed` means that it is here as before, unless the command's error says otherwise",
     },
     Declared {
         name: "PI_MISMATCH",

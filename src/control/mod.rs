@@ -63,8 +63,30 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Why it is there still.
     fn del(&self, device: &str, force: bool) -> Result<Value, qmp::Error>;
+    /// Hands a LUN over to another host's daemon, which listens at that address, and tells what came of it.
+    ///
+    /// # Errors
+    /// Why it is here still.
+    fn hand_over(&self, luns: &Registry, device: &str, to: &str) -> Result<Value, qmp::Error> {
+        let _ = (luns, to);
+        Err(qmp::Error::generic(format!("there is no daemon here that could hand LUN '{device}' over")))
+    }
     /// Begins to end the daemon, as SIGTERM does.
     fn quit(&self);
+}
+
+/// One who can take a LUN out of service for a while: its commands wait.
+pub trait Pausing: Send + Sync {
+    /// Stops the LUN, and closes its image.
+    ///
+    /// # Errors
+    /// Why it serves still; or, if it could not be stopped in order, that it has been started again.
+    fn pause(&self) -> Result<(), String>;
+    /// Starts it again.
+    ///
+    /// # Errors
+    /// Why it does not serve.
+    fn resume(&self) -> Result<(), String>;
 }
 
 /// Why the daemon stops, in QEMU's words.
@@ -88,6 +110,8 @@ struct Inner {
     clients: Arc<AtomicUsize>,
     /// LUNs that are exported over NBD.
     exports: Exports,
+    /// Who can take LUNs out of service, by their names.
+    pausing: Mutex<BTreeMap<String, Arc<dyn Pausing>>>,
 }
 
 /// The LUNs that serve, by name; what happens to them; and the daemon, if there is one.
@@ -172,6 +196,25 @@ impl Registry {
     /// A device is gone: another that comes under its name is another.
     pub fn forget(&self, name: &str) {
         self.counted().remove(name);
+    }
+
+    fn paused_by(&self) -> MutexGuard<'_, BTreeMap<String, Arc<dyn Pausing>>> {
+        self.0.pausing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// That one can take the LUN of that name out of service.
+    pub fn is_paused_by(&self, name: &str, by: Arc<dyn Pausing>) {
+        self.paused_by().insert(name.to_owned(), by);
+    }
+
+    /// Nobody can any more.
+    pub fn is_paused_by_nobody(&self, name: &str) {
+        self.paused_by().remove(name);
+    }
+
+    /// Who can take that LUN out of service.
+    pub fn pausing(&self, name: &str) -> Option<Arc<dyn Pausing>> {
+        self.paused_by().get(name).cloned()
     }
 
     fn restarts(&self, name: &str) -> u64 {

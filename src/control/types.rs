@@ -321,6 +321,23 @@ pub(super) static LUN_DELETED: Object = object(
     ],
 );
 
+/// How far a handover is.
+pub(super) static MIGRATION_STATUS: Enum =
+    Enum { name: "MigrationStatus", values: &["active", "completed", "failed"] };
+
+/// A LUN that another host has now.
+pub(super) static LUN_MIGRATED: Object = object(
+    "LunMigrated",
+    &[
+        has("device", Type::Str),
+        has("uri", Type::Str),
+        // False: its answer was lost, and that it has the LUN is known from the image.
+        has("answered", Type::Bool),
+        // What could not be taken down here.
+        may("left", Type::Str),
+    ],
+);
+
 /// ImageInfo.
 static IMAGE_INFO: Object = object(
     "ImageInfo",

@@ -16,6 +16,7 @@ use std::{
 };
 
 use super::{
+    pauses::Pauses,
     rundir::RunDir,
     worker::{Host, Known, Order, Outcome, Worker},
 };
@@ -34,7 +35,7 @@ const REMOVAL_PATIENCE: Duration = Duration::from_secs(10);
 struct Entry {
     device: UioDevice,
     known: Arc<Known>,
-    orders: Sender<Order>,
+    orders: Arc<Sender<Order>>,
     thread: JoinHandle<()>,
 }
 
@@ -162,8 +163,10 @@ impl Devices {
             self.remove(minor, None);
         }
         let (orders, inbox) = channel();
+        let orders = Arc::new(orders);
         let known = Arc::new(Known::default());
         let (host, run, registry) = (self.host.clone(), self.run.clone(), self.registry.clone());
+        registry.is_paused_by(&device.name.name, Arc::new(Pauses::of(&orders)));
         let worker = Worker::new(host, run, device.clone(), known.clone(), registry);
         let answers = self.answers.clone();
         let body = move || worker.work(added, &inbox, |id| Pending::new(answers.clone(), Kind::Added, id));
@@ -180,6 +183,7 @@ impl Devices {
 
     fn remove(&mut self, minor: u32, pending: Option<Pending>) {
         let Some(entry) = self.here.remove(&minor) else { return };
+        self.registry.is_paused_by_nobody(&entry.device.name.name);
         entry.orders.send(Order::End { pending: pending.clone(), removed: true }).ok();
         let removal = pending.map(|p| (Instant::now(), p));
         self.leaving.push(Leaving { name: entry.device.name.name, thread: entry.thread, removal });

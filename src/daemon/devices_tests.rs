@@ -550,3 +550,6 @@ fn how_a_lun_stands_is_told_without_waiting_for_it() {
     b.devices.look(false).unwrap();
     b.wait_until("online", |b| outcome(b) == Some(Ok(())));
 }
+
+#[path = "pauses_tests.rs"]
+mod pauses;

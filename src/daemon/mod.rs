@@ -7,6 +7,8 @@
 mod beside;
 pub mod declaring;
 pub mod devices;
+pub mod known;
+pub mod pauses;
 pub mod real;
 pub mod resize;
 pub mod rundir;

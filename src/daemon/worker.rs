@@ -8,14 +8,15 @@ use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, RecvTimeoutError},
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
+pub use super::known::{Known, Outcome};
 use super::rundir::{LastChange, LunState, Phase, RunDir};
 use crate::{
     control::Registry,
@@ -81,51 +82,6 @@ pub struct Identity {
     pub wants_answers: bool,
     /// The kernel has the device running; until then it waits for the answer to ADDED.
     pub enabled: bool,
-}
-
-/// What the worker finds out and the daemon's loop wants to know.
-#[derive(Debug, Default)]
-pub struct Known {
-    /// [`Identity::device_id`], once it is known.
-    pub device_id: OnceLock<u32>,
-    /// The kernel is known not to wait for answers.
-    pub wants_no_answers: AtomicBool,
-    /// The kernel was told that the device failed as it came; it takes it down, and the worker has ended.
-    pub refused: AtomicBool,
-    /// Configurations that the device has come to have since it was found, as the kernel will name it.
-    configs: Mutex<Vec<String>>,
-    told: Mutex<Told>,
-}
-
-/// What came of the LUN's start: nothing yet, that it is up, or why it is not.
-pub type Outcome = Option<Result<(), String>>;
-
-#[derive(Debug, Default)]
-struct Told {
-    outcome: Outcome,
-    pulse: Option<Pulse>,
-}
-
-impl Known {
-    /// How the LUN is, and the way to see whether its thread turns, for as long as it serves.
-    pub fn standing(&self) -> (Outcome, Option<Pulse>) {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        (told.outcome.clone(), told.pulse.clone())
-    }
-
-    /// Whether the device is known by that configuration too.
-    pub fn has_come_to(&self, config: &str) -> bool {
-        let configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
-        configs.iter().any(|known| known == config)
-    }
-
-    fn comes_to(&self, config: &str) {
-        self.configs.lock().unwrap_or_else(PoisonError::into_inner).push(config.to_owned());
-    }
-
-    fn tell(&self, outcome: Outcome, pulse: Option<Pulse>) {
-        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Told { outcome, pulse };
-    }
 }
 
 /// What a LUN says of itself.
@@ -211,6 +167,8 @@ pub enum Order {
         /// Messages were lost.
         lost: bool,
     },
+    /// Take the LUN out of service, or back (false).
+    Pause(bool, SyncSender<Result<(), String>>),
     /// The device goes, or the daemon does: stop the LUN and end. The state file goes with a device.
     End {
         /// The kernel's wait, if it waits.
@@ -234,6 +192,8 @@ pub struct Worker {
     telling: Option<JoinHandle<Result<(), Failure>>>,
     /// The kernel has been told of the configuration that the LUN has.
     told: bool,
+    /// It is out of service, on somebody's order.
+    paused: bool,
     /// Until when the device may still get a serial number; the LUN waits for it, so that it never tells another.
     nameless: Option<Instant>,
     state: LunState,
@@ -275,6 +235,7 @@ impl Worker {
             revived: false,
             telling: None,
             told: true,
+            paused: false,
             nameless: None,
             state,
         }
@@ -321,8 +282,13 @@ impl Worker {
                     }
                 }
                 Ok(Order::Report) => self.write(),
-                Ok(Order::Check { .. }) if self.nameless.is_some() => {}
+                Ok(Order::Check { .. }) if self.nameless.is_some() || self.paused => {}
                 Ok(Order::Check { lost }) => self.check(lost),
+                Ok(Order::Pause(on, back)) => {
+                    let done = if on { self.pause() } else { self.resume() };
+                    // Whoever asked may have stopped waiting.
+                    let _ = back.send(done.map_err(|f| f.reason));
+                }
                 Ok(Order::End { pending, removed }) => {
                     self.end(removed);
                     if let Some(pending) = pending {
@@ -425,6 +391,29 @@ impl Worker {
             self.reconfigure(&Change::Size(identity.capacity)).ok();
         }
         self.reconfigure(&Change::WriteCache(identity.write_cache)).ok();
+    }
+
+    fn pause(&mut self) -> Result<(), Failure> {
+        let stopped = self.take_down().ok_or_else(|| Failure::new(libc::EIO, "the LUN is not up"))?;
+        self.paused = true;
+        self.state.state = Phase::Starting;
+        self.state.reason = Some("it is being handed over".to_owned());
+        self.write();
+        if let Err(failure) = stopped {
+            // Not flushed, or not closed: whoever has its image now would not have all.
+            self.resume().ok();
+            return Err(failure);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Failure> {
+        if !std::mem::take(&mut self.paused) {
+            let why = || self.state.reason.clone().unwrap_or_else(|| "the LUN is not up".to_owned());
+            return self.lun.as_ref().map(drop).ok_or_else(|| Failure::new(libc::EIO, why()));
+        }
+        self.state.reason = None;
+        self.start().1
     }
 
     fn fail(&mut self, failure: Failure) {

@@ -5,6 +5,7 @@ use std::{error::Error, fmt, io, path::PathBuf};
 use super::{
     Format,
     lock::{Holder, LockError},
+    owner::OwnerError,
     qcow2::HeaderError,
 };
 use crate::volume::{IoError, IoErrorKind};
@@ -42,6 +43,8 @@ pub enum OpenErrorKind {
     ReadOnly,
     /// Somebody else has it.
     InUse(Vec<Holder>),
+    /// It is another host's, by the file beside it; and what to do then.
+    Owned(Option<String>),
     /// It cannot be locked.
     NoLocks,
     /// It has no bytes.
@@ -132,6 +135,11 @@ impl OpenError {
         }
     }
 
+    /// It is not to be had, by the file beside it.
+    pub(super) fn owner(path: &std::path::Path, e: OwnerError) -> OpenError {
+        OpenError::new(path, OpenErrorKind::Owned(e.next_step(path))).source(e)
+    }
+
     /// A driver's error while it opened the file.
     pub(super) fn driver(path: impl Into<PathBuf>, e: IoError) -> OpenError {
         let what = match e.kind {
@@ -194,6 +202,7 @@ impl OpenError {
                 Some(holder) => format!("stop {holder}, which holds it"),
                 None => format!("stop whoever uses it: fuser -v {path}"),
             },
+            OpenErrorKind::Owned(next) => return next.clone(),
             OpenErrorKind::NoLocks => {
                 "keep the image on a file system with open file description locks".to_owned()
             }
@@ -259,6 +268,7 @@ impl fmt::Display for OpenErrorKind {
                 }
                 Ok(())
             }
+            OpenErrorKind::Owned(_) => f.write_str("cannot be taken"),
             OpenErrorKind::NoLocks => f.write_str("cannot be locked"),
             OpenErrorKind::Empty => f.write_str("is empty"),
             OpenErrorKind::SizeNotMultiple { size, block_size } => {

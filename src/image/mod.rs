@@ -11,6 +11,7 @@ pub mod nbd;
 pub mod null;
 pub mod open;
 pub mod overlay;
+pub mod owner;
 mod power;
 pub mod qcow2;
 pub mod raw;
@@ -144,6 +145,8 @@ pub struct Image {
     direct_alignment: u32,
     /// On every file of the chain, by its depth. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<(usize, ImageLock)>>,
+    /// It is held for this host. Given up by `close`.
+    owned: RefCell<Option<owner::Owned>>,
 }
 
 impl Image {
@@ -161,6 +164,7 @@ impl Image {
             caches: Caches::default(),
             direct_alignment: 1,
             locks: RefCell::default(),
+            owned: RefCell::default(),
         }
     }
 
@@ -255,6 +259,11 @@ impl Image {
         let lock = ImageLock::acquire(file, LockMode::Reader)?;
         self.locks.borrow_mut().push((depth, lock));
         Ok(())
+    }
+
+    /// The generation under which it is held, if it has an owner's file.
+    pub fn generation(&self) -> Option<u64> {
+        self.owned.borrow().as_ref().map(owner::Owned::generation)
     }
 
     /// The LUN over it was told to end, and will close it: what cannot be had soon is given up.
@@ -367,6 +376,11 @@ impl Volume for Image {
 
     async fn close(&self) -> Result<()> {
         let closed = driver!(self, v => v.close());
+        if let Some(owned) = self.owned.take()
+            && let Err(e) = owned.end()
+        {
+            tracing::warn!(image = %self.path.display(), "it could not be given back: {e}");
+        }
         self.locks.borrow_mut().clear();
         closed
     }

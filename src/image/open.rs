@@ -19,6 +19,7 @@ use super::{
     direct::{CacheMode, Ways},
     lock::{ImageLock, LockMode},
     nbd, null,
+    owner::{Own, Owned},
     qcow2::{self, Backing, MAX_CLUSTER, Qcow2, probe_header},
     raw::{QCOW2_MAGIC, Raw},
 };
@@ -46,6 +47,9 @@ pub struct OpenOptions {
     pub null_size: Option<u64>,
     /// What lies between the image's files and their storage.
     pub cache: CacheMode,
+    /// Take the image, if it has an owner's file ([`super::owner`]), until it is closed; all I/O of the thread is fenced then. Otherwise it is only
+    /// refused if it is another host's.
+    pub own: Option<Own>,
 }
 
 impl Default for OpenOptions {
@@ -57,6 +61,7 @@ impl Default for OpenOptions {
             cache_size: None,
             null_size: None,
             cache: CacheMode::Writeback,
+            own: None,
         }
     }
 }
@@ -109,6 +114,25 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
         return Ok(Image::new(Driver::Nbd(Box::new(driver)), path.to_owned(), None));
     }
     let layers = open_chain(io, path, options).await?;
+    // With the locks, and before anything is written.
+    let owned = if options.lock { Owned::begin(io, path, options.own.as_ref())? } else { None };
+    match build(io, path, options, layers).await {
+        Ok(image) => {
+            image.owned.replace(owned);
+            tracing::debug!(path = %path.display(), format = %image.format(), depth = image.files.len(), "opened an image");
+            Ok(image)
+        }
+        Err(e) => {
+            owned
+                .map_or(Ok(()), Owned::end)
+                .unwrap_or_else(|error| tracing::warn!(%error, "the image could not be given back"));
+            Err(e)
+        }
+    }
+}
+
+/// The drivers over the files, from the bottom up.
+async fn build(io: &Io, path: &Path, options: &OpenOptions, layers: Vec<Layer>) -> Result<Image, OpenError> {
     let mut locks = Vec::new();
     let mut image: Option<Image> = None;
     let depth = layers.len();
@@ -163,7 +187,6 @@ pub async fn open_any_size(io: &Io, path: &Path, options: &OpenOptions) -> Resul
     image.beneath = beneath;
     image.caches = caches;
     image.direct_alignment = alignment;
-    tracing::debug!(path = %path.display(), format = %image.format(), depth, "opened an image");
     Ok(image)
 }
 

@@ -209,14 +209,24 @@ impl Backstore {
         tree.write(&attr, &bytes.to_string()).context("write", &attr)
     }
 
-    /// Ends every command that waits in the ring, with CHECK CONDITION: for a removal that no daemon helps with.
+    /// Ends every command that waits in the ring: with CHECK CONDITION, for a removal that no daemon helps with, or with BUSY, so that initiators
+    /// send it again, to wherever the LUN is then.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn fail_commands(&self, tree: &dyn Tree) -> Result<(), ConfigfsError> {
-        // 2 is an error; 1 would be BUSY, which is only tried again.
+    pub fn end_commands(&self, tree: &dyn Tree, busy: bool) -> Result<(), ConfigfsError> {
+        // 2 is an error, and 1 BUSY.
         let action = self.path.join("action/reset_ring");
-        tree.write(&action, "2").context("write", &action)
+        tree.write(&action, if busy { "1" } else { "2" }).context("write", &action)
+    }
+
+    /// Turns the write cache on or off. The kernel tells the daemon.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_write_cache(&self, tree: &dyn Tree, on: bool) -> Result<(), ConfigfsError> {
+        let attr = self.path.join("attrib/emulate_write_cache");
+        tree.write(&attr, if on { "1" } else { "0" }).context("write", &attr)
     }
 
     /// Removes the device, and its `user_N` if nothing else is in it. Nothing may be exported.

@@ -11,6 +11,7 @@ pub mod leftover;
 pub mod modules;
 pub mod names;
 pub mod netlink;
+pub mod reservations;
 pub mod tree;
 pub mod uio;
 pub mod undo;

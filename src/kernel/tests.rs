@@ -113,7 +113,7 @@ fn commands_without_a_daemon_end_in_an_error_and_not_in_busy() {
     let tree = Fake::new();
     build(&tree, "vm1").unwrap();
     let store = backstore::find(&tree, "dif", "vm1").unwrap().unwrap();
-    store.fail_commands(&tree).unwrap();
+    store.end_commands(&tree, false).unwrap();
     assert_eq!(tree.read(&store.path.join("action/reset_ring")).unwrap(), "2");
 }
 

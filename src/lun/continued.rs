@@ -3,13 +3,17 @@
 //! The file says which instance of the device it is of, so that a new device never wakes up with another's state, and its version. It is written
 //! by the LUN's thread, on a file system in memory, and seldom: when a mode page or a unit attention changes.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::state_file::check_version;
 use crate::{
     files,
+    handover::state::Modes,
     scsi::continued::{Continued, Keeper, Unfinished},
 };
 
@@ -42,7 +46,63 @@ enum Word {
     SanitizeWithAuse,
 }
 
+impl Word {
+    fn of(unfinished: Unfinished) -> Word {
+        match unfinished {
+            Unfinished::Format => Word::Format,
+            Unfinished::Sanitize { ause: false } => Word::Sanitize,
+            Unfinished::Sanitize { ause: true } => Word::SanitizeWithAuse,
+        }
+    }
+
+    fn unfinished(&self) -> Unfinished {
+        match self {
+            Word::Format => Unfinished::Format,
+            Word::Sanitize => Unfinished::Sanitize { ause: false },
+            Word::SanitizeWithAuse => Unfinished::Sanitize { ause: true },
+        }
+    }
+}
+
+/// What is kept, as it goes to another host.
+pub fn to_modes(kept: Continued) -> Modes {
+    let word = |w: Word| serde_json::to_value(w).ok().and_then(|v| v.as_str().map(str::to_owned));
+    Modes {
+        pages: kept.pages,
+        write_cache: kept.write_cache,
+        unit_attentions: kept.attentions,
+        unfinished: kept.unfinished.map(Word::of).and_then(word),
+    }
+}
+
+/// The same as it comes from there; nothing, if it has a word that is not known.
+pub fn from_modes(modes: &Modes) -> Option<Continued> {
+    let word = modes.unfinished.as_ref().map(|w| serde_json::from_value::<Word>(w.as_str().into()));
+    let unfinished = word.transpose().ok()?.map(|w| w.unfinished());
+    Some(Continued {
+        pages: modes.pages.clone(),
+        write_cache: modes.write_cache,
+        attentions: modes.unit_attentions.clone(),
+        unfinished,
+    })
+}
+
 impl ContinuedFile {
+    /// What was kept in that file, of whichever instance of the device.
+    ///
+    /// # Errors
+    /// As [`ContinuedFile::load`].
+    pub fn load_any(path: &Path) -> io::Result<Option<Continued>> {
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        check_version(path, &text, VERSION)?;
+        let content: Content = serde_json::from_slice(&text)?;
+        ContinuedFile { path: path.to_owned(), device: content.device }.load()
+    }
+
     /// What was kept of this device, if anything was.
     ///
     /// # Errors
@@ -55,11 +115,7 @@ impl ContinuedFile {
         };
         check_version(&self.path, &text, VERSION)?;
         let content: Content = serde_json::from_slice(&text)?;
-        let unfinished = content.unfinished.map(|word| match word {
-            Word::Format => Unfinished::Format,
-            Word::Sanitize => Unfinished::Sanitize { ause: false },
-            Word::SanitizeWithAuse => Unfinished::Sanitize { ause: true },
-        });
+        let unfinished = content.unfinished.map(|word| word.unfinished());
         Ok((content.device == self.device).then_some(Continued {
             pages: content.mode_pages,
             write_cache: content.write_cache,
@@ -71,11 +127,7 @@ impl ContinuedFile {
 
 impl Keeper for ContinuedFile {
     fn keep(&self, state: &Continued) -> io::Result<()> {
-        let unfinished = state.unfinished.map(|unfinished| match unfinished {
-            Unfinished::Format => Word::Format,
-            Unfinished::Sanitize { ause: false } => Word::Sanitize,
-            Unfinished::Sanitize { ause: true } => Word::SanitizeWithAuse,
-        });
+        let unfinished = state.unfinished.map(Word::of);
         let content = Content {
             version: VERSION,
             device: self.device,
@@ -105,7 +157,11 @@ mod tests {
         let all = [None, Some(Unfinished::Format)].into_iter();
         for state in all.chain([false, true].map(|ause| Some(Unfinished::Sanitize { ause }))).map(state) {
             file.keep(&state).unwrap();
-            assert_eq!(file.load().unwrap(), Some(state));
+            assert_eq!(file.load().unwrap(), Some(state.clone()));
+            assert_eq!(ContinuedFile::load_any(&file.path).unwrap(), Some(state.clone()));
+            assert_eq!(from_modes(&to_modes(state.clone())), Some(state.clone()));
+            let other = Modes { unfinished: Some("other".into()), ..to_modes(state) };
+            assert_eq!(from_modes(&other), None);
         }
         assert_eq!(ContinuedFile { device: 78, ..file }.load().unwrap(), None);
     }

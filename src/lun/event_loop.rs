@@ -298,6 +298,10 @@ impl<S: Service> EventLoop<S> {
     }
 
     fn start_waiting(&mut self) {
+        // Begun now they would wait in the I/O, where nobody takes them back.
+        if !self.waiting.is_empty() && self.io.is_fenced_off() {
+            return;
+        }
         while self.exec.tasks() < MAX_RUNNING {
             let Some((command, reply, taken)) = self.waiting.pop_front() else { return };
             let service = self.service.clone();

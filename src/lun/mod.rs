@@ -11,6 +11,7 @@ mod event_loop;
 pub mod events;
 #[cfg(feature = "fault-points")]
 mod fault_points;
+pub mod handed_over;
 mod inbox;
 pub mod jobs;
 #[cfg(test)]
@@ -47,7 +48,10 @@ use tracing::{error, info, warn};
 
 pub use crate::image::ImageInfo;
 use crate::{
-    image::open::OpenError,
+    image::{
+        open::OpenError,
+        owner::{Claim, Own},
+    },
     pi::PiOpenError,
     ring::{Device, Ring, RingError},
     sys::{
@@ -394,6 +398,16 @@ fn live(
     if let Err(e) = stack::check_transfer(&params).and_then(|()| saved_pages::check(&params)) {
         return refuse(up, e);
     }
+    let pulse = inbox.outbox().pulse();
+    // Its loop turns once more, and finds out.
+    let lost = Arc::new(move || pulse.ask());
+    let handed_over = match handed_over::of(&params) {
+        Ok(found) => found,
+        Err(e) => return refuse(up, LunError::Saved(e)),
+    };
+    let expected = handed_over.as_ref().map(|(found, _)| found.generation);
+    // Without an identity of the host an image that has an owner's file is refused.
+    let own = Claim::of_this_host().ok().map(|claim| Own { claim, expected, lost });
     let opened = {
         let io = io.clone();
         let exec_io = io.clone();
@@ -401,7 +415,7 @@ fn live(
         let for_task = params.clone();
         let open = async move {
             let LunParams { config, block_size, capacity, .. } = &*for_task;
-            let stack = Stack::open(&io, config, *block_size, *capacity).await?;
+            let stack = Stack::open_owned(&io, config, *block_size, *capacity, own).await?;
             let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;
             Ok((stack, job))
         };
@@ -428,7 +442,7 @@ fn live(
     if let Some(commands) = ring.resumed() {
         info!(commands, "taken up where another daemon left it");
     }
-    lun.takes_up(ring.resumed().is_some(), continued.as_ref());
+    lun.takes_up(ring.resumed().is_some(), continued.as_ref(), handed_over);
     info!(image = %params.config.image.display(), io = %io.backend(), pi = ?params.config.pi, "online");
     if up.send(Ok(())).is_err() {
         warn!("nobody waits for this LUN any more");

@@ -1,6 +1,10 @@
 //! What a LUN's loop serves: commands through the SCSI target over the stack, and messages from outside.
 
-use std::{cell::RefCell, rc::Rc, time::Instant};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    time::Instant,
+};
 
 use tracing::{error, info, warn};
 
@@ -10,6 +14,7 @@ use super::{
     continued::ContinuedFile,
     event_loop::{Load, Service},
     events::{Events, JobStatus},
+    handed_over::HandedOver,
     inbox::{Message, Outbox},
     jobs::{self, Jobs},
     measured::Measures,
@@ -53,6 +58,8 @@ pub(super) struct Lun {
     calls: Calls,
     /// The LUN has another image.
     moved: Notify,
+    /// What protection had counted where it was before.
+    inherited: Cell<Counters>,
 }
 
 impl Lun {
@@ -104,6 +111,7 @@ impl Lun {
             events,
             calls,
             moved: Notify::new(),
+            inherited: Cell::default(),
         }
     }
 
@@ -114,7 +122,29 @@ impl Lun {
 
     /// Begins. Where another daemon served it before and its initiators have not noticed (`resumed`), it is as that has left it; what cannot
     /// be known any more they are told with a power on, which is what it comes to for them.
-    pub(super) fn takes_up(&self, resumed: bool, continued: Option<&ContinuedFile>) {
+    /// The same of one that another host has handed over, whose initiators have not noticed either.
+    pub(super) fn takes_up(
+        &self,
+        resumed: bool,
+        continued: Option<&ContinuedFile>,
+        handed_over: Option<(HandedOver, StateFile)>,
+    ) {
+        if let Some((found, file)) = handed_over {
+            self.inherited.set(found.counters.unwrap_or_default());
+            // From here on it is kept as everything is.
+            match found.continued().filter(|_| !resumed) {
+                Some(kept) => self.target.goes_on(Some(&kept)),
+                None => self.goes_on(resumed, continued),
+            }
+            if let Err(error) = file.remove() {
+                warn!(path = %file.path().display(), %error, "what the LUN was handed over with stays there, and is of no use any more");
+            }
+            return;
+        }
+        self.goes_on(resumed, continued);
+    }
+
+    fn goes_on(&self, resumed: bool, continued: Option<&ContinuedFile>) {
         match continued.filter(|_| resumed).map_or(Ok(None), ContinuedFile::load) {
             Ok(kept) if resumed => self.target.goes_on(kept.as_ref()),
             Ok(_) => self.target.begins(),
@@ -148,7 +178,7 @@ impl Lun {
         let stack = self.front.volume();
         let all = |below: Counters| Counters {
             repaired: self.jobs.repaired(),
-            ..below.plus(self.target.pi_counters())
+            ..below.plus(self.target.pi_counters()).plus(self.inherited.get())
         };
         Stats {
             commands: load.commands,

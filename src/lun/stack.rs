@@ -8,6 +8,7 @@ use crate::{
     image::{
         Image,
         open::{OpenOptions, open},
+        owner::Own,
     },
     job::{Side, first_extent},
     pi::{
@@ -48,6 +49,17 @@ impl Stack {
         block_size: BlockSize,
         expected: u64,
     ) -> std::result::Result<Stack, LunError> {
+        Stack::open_owned(io, config, block_size, expected, None).await
+    }
+
+    /// The same of an image that is taken for this host, if it has an owner's file.
+    pub(super) async fn open_owned(
+        io: &Io,
+        config: &DeviceConfig,
+        block_size: BlockSize,
+        expected: u64,
+        own: Option<Own>,
+    ) -> std::result::Result<Stack, LunError> {
         let options = OpenOptions {
             read_only: config.read_only,
             format: config.format,
@@ -55,6 +67,7 @@ impl Stack {
             cache_size: config.cache_size,
             null_size: Some(expected),
             cache: config.cache,
+            own: own.filter(|_| !config.read_only),
         };
         let image = open(io, &config.image, &options).await?;
         image.check_block_size(block_size)?;

@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod count;
 pub mod exec;
+pub mod fence;
 pub mod io;
 pub mod mem;
 pub mod ofd;

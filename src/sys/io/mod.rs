@@ -5,6 +5,7 @@
 //! at any time. The thread sleeps in `turn` alone: completions, watched descriptors and timers all arrive there.
 
 mod fallocate;
+mod fenced;
 pub mod net;
 mod op_future;
 mod threads;
@@ -26,7 +27,10 @@ use std::{
 
 use slab::Slab;
 
-use super::mem::{Held, Sg};
+use super::{
+    fence::{Fence, Standing},
+    mem::{Held, Sg},
+};
 pub use fallocate::Fallocate;
 use op_future::OpFuture;
 use threads::Pool;
@@ -170,6 +174,8 @@ struct Inner {
     polls: RefCell<Vec<Polled>>,
     timers: RefCell<Slab<Timer>>,
     due: RefCell<BinaryHeap<Reverse<(Instant, usize)>>>,
+    /// What all of it is under.
+    fence: RefCell<Option<Fence>>,
 }
 
 /// The handle to a thread's I/O; clones are the same.
@@ -199,6 +205,7 @@ impl Io {
             polls: RefCell::default(),
             timers: RefCell::default(),
             due: RefCell::default(),
+            fence: RefCell::default(),
         })))
     }
 
@@ -355,7 +362,7 @@ impl Io {
     /// it are woken. Returns at once if anything completes.
     ///
     /// # Errors
-    /// Those of `io_uring_enter` or `ppoll` that no retry mends.
+    /// Those of `io_uring_enter` or `ppoll` that no retry mends; [`super::fence::FenceLost`] for good.
     pub fn turn(&self, wait: Wait) -> io::Result<()> {
         let wait = match self.next_timer() {
             Some(due) if wait != Wait::No => {
@@ -366,6 +373,11 @@ impl Io {
                 }
             }
             _ => wait,
+        };
+        let Some(wait) = self.fenced_wait(wait)? else {
+            self.reap_pool();
+            self.fire_timers();
+            return Ok(());
         };
         match &self.0.engine {
             Engine::Uring(uring) => {
@@ -521,6 +533,7 @@ impl Io {
         let mut pool = self.0.pool.borrow_mut();
         if pool.is_none() {
             let (new, fd) = Pool::new()?;
+            new.set_fence(self.0.fence.borrow().clone());
             *self.0.pool_watch.borrow_mut() = Some(self.watch(fd)?);
             *pool = Some(new);
         }
@@ -555,7 +568,8 @@ impl Drop for Inner {
                     op.result = Some(result);
                 }
             };
-            if uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
+            let off = self.fence.borrow().as_ref().is_some_and(|f| f.standing() != Standing::Holds);
+            if off || uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
                 // Leaking beats giving the kernel's target memory to somebody else.
                 std::mem::forget(std::mem::take(&mut *self.ops.borrow_mut()));
                 return;

@@ -18,7 +18,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use smallvec::SmallVec;
 
-use super::{Polled, Request, Wait, Watch};
+use super::{Polled, Request, Wait, Watch, fenced};
+use crate::sys::fence::{Fence, Standing};
 
 const THREADS: usize = 4;
 
@@ -47,6 +48,8 @@ struct Shared {
     /// There are results, and the event has been or is being set for them.
     announced: AtomicBool,
     event: OwnedFd,
+    /// What all of it is under.
+    fence: Mutex<Option<Fence>>,
 }
 
 pub(super) struct Pool {
@@ -65,6 +68,7 @@ impl Pool {
             done: Mutex::default(),
             announced: AtomicBool::new(false),
             event,
+            fence: Mutex::default(),
         });
         let threads = (0..THREADS)
             .map(|_| {
@@ -79,6 +83,11 @@ impl Pool {
         let job = Job { key, fd, request, iovecs: iovecs.as_ptr(), count: iovecs.len() };
         self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner).jobs.push_back(job);
         self.shared.work.notify_one();
+    }
+
+    /// Puts what is begun from now on under the fence.
+    pub(super) fn set_fence(&self, fence: Option<Fence>) {
+        *self.shared.fence.lock().unwrap_or_else(PoisonError::into_inner) = fence;
     }
 
     /// Whether there are results; a load, and no system call.
@@ -121,10 +130,26 @@ impl Shared {
                 queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
             };
             drop(queue);
-            let (key, result) = (job.key, job.run());
+            let key = job.key;
+            let result = if self.may_begin() { job.run() } else { -libc::ESTALE };
             self.done.lock().unwrap_or_else(PoisonError::into_inner).push((key, result));
             if !self.announced.swap(true, Ordering::SeqCst) {
                 let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Waits until the files are known to be ours; false, if they are another's.
+    fn may_begin(&self) -> bool {
+        let fence = self.fence.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(fence) = fence else { return true };
+        loop {
+            match fence.standing() {
+                Standing::Holds => return true,
+                Standing::Lost => return false,
+                Standing::Expired => std::thread::sleep(fenced::LOOK),
             }
         }
     }

@@ -4,7 +4,8 @@ use std::{io, rc::Rc};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::{Request, Wait, Watch};
+use super::{Request, Wait, Watch, fenced};
+use crate::sys::fence::{Fence, Standing};
 
 const ENTRIES: u32 = 256;
 /// user_data of watches; operations have their slab keys.
@@ -16,6 +17,8 @@ pub(super) struct Uring {
     ring: IoUring,
     /// Calls of `io_uring_enter` that nobody has asked for yet.
     enters: u64,
+    /// What all of it is under.
+    pub(super) fence: Option<Fence>,
 }
 
 impl Uring {
@@ -31,7 +34,7 @@ impl Uring {
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
-        Ok(Uring { ring, enters: 0 })
+        Ok(Uring { ring, enters: 0, fence: None })
     }
 
     /// Queues one operation. `iovecs` must stay where it is until the completion.
@@ -83,6 +86,15 @@ impl Uring {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
+            // Full, which a LUN that is held up comes to only with more than its commands ask for.
+            match self.fence.as_ref().map_or(Standing::Holds, Fence::standing) {
+                Standing::Holds => {}
+                Standing::Lost => return Err(fenced::lost()),
+                Standing::Expired => {
+                    std::thread::sleep(fenced::LOOK);
+                    continue;
+                }
+            }
             self.enters += 1;
             match self.ring.submit() {
                 Ok(_) => {}
@@ -90,6 +102,11 @@ impl Uring {
                 Err(e) => return Err(e),
             }
         }
+    }
+
+    /// Whether there are operations that the kernel has not been told of.
+    pub(super) fn has_queued(&mut self) -> bool {
+        !self.ring.submission().is_empty()
     }
 
     /// How often the kernel was entered since the last call.

@@ -11,6 +11,7 @@ mod device;
 mod docs;
 mod fabric;
 mod fault;
+mod handover;
 pub(super) mod initiator;
 mod iscsi;
 mod jobs;
@@ -114,6 +115,7 @@ pub fn all() -> Vec<&'static Test> {
         lifecycle::TESTS,
         chain::TESTS,
         jobs::TESTS,
+        handover::TESTS,
         qmp::TESTS,
         conformance::TESTS,
         copy::TESTS,

@@ -1,0 +1,529 @@
+//! LUNs that go to another host and come from one: the two sides of [`crate::handover`], over the kernel, the daemon and the image that are really there.
+
+use std::{
+    fmt,
+    io::{self, Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use rustix::{
+    fs::{Mode, fchmod},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+    process::geteuid,
+};
+use serde_json::Value;
+
+use super::{
+    Admin, Refusal, config_check,
+    luns::refused,
+    order::{ExportOrder, Order},
+    require_root,
+};
+use crate::{
+    control::Registry,
+    handover::{self, Destination, Failure, Given, Identity, Source, State, Thawed, state::Modes},
+    image::{
+        nbd::is_uri,
+        owner::{self, Claim, OwnerState},
+    },
+    kernel::{backstore::Backstore, fabric, names::Name, reservations, usage},
+    lun::{
+        Remote, chain,
+        config::DeviceConfig,
+        continued::{self, ContinuedFile},
+        events::JobStatus,
+        handed_over::HandedOver,
+        jobs::JobOrder,
+        saved_pages, scrub,
+        state_file::StateFile,
+        throttle,
+    },
+    pi::{Counters, protected::sidecar_path},
+    sys::socket,
+    units::BlockSize,
+};
+
+/// How long one side waits for the other. The kernel gives the commands of a frozen LUN up after a minute and a half.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where the other side is: a Unix socket of this host. What goes over it is neither encrypted nor signed, and whoever may connect may have LUNs made, so
+/// it is root's alone; to another host it goes through a tunnel that root has made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address(PathBuf);
+
+/// How a tunnel is made.
+const TUNNEL: &str = "only Unix sockets of this host are used, because there is no TLS: give unix:/PATH; to another host a tunnel leads, made by root: \
+                      ssh -N -L /run/tcmu-dif/there.sock:/run/tcmu-dif/receive.sock HOST";
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Address, String> {
+        let path = PathBuf::from(text.strip_prefix("unix:").ok_or(TUNNEL)?);
+        if path.is_absolute() {
+            Ok(Address(path))
+        } else {
+            Err("the path of a socket is absolute: unix:/PATH".into())
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unix:{}", self.0.display())
+    }
+}
+
+/// A connection to the other side.
+#[derive(Debug)]
+pub struct Connection(UnixStream);
+
+impl Connection {
+    fn of(stream: UnixStream) -> io::Result<Connection> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Connection(stream))
+    }
+}
+
+impl Read for Connection {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        self.0.read(to)
+    }
+}
+
+impl Write for Connection {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.0.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Address {
+    /// Connects.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn connect(&self) -> io::Result<Connection> {
+        Connection::of(UnixStream::connect(&self.0)?)
+    }
+
+    /// Listens.
+    ///
+    /// # Errors
+    /// The socket's; one that is there is not replaced.
+    pub fn listen(&self) -> io::Result<Listener> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        // What bind makes has no more permissions than this.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        bind(&socket, &SocketAddrUnix::new(&self.0)?)?;
+        let listener = Listener(UnixListener::from(socket), self.0.clone());
+        listen(&listener.0, 4)?;
+        Ok(listener)
+    }
+}
+
+/// Where a destination listens; the socket goes with it.
+#[derive(Debug)]
+pub struct Listener(UnixListener, PathBuf);
+
+impl Listener {
+    /// The next source. One that is not this process's user, or root, is sent away.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn accept(&self) -> io::Result<Connection> {
+        loop {
+            let (stream, _) = self.0.accept()?;
+            let peer = socket::peer(&stream)?;
+            if peer.uid == 0 || peer.uid == geteuid().as_raw() {
+                return Connection::of(stream);
+            }
+            tracing::warn!(uid = peer.uid, "sent away: LUNs are handed over by root alone");
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Gone already, if somebody has removed it.
+        let _ = std::fs::remove_file(&self.1);
+    }
+}
+
+fn failed(e: &Refusal) -> Failure {
+    let reason = if e.value.is_empty() || e.reason.starts_with(&e.value) {
+        e.reason.clone()
+    } else {
+        format!("{}: {}", e.value, e.reason)
+    };
+    Failure { reason, next: e.next.clone() }
+}
+
+/// A LUN of the daemon's, which goes.
+struct Going<'a> {
+    admin: &'a Admin,
+    luns: &'a Registry,
+    name: Name,
+    known: Option<Known>,
+}
+
+/// What is known of it once it has been looked at.
+struct Known {
+    store: Backstore,
+    identity: Identity,
+    image: PathBuf,
+    counters: Option<Counters>,
+}
+
+impl Going<'_> {
+    fn remote(&self) -> Result<Remote, Failure> {
+        let lun = self.luns.find(self.name.as_str());
+        lun.ok_or_else(|| {
+            Failure::new(format!("the LUN {} does not serve", self.name)).then("see how it is: tcmu-dif list")
+        })
+    }
+
+    fn known(&self) -> Result<&Known, Failure> {
+        self.known.as_ref().ok_or_else(|| Failure::new("the LUN has not been looked at"))
+    }
+
+    fn pausing(&self) -> Result<std::sync::Arc<dyn crate::control::Pausing>, Failure> {
+        self.luns
+            .pausing(self.name.as_str())
+            .ok_or_else(|| Failure::new("the daemon does not have the LUN any more"))
+    }
+}
+
+/// Refuses images of which no owner can be kept where the other host sees it.
+fn check_image(config: &DeviceConfig) -> Result<(), Failure> {
+    let image = config.image.display();
+    if config.read_only {
+        return Err(
+            Failure::new("it is read-only").then("make it on the other host too: nothing is in the way")
+        );
+    }
+    if is_uri(&config.image) {
+        return Err(Failure::new(format!("{image} is an NBD export, beside which no owner is kept"))
+            .then("delete the LUN here and create it there"));
+    }
+    match config.image.metadata() {
+        Ok(meta) if meta.is_file() => Ok(()),
+        Ok(_) => Err(Failure::new(format!("{image} is no file: no owner is kept beside a block device"))
+            .then("delete the LUN here and create it there")),
+        Err(e) => Err(Failure::new(format!("{image}: {e}"))
+            .then("mount the storage that both hosts have at the same place")),
+    }
+}
+
+impl Source for Going<'_> {
+    fn identity(&mut self) -> Result<Identity, Failure> {
+        require_root("handover").map_err(|e| failed(&e))?;
+        let places = &self.admin.places;
+        let store = places.lun("handover", &self.name).map_err(|e| failed(&e))?;
+        let remote = self.remote()?;
+        let lun = |e: crate::lun::LunError| Failure::new(chain(&e));
+        let config = remote.made().config.clone();
+        check_image(&config)?;
+        let jobs = remote.job(JobOrder::Query).map_err(lun)?;
+        if let Some(job) = jobs.iter().find(|job| job.status != JobStatus::Concluded) {
+            return Err(Failure::new(format!(
+                "the block job {} is under way, which does not go along",
+                job.id
+            ))
+            .then(format!(
+                "have it end first: tcmu-dif job complete {0}, or tcmu-dif job cancel {0}",
+                job.id
+            )));
+        }
+        let tree = |e: crate::kernel::backstore::ConfigfsError| failed(&refused("handover", &self.name, &e));
+        if let Some(held) = reservations::of(&places.tree, &store.path).map_err(tree)? {
+            return Err(Failure::new(format!(
+                "initiators have reserved it, and reservations do not go along: {held}"
+            ))
+            .then("have them give the reservation up first"));
+        }
+        let exports = fabric::of(&places.tree, &store).map_err(tree)?;
+        if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {
+            return Err(Failure::new(foreign.to_string())
+                .then("take that export down first, with the tool that made it: targetcli"));
+        }
+        let stats = remote.stats().map_err(lun)?;
+        let owner = owner::read(&config.image).map_err(|e| Failure::new(chain(&e)))?;
+        let image = config.image.clone();
+        let serial = crate::lun::serial_of(Some(&store.serial), &config, &store.name);
+        let identity = Identity {
+            name: store.name.clone(),
+            serial,
+            config: config.to_string(),
+            format: stats.format,
+            block_size: store.block_size,
+            capacity: stats.capacity_bytes,
+            write_cache: store.write_cache,
+            exports: exports.into_iter().map(|e| (e.fabric, e.target)).collect(),
+            generation: owner.map(|o| o.generation),
+        };
+        self.known = Some(Known { store, identity: identity.clone(), image, counters: stats.pi });
+        Ok(identity)
+    }
+
+    fn freeze(&mut self) -> Result<(), Failure> {
+        self.pausing()?.pause().map_err(Failure::new)
+    }
+
+    fn state(&mut self) -> Result<State, Failure> {
+        let Known { store, identity, image, counters } = self.known()?;
+        let owner = |e: owner::OwnerError| Failure::new(format!("{}: {}", image.display(), chain(&e)));
+        let claim =
+            Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))?;
+        let record = owner::share(image, &claim).map_err(owner)?;
+        if record.state != OwnerState::Released {
+            return Err(Failure::new(format!("{} was not given back: {:?}", image.display(), record.state)));
+        }
+        let places = &self.admin.places;
+        let io = |e: io::Error| Failure::new(e.to_string());
+        let saved =
+            |folder| StateFile::new(&places.state_dir, folder, &identity.serial).load::<Value>().map_err(io);
+        let minor = places.run.read(&store.name).map_err(io)?.map(|state| state.minor);
+        let kept = match minor {
+            Some(minor) => ContinuedFile::load_any(&places.run.continued_file(minor)).map_err(io)?,
+            None => None,
+        };
+        let modes: Option<Modes> = kept.map(continued::to_modes);
+        Ok(State {
+            modes,
+            saved_pages: saved(saved_pages::FOLDER)?,
+            limits: saved(throttle::FOLDER)?,
+            scrub: saved(scrub::FOLDER)?,
+            counters: counters.as_ref().and_then(|c| serde_json::to_value(c).ok()),
+            ..State::new(Identity { generation: Some(record.generation), ..identity.clone() })
+        })
+    }
+
+    fn thaw(&mut self) -> Result<Thawed, Failure> {
+        let image = &self.known()?.image;
+        let Err(reason) = self.pausing()?.resume() else { return Ok(Thawed::Serves) };
+        let claim =
+            Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))?;
+        match owner::read(image) {
+            Ok(Some(now)) if now.state != OwnerState::Released && now.host.id != claim.host.id => {
+                Ok(Thawed::Taken)
+            }
+            _ => Err(Failure::new(reason).then(format!("see how it is: tcmu-dif show {}", self.name))),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Failure> {
+        self.admin.delete_handed_over(&self.name).map(drop).map_err(|e| failed(&e))
+    }
+}
+
+impl Admin {
+    /// Hands a LUN of the daemon's over to whoever receives there.
+    ///
+    /// # Errors
+    /// Which step failed; the LUN serves here then, or the words say why it does not.
+    pub fn hand_over(&self, luns: &Registry, name: &Name, to: &Address) -> Result<Given, Refusal> {
+        let mut connection = to.connect().map_err(|e| {
+            Refusal::from("handover", to, &e)
+                .then("have the other host listen: tcmu-dif receive --listen ADDRESS")
+        })?;
+        tracing::info!(lun = %name, %to, "is handed over");
+        let mut going = Going { admin: self, luns, name: name.clone(), known: None };
+        let given = handover::give(&mut connection, &mut going).map_err(|e| {
+            tracing::error!(lun = %name, %to, "not handed over: {e}");
+            let next = e.down.as_ref().and_then(|down| down.next.clone()).or_else(|| e.failure.next.clone());
+            Refusal::new("handover", name, e.to_string()).maybe_next(next)
+        })?;
+        tracing::info!(lun = %name, %to, "has been handed over");
+        Ok(given)
+    }
+
+    /// Has one LUN handed over from whoever is at the other end, under its own name or another.
+    ///
+    /// # Errors
+    /// Why not; nothing of it is here then.
+    pub fn receive(&self, connection: &mut Connection, name: Option<&Name>) -> Result<Value, Refusal> {
+        let mut coming = Coming { admin: self, name: name.cloned() };
+        let (identity, made) = handover::take(connection, &mut coming)
+            .map_err(|e| Refusal::new("receive", "", e.reason).maybe_next(e.next))?;
+        tracing::info!(lun = identity.name, "has come from another host");
+        Ok(made)
+    }
+}
+
+/// A LUN that comes.
+struct Coming<'a> {
+    admin: &'a Admin,
+    /// Another name than it had.
+    name: Option<Name>,
+}
+
+impl Coming<'_> {
+    fn name(&self, of: &Identity) -> Result<Name, Failure> {
+        match &self.name {
+            Some(name) => Ok(name.clone()),
+            None => Name::new(&of.name).map_err(|e| Failure::new(format!("{}: {e}", of.name))),
+        }
+    }
+
+    fn config(of: &Identity) -> Result<DeviceConfig, Failure> {
+        DeviceConfig::parse(&of.config).map_err(|e| {
+            Failure::new(format!("its configuration is not understood here: {e}"))
+                .then("use the same version on both hosts")
+        })
+    }
+
+    fn order(&self, of: &Identity) -> Result<Order, Failure> {
+        let block_size = BlockSize::new(of.block_size)
+            .ok_or_else(|| Failure::new(format!("blocks of {} bytes are not served here", of.block_size)))?;
+        let config = DeviceConfig {
+            format: Some(
+                of.format
+                    .parse()
+                    .map_err(|_| Failure::new(format!("the format {} is not known here", of.format)))?,
+            ),
+            ..Self::config(of)?
+        };
+        let export = |(fabric, wwn): &(String, String)| {
+            let text = if self.name.is_some() { fabric.clone() } else { format!("{fabric}:{wwn}") };
+            text.parse::<ExportOrder>().map_err(|why| Failure::new(format!("the export {text}: {why}")))
+        };
+        Ok(Order {
+            name: self.name(of)?,
+            serial: Some(of.serial.clone()),
+            exports: of.exports.iter().map(export).collect::<Result<_, _>>()?,
+            ..config_check::order(&config, block_size).map_err(|e| failed(&e))?
+        })
+    }
+}
+
+impl Destination for Coming<'_> {
+    fn prepare(&mut self, of: &Identity) -> Result<(), Failure> {
+        require_root("receive").map_err(|e| failed(&e))?;
+        let places = &self.admin.places;
+        places.daemon().map_err(|e| failed(&e))?;
+        let order = self.order(of)?;
+        let name = &order.name;
+        if places.find("receive", name).map_err(|e| failed(&e))?.is_some() {
+            return Err(Failure::new(format!("a LUN {name} is there already"))
+                .then(format!("delete it there, or receive under another name: tcmu-dif delete {name}")));
+        }
+        let config = Self::config(of)?;
+        check_image(&config)?;
+        let image = &config.image;
+        let found =
+            owner::read(image).map_err(|e| Failure::new(format!("{}: {}", image.display(), chain(&e))))?;
+        // That it is the same file on the same storage: its owner's file says the same there.
+        if found.as_ref().map(|o| o.generation) != of.generation {
+            return Err(Failure::new(format!("{} is not the same file here and there", image.display()))
+                .then("mount the storage that both hosts have at the same place"));
+        }
+        if config.pi.is_some() {
+            let sidecar = sidecar_path(image, config.sidecar.as_deref());
+            if !sidecar.exists() {
+                return Err(Failure::new(format!("there is no {}", sidecar.display()))
+                    .then("keep the protection information where both hosts see it, beside the image"));
+            }
+        }
+        for export in &order.exports {
+            let Some(wwn) = &export.wwn else { continue };
+            let target = Path::new("target").join(export.fabric.word()).join(wwn.as_str());
+            if places.tree.has_now(&target) {
+                return Err(Failure::new(format!("the target {wwn} is there already"))
+                    .then("take it down there first"));
+            }
+        }
+        Ok(())
+    }
+
+    fn build(&mut self, state: &State) -> Result<Value, Failure> {
+        let of = &state.identity;
+        let order = self.order(of)?;
+        let generation = of
+            .generation
+            .ok_or_else(|| Failure::new("it is not told in which generation the image was given back"))?;
+        let counters = state.counters.clone().and_then(|c| serde_json::from_value(c).ok());
+        let begin = HandedOver { generation, modes: state.modes.clone(), counters };
+        let begin = serde_json::to_value(begin).map_err(|e| Failure::new(e.to_string()))?;
+        let places = &self.admin.places;
+        let io = |e: io::Error| Failure::new(format!("what comes with the LUN cannot be kept: {e}"));
+        let file = |folder| StateFile::new(&places.state_dir, folder, &of.serial);
+        let all = [
+            (file(saved_pages::FOLDER), state.saved_pages.clone()),
+            (file(throttle::FOLDER), state.limits.clone()),
+            (file(scrub::FOLDER), state.scrub.clone()),
+            (HandedOver::file(&places.state_dir, &of.serial), Some(begin)),
+        ];
+        // Where both LUNs are of one host, these are the source's too.
+        let before = all.each_ref().map(|(file, _)| file.load::<Value>().unwrap_or(None));
+        let put = |file: &StateFile, value: &Option<Value>| match value {
+            Some(value) => file.save(value, true),
+            None => file.remove(),
+        };
+        let made = all.iter().try_for_each(|(file, value)| put(file, value)).map_err(io).and_then(|()| {
+            let made = self.admin.create(&order).map_err(|e| failed(&e))?;
+            if !made.created || made.capacity_bytes != of.capacity {
+                return Err(Failure::new(format!(
+                    "the disk has {} bytes here, and {} there",
+                    made.capacity_bytes, of.capacity
+                )));
+            }
+            Ok(made)
+        });
+        let made = match made {
+            Ok(made) => made,
+            Err(failure) => {
+                for ((file, _), value) in all.iter().zip(&before) {
+                    if let Err(e) = put(file, value) {
+                        tracing::warn!("{}: {e}", file.path().display());
+                    }
+                }
+                return Err(failure);
+            }
+        };
+        if !of.write_cache
+            && let Ok(Some(store)) = places.find("receive", &order.name)
+            && let Err(e) = store.set_write_cache(&places.tree, false)
+        {
+            tracing::warn!(lun = %order.name, "its write cache could not be turned off, as it was: {}", chain(&e));
+        }
+        serde_json::to_value(&made).map_err(|e| Failure::new(e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_unix_socket_and_all_else_is_refused_with_the_way_there() {
+        assert_eq!("unix:/run/a.sock".parse::<Address>().unwrap().to_string(), "unix:/run/a.sock");
+        for wrong in ["tls://host:1", "host:1", "127.0.0.1:1", "/run/a.sock", ""] {
+            assert!(wrong.parse::<Address>().unwrap_err().contains("ssh -N -L"), "{wrong}");
+        }
+        assert!("unix:a.sock".parse::<Address>().unwrap_err().contains("absolute"));
+    }
+
+    #[test]
+    fn the_socket_is_its_owners_alone_is_not_replaced_and_goes_with_its_listener() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let address: Address = format!("unix:{}/r.sock", dir.path().display()).parse().unwrap();
+        let listener = address.listen().unwrap();
+        assert_eq!(address.0.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(address.listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let mut here = address.connect().unwrap();
+        here.write_all(b"a").unwrap();
+        let mut there = listener.accept().unwrap();
+        assert_eq!(there.read(&mut [0; 4]).unwrap(), 1);
+        drop(listener);
+        assert!(!address.0.exists());
+    }
+}

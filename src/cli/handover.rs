@@ -1,0 +1,86 @@
+//! `tcmu-dif handover` and `tcmu-dif receive`: a LUN goes from one host to another.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use super::{
+    CliError, Done,
+    args::Cli,
+    error,
+    handover_args::{Handover, Receive},
+    output,
+};
+use crate::{
+    admin::require_root,
+    control::{SOCKET, client::Client},
+};
+
+/// How long the daemon may take: it waits for the other side, and for two LUNs.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Runs `handover`: the daemon does it.
+pub fn give(cli: &Cli, args: &Handover) -> Done {
+    let name = args.name.as_str();
+    let failed = |e| error::from_client("handover", name, &e);
+    let mut client = Client::connect(&cli.run_dir.join(SOCKET)).map_err(failed)?;
+    client.wait_for(PATIENCE).map_err(failed)?;
+    let arguments =
+        Map::from_iter([("device".to_owned(), name.into()), ("uri".to_owned(), args.to.to_string().into())]);
+    let given = client.execute("migrate", arguments).map_err(failed)?;
+    if args.json.json {
+        return output::json(&given);
+    }
+    let mut text = format!("{name} serves there now, and is gone here");
+    if given["answered"] == false {
+        text = format!("{name} has gone over: the other host has its image, though its answer was lost");
+    }
+    if let Some(left) = given["left"].as_str() {
+        text.push_str(&format!("; what is left here: {left}\n  next: tcmu-dif delete --force {name}"));
+    }
+    output::print(&text)
+}
+
+/// Runs `receive`.
+pub fn take(cli: &Cli, args: &Receive) -> Done {
+    require_root("receive")?;
+    let listener = args.listen.listen().map_err(|e| {
+        let next = match e.kind() {
+            std::io::ErrorKind::AddrInUse => {
+                "choose another address; or, if nobody listens there any more, remove the socket"
+            }
+            _ => "listen in a folder that is there, as unix:/run/tcmu-dif/receive.sock",
+        };
+        CliError::from("--listen", &args.listen, &e).then(next)
+    })?;
+    let admin = cli.admin();
+    loop {
+        let mut connection = listener.accept().map_err(|e| CliError::from("receive", &args.listen, &e))?;
+        let came = admin.receive(&mut connection, args.name.as_ref());
+        match came {
+            Ok(made) => tell(args, &made)?,
+            Err(e) if args.once => return Err(e),
+            // The source has been told; the next one may fare better.
+            Err(e) => {
+                eprintln!("{e}");
+                continue;
+            }
+        };
+        if args.once {
+            return Ok(std::process::ExitCode::SUCCESS);
+        }
+    }
+}
+
+fn tell(args: &Receive, made: &Value) -> Done {
+    if args.json.json {
+        return output::json(made);
+    }
+    let text = |key: &str| made[key].as_str().unwrap_or_default().to_owned();
+    output::print(&format!(
+        "{} serves here: {}, serial number {}",
+        text("name"),
+        text("image"),
+        text("serial")
+    ))
+}

@@ -1,0 +1,117 @@
+//! What goes with a LUN, section by section. Names and contents are in `docs/handover.md`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::format::{FormatError, Sections};
+
+/// The sections that this version knows, and the newest version of each.
+const KNOWN: &[(&str, u16)] =
+    &[(IDENTITY, 1), (MODES, 1), (SAVED, 1), (LIMITS, 1), (SCRUB, 1), (COUNTERS, 1)];
+
+const IDENTITY: &str = "identity";
+const MODES: &str = "modes";
+const SAVED: &str = "saved-mode-pages";
+const LIMITS: &str = "limits";
+const SCRUB: &str = "scrub";
+const COUNTERS: &str = "counters";
+
+/// What the LUN is, for initiators and for the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its name.
+    pub name: String,
+    /// The serial number, from which its NAA name follows.
+    pub serial: String,
+    /// The configuration, as in the kernel's `dev_config` after the subtype.
+    pub config: String,
+    /// The image's format, which the first bytes are not asked for there.
+    pub format: String,
+    /// Bytes of a block.
+    pub block_size: u64,
+    /// Bytes.
+    pub capacity: u64,
+    /// The kernel's `emulate_write_cache`.
+    pub write_cache: bool,
+    /// Fabric and world wide name of each target that exports it.
+    pub exports: Vec<(String, String)>,
+    /// The generation of the image's owner's file: in an offer that which is there (none, if there is no such file yet), in a state that in which the image
+    /// was given back, and may be taken.
+    pub generation: Option<u64>,
+}
+
+/// What only a power cycle may reset, as initiators have it now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Modes {
+    /// The current mode pages, as the target writes them down.
+    pub pages: Vec<u8>,
+    /// The write cache, as it was last set from outside.
+    pub write_cache: bool,
+    /// Pending unit attentions, ASC and ASCQ, the oldest first.
+    pub unit_attentions: Vec<(u8, u8)>,
+    /// `format`, `sanitize` or `sanitize-with-ause`: the medium cannot be used until that is repeated.
+    pub unfinished: Option<String>,
+}
+
+/// All of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// What it is.
+    pub identity: Identity,
+    /// Mode pages, unit attentions. None of a LUN of which nothing is kept: initiators are told of a power on.
+    pub modes: Option<Modes>,
+    /// What MODE SELECT has saved.
+    pub saved_pages: Option<Value>,
+    /// The limits that were set while it was in use.
+    pub limits: Option<Value>,
+    /// The account of its scrub.
+    pub scrub: Option<Value>,
+    /// What protection has counted.
+    pub counters: Option<Value>,
+}
+
+impl State {
+    /// A LUN of which no more is known.
+    pub fn new(identity: Identity) -> State {
+        State { identity, modes: None, saved_pages: None, limits: None, scrub: None, counters: None }
+    }
+
+    /// The bytes.
+    ///
+    /// # Errors
+    /// [`FormatError::Content`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, FormatError> {
+        let mut out = Sections::default();
+        out.add(IDENTITY, 1, true, &self.identity)?;
+        // These may hold a write protection, or that writes reach the medium before they are answered.
+        if let Some(modes) = &self.modes {
+            out.add(MODES, 1, true, modes)?;
+        }
+        if let Some(saved) = &self.saved_pages {
+            out.add(SAVED, 1, true, saved)?;
+        }
+        for (name, value) in [(LIMITS, &self.limits), (SCRUB, &self.scrub), (COUNTERS, &self.counters)] {
+            if let Some(value) = value {
+                out.add(name, 1, false, value)?;
+            }
+        }
+        Ok(out.to_bytes())
+    }
+
+    /// From the bytes.
+    ///
+    /// # Errors
+    /// What of them is damaged, missing, or not known and not to be skipped.
+    pub fn from_bytes(bytes: &[u8]) -> Result<State, FormatError> {
+        let sections = Sections::parse(bytes)?;
+        sections.check_known(KNOWN)?;
+        Ok(State {
+            identity: sections.need(IDENTITY, 1)?,
+            modes: sections.get(MODES, 1)?,
+            saved_pages: sections.get(SAVED, 1)?,
+            limits: sections.get(LIMITS, 1)?,
+            scrub: sections.get(SCRUB, 1)?,
+            counters: sections.get(COUNTERS, 1)?,
+        })
+    }
+}

@@ -1,0 +1,65 @@
+//! The destination's side of a handover.
+
+use std::io::{self, Read, Write};
+
+use super::{
+    Destination, Failure, Identity, State,
+    wire::{Message, PROTOCOL, receive, send},
+};
+
+/// Has one LUN handed over: what it is now, and what was made.
+///
+/// # Errors
+/// Why not; nothing of it is here then. (If the answer could not be sent the LUN is here all the same, and serves: the source finds out from the image.)
+pub fn take(
+    connection: &mut (impl Read + Write),
+    destination: &mut impl Destination,
+) -> Result<(Identity, serde_json::Value), Failure> {
+    let done = (|| {
+        let identity = match receive(connection).map_err(|e| lost(&e))? {
+            Message::Offer(offer) if offer.protocol != PROTOCOL => {
+                let words = format!(
+                    "the source (tcmu-dif {}) hands over by protocol {}, and here (tcmu-dif {}) it is {PROTOCOL}",
+                    offer.program,
+                    offer.protocol,
+                    env!("CARGO_PKG_VERSION")
+                );
+                return Err(Failure::new(words).then("use the same version on both hosts"));
+            }
+            Message::Offer(offer) => offer.identity,
+            _ => return Err(Failure::new("the source does not begin with an offer")),
+        };
+        destination.prepare(&identity)?;
+        send(connection, &Message::Ready).map_err(|e| lost(&e))?;
+        let bytes = match receive(connection).map_err(|e| lost(&e))? {
+            Message::State(bytes) => bytes,
+            Message::Failed(failure) => return Err(failure),
+            _ => return Err(Failure::new("the source sends something else than the LUN's state")),
+        };
+        let state = State::from_bytes(&bytes).map_err(|e| Failure::new(format!("the LUN's state: {e}")))?;
+        let same = Identity { generation: identity.generation, ..state.identity.clone() };
+        if same != identity {
+            return Err(Failure::new("the LUN has changed while it was handed over").then("begin again"));
+        }
+        let made = destination.build(&state)?;
+        Ok((state.identity, made))
+    })();
+    match &done {
+        Ok((_, made)) => {
+            if let Err(e) = send(connection, &Message::Done(made.clone())) {
+                tracing::warn!("the LUN is here, and the source could not be told: {e}");
+            }
+        }
+        // Where there is no connection any more, the source knows by that.
+        Err(failure) => drop(send(connection, &Message::Failed(failure.clone()))),
+    }
+    done
+}
+
+fn lost(e: &io::Error) -> Failure {
+    match e.kind() {
+        io::ErrorKind::UnexpectedEof => Failure::new("the source has ended the connection"),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Failure::new("the source does not answer"),
+        _ => Failure::new(format!("the connection: {e}")),
+    }
+}
