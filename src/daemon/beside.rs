@@ -83,7 +83,7 @@ impl Drop for Beside {
 fn work(configfs: &Path, stop: &AtomicBool) {
     let tree = Real::at(configfs);
     let mut forestall = Forestall::new(SUBTYPE);
-    let watched = Watch::at(configfs).and_then(|watch| {
+    let watched = Watch::at(configfs).and_then(|mut watch| {
         while !stop.load(Ordering::Acquire) {
             let since = Instant::now();
             while forestall.look(&tree) && since.elapsed() < PATIENT && !stop.load(Ordering::Acquire) {

@@ -7,6 +7,7 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -93,6 +94,8 @@ fn set(tree: &dyn Tree, device: &Path, value: &str) -> io::Result<()> {
 pub struct Watch {
     inotify: OwnedFd,
     core: PathBuf,
+    /// HBAs that are watched.
+    hbas: BTreeSet<OsString>,
 }
 
 impl Watch {
@@ -102,7 +105,8 @@ impl Watch {
     /// The kernel's: it has no inotify left, or nothing is mounted.
     pub fn at(configfs: &Path) -> io::Result<Watch> {
         let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-        let watch = Watch { inotify: inotify::init(flags)?, core: configfs.join(CORE) };
+        let watch =
+            Watch { inotify: inotify::init(flags)?, core: configfs.join(CORE), hbas: BTreeSet::new() };
         watch.add(&watch.core)?;
         Ok(watch)
     }
@@ -116,16 +120,22 @@ impl Watch {
         Ok(())
     }
 
-    /// Waits that long at most. Look after it in any case: an HBA may have got its device before it was watched.
+    /// Waits that long at most, and not at all if an HBA has come that was not watched: it may have got its device before it was.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn wait(&self, at_most: Duration) -> io::Result<()> {
-        for hba in std::fs::read_dir(&self.core)?.flatten() {
-            if hba.file_name().as_encoded_bytes().starts_with(b"user_") {
-                // It may be gone by now.
-                let _ = self.add(&hba.path());
-            }
+    pub fn wait(&mut self, at_most: Duration) -> io::Result<()> {
+        let names = std::fs::read_dir(&self.core)?.flatten().map(|entry| entry.file_name());
+        let there: BTreeSet<OsString> =
+            names.filter(|name| name.as_encoded_bytes().starts_with(b"user_")).collect();
+        let new: Vec<_> = there.difference(&self.hbas).cloned().collect();
+        for hba in &new {
+            // It may be gone by now.
+            let _ = self.add(&self.core.join(hba));
+        }
+        self.hbas = there;
+        if !new.is_empty() {
+            return Ok(());
         }
         let timeout = Timespec::try_from(at_most).map_err(io::Error::other)?;
         match poll(&mut [PollFd::new(&self.inotify, PollFlags::IN)], Some(&timeout)) {
@@ -138,7 +148,9 @@ impl Watch {
         loop {
             match rustix::io::read(&self.inotify, &mut buffer) {
                 Ok(0) | Err(rustix::io::Errno::AGAIN) => return Ok(()),
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                // Something was made among the HBAs or in one: an HBA of a known name may be another by now, and is watched anew.
+                Ok(_) => self.hbas.clear(),
+                Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -213,23 +225,30 @@ mod tests {
     }
 
     #[test]
-    fn the_watch_wakes_for_a_directory_in_an_hba_that_came_after_it_began() {
+    fn the_watch_wakes_for_a_directory_in_an_hba_that_has_just_come_or_come_again() {
         let dir = tempfile::tempdir().unwrap();
         let core = dir.path().join(CORE);
         std::fs::create_dir_all(&core).unwrap();
-        let watch = Watch::at(dir.path()).unwrap();
-        let long = Duration::from_secs(60);
-        for made in ["user_0", "user_0/vm1", "user_0/vm2"] {
-            let began = std::time::Instant::now();
-            let path = core.join(made);
+        let mut watch = Watch::at(dir.path()).unwrap();
+        let (long, began) = (Duration::from_secs(60), std::time::Instant::now());
+        for made in 0..50 {
+            let hba = core.join("user_0");
+            let device = hba.join(format!("vm{made}"));
+            let (path, pause) = (device.clone(), Duration::from_micros(made * 20));
             let maker = std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(50));
+                std::thread::sleep(Duration::from_millis(2));
+                std::fs::create_dir(&hba).unwrap();
+                std::thread::sleep(pause);
                 std::fs::create_dir(path).unwrap();
             });
-            watch.wait(long).unwrap();
-            assert!(began.elapsed() < long, "{made} was not noticed");
+            while !device.is_dir() {
+                watch.wait(long).unwrap();
+            }
             maker.join().unwrap();
+            std::fs::remove_dir(&device).unwrap();
+            std::fs::remove_dir(core.join("user_0")).unwrap();
         }
+        assert!(began.elapsed() < long, "one was not noticed");
         assert!(Watch::at(Path::new("/nowhere")).is_err());
     }
 }

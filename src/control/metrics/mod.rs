@@ -10,10 +10,7 @@ pub mod text;
 use std::time::{Duration, Instant};
 
 use super::Registry;
-use crate::{
-    job::JobStatus,
-    lun::{Stats, scrub::ScrubStatus},
-};
+use crate::lun::{Stats, jobs::JobStatus, scrub::ScrubStatus};
 use declared as m;
 use text::Samples;
 

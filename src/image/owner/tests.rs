@@ -167,7 +167,8 @@ fn a_take_over_that_was_cut_off_leaves_the_image_to_nobody_until_it_is_repeated(
 /// The name of the image, for the process that is the old owner.
 const OLD_OWNER: &str = "TCMU_DIF_TEST_OLD_OWNER";
 
-/// Writes for as long as it may. Its locks are gone, as a server drops those of a host that it does not hear of.
+/// Writes for as long as it may. Its locks are gone, as a server drops those of a host that it does not hear of. Between two writes it stands still while it is told
+/// to: what the kernel has been given before it is stopped is the kernel's, and no look of ours brings it back.
 fn be_the_old_owner(path: &Path) {
     let path = path.to_owned();
     run(async move |io| {
@@ -179,8 +180,21 @@ fn be_the_old_owner(path: &Path) {
             // Which is a write to metadata too, now and then.
             image.discard(ByteOffset(0), SIZE / 2).await.unwrap();
             image.flush().await.unwrap();
+            while path.with_extension("hold").exists() {
+                fs::write(path.with_extension("held"), "").unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     });
+}
+
+#[track_caller]
+fn wait_for(path: &Path) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !path.exists() {
+        assert!(Instant::now() < end, "{} does not come", path.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]
@@ -201,15 +215,14 @@ fn an_old_owner_that_was_stopped_and_goes_on_never_writes_again() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let end = Instant::now() + Duration::from_secs(20);
-        while !path.with_extension("writing").exists() {
-            assert!(Instant::now() < end, "the old owner does not begin");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_for(&path.with_extension("writing"));
         // Longer than its lease, in the last round: it has lived by looking again.
         std::thread::sleep(SHORT * (2 * round as u32) / 3);
+        fs::write(path.with_extension("hold"), "").unwrap();
+        wait_for(&path.with_extension("held"));
         let pid = Pid::from_raw(old.id() as i32).unwrap();
         kill_process(pid, Signal::STOP).unwrap();
+        fs::remove_file(path.with_extension("hold")).unwrap();
         let free = take_over(&path, &claim(2), false).unwrap();
         assert_eq!(free.generation, 4);
         let at = path.clone();

@@ -33,7 +33,7 @@ pub use types::{
 };
 
 pub use crate::job::{
-    OnError,
+    JobStatus, OnError,
     mirror::{CopyMode, Settings, SyncMode, Task},
 };
 
@@ -49,7 +49,7 @@ use super::{
 };
 use crate::{
     job::{
-        IoStatus, JobStatus,
+        IoStatus,
         dirty::{MAX_GRANULARITY, MIN_GRANULARITY, granularity_for},
         front::{Ending, Front, Outcome},
         mirror::{Hooks, Mirror, Told, VerbError},
