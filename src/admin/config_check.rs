@@ -41,7 +41,7 @@ pub const DESCRIPTION: &str = "/PATH/OF/IMAGE[;SETTING]...\n\
     copygroup=NAME         EXTENDED COPY to and from the other LUNs of the group\n\
     iops=N, bps=N and kin  limits, in QEMU's words; several settings, with ; between them\n\
     ro                     writes are refused\n\
-    Write a blank as %20, a comma as %2c, a colon as %3a.";
+    Write a blank as %20, a comma as %2c, a colon as %3a. Beside tcmu-runner add control=nl_reply_supported=-1.";
 
 /// Looks at all of it: the string, the image, the protection. `sysfs` is /sys.
 ///
@@ -102,7 +102,7 @@ fn parse(dev_config: &str) -> Result<DeviceConfig, Refusal> {
 }
 
 /// What `create` would be told for the same LUN.
-pub(super) fn order(config: &DeviceConfig, block_size: BlockSize) -> Result<Order, Refusal> {
+fn order(config: &DeviceConfig, block_size: BlockSize) -> Result<Order, Refusal> {
     Ok(Order {
         name: Name::new("check").map_err(|e| Refusal::new("cfgstring", config, e.to_string()))?,
         image: config.image.clone(),

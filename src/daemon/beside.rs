@@ -46,7 +46,7 @@ impl Beside {
         match (&self.stop, others) {
             (None, true) => {
                 tracing::info!(
-                    "another handler of target_core_user is there: the kernel will not ask about new devices of ours"
+                    "another handler of target_core_user is there: trying to keep the kernel from asking it about new devices of ours"
                 );
                 let stop = Arc::new(AtomicBool::new(false));
                 let (told, configfs) = (stop.clone(), self.configfs.clone());

@@ -3,7 +3,7 @@
 //! The kernel takes the first answer that anybody gives for a new device, and tcmu-runner says at once that it has no handler for ours, so that
 //! the device is refused. But it asks only when a device is enabled, and whoever makes one (rtslib, a script) makes its directory, writes its
 //! configuration, and enables it after that. So each directory is set not to be asked about as soon as it is seen, and one that turns out not to be ours is set
-//! back. [`Forestall::look`] is the whole of it; [`Watch`] says when to look.
+//! back. It is a race with who makes the device, and nothing is worse where it is lost. [`Forestall::look`] is the whole of it; [`Watch`] says when to look.
 
 use std::{
     collections::BTreeSet,
