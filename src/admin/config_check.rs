@@ -102,7 +102,7 @@ fn parse(dev_config: &str) -> Result<DeviceConfig, Refusal> {
 }
 
 /// What `create` would be told for the same LUN.
-fn order(config: &DeviceConfig, block_size: BlockSize) -> Result<Order, Refusal> {
+pub(super) fn order(config: &DeviceConfig, block_size: BlockSize) -> Result<Order, Refusal> {
     Ok(Order {
         name: Name::new("check").map_err(|e| Refusal::new("cfgstring", config, e.to_string()))?,
         image: config.image.clone(),

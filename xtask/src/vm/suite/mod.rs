@@ -142,6 +142,7 @@ const LONG: &[&str] = &[
     "pi.differential-lio",
     "jobs.mirror-under-fio",
     "jobs.chain-under-fio",
+    "lifecycle.handover",
     "service.upgrade",
     "tools.targetcli",
     "fault.hung-device",
