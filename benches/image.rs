@@ -246,7 +246,7 @@ fn protection(path: &Path) -> Protection {
         sidecar: sidecar_path(path, None),
         kind: PiType::Type1,
         mode: None,
-        exposure: Exposure::Host,
+        exposure: Exposure::Target,
         block_size: BlockSize::B512,
         read_only: false,
         found: Stamp::of(path).unwrap(),

@@ -150,12 +150,12 @@ fn unfit(own: &DeviceConfig, image: &Image) -> Option<String> {
         return Some(format!("{path} keeps nothing"));
     }
     let beside = sidecar_path(&own.image, None);
-    match own.sidecar.as_ref().filter(|at| own.pi.is_some() && **at != beside) {
-        Some(at) => Some(format!(
+    let elsewhere = own.sidecar.as_ref().filter(|at| own.pi.is_some() && **at != beside);
+    elsewhere.map(|at| {
+        format!(
             "the protection information of {path} is in {}, and that of a backing file has to be in {}",
             at.display(),
             beside.display()
-        )),
-        None => None,
-    }
+        )
+    })
 }

@@ -175,8 +175,9 @@ fn end_load(guest: &mut Guest, log: &str) -> Result<String> {
 /// The longest times in which no command ended, so many of them: what initiators noticed. Least, median and most, in milliseconds; of a command that
 /// ended, fio writes down when, counted from its own start.
 fn pauses(guest: &mut Guest, count: u64) -> Result<String> {
-    guest.sh(&format!(
-        "for log in /tmp/lat.*_clat*.log; do
+    guest.sh_within(Duration::from_secs(150), &format!(
+        "for _ in $(seq 600); do ls /tmp/lat.*_clat*.log > /dev/null 2>&1 && break; sleep 0.2; done # fio writes them when a round ends
+         for log in /tmp/lat.*_clat*.log; do
              sort -s -t, -n -k1,1 $log | awk -F, 'NR > 1 && $1 - last > 20 {{ print $1 - last }} {{ last = $1 }}'
          done | sort -n | tail -n {count} | awk '{{ t[NR] = $1 }} END {{ print t[1], t[int((NR + 1) / 2)], t[NR] }}'"
     ))
