@@ -1,6 +1,7 @@
 //! Chains under load, against the real kernel: snapshots, streams and commits while fio verifies what it writes.
 
-use super::lun::{assert_image_clean, create_on_loopback, delete, show, start_daemon};
+use super::jobs::went_over_unnoticed;
+use super::lun::{create_on_loopback, start_daemon};
 use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
@@ -75,32 +76,7 @@ fn chain_under_fio(run: &mut Run<'_>) -> Result<()> {
         guest.note(format!("{kills} kills a round: snapshots, streams and commits: {}", done.trim()));
         let snapshots: u32 = done.split_whitespace().next().unwrap_or_default().parse()?;
         ensure!(snapshots >= 4, "{snapshots} snapshots");
-        let log = guest.kernel_log_since(&mark)?;
-        let bad: Vec<&str> = log
-            .lines()
-            .filter(|line| line.contains("check failed") || line.contains("I/O error, dev"))
-            .collect();
-        ensure!(bad.is_empty(), "errors at the guest: {bad:#?}");
-        ensure!(!log.contains("Power-on or device reset"), "the guest was told of a power on");
-
-        // The kernel's own idea of the image is the LUN's, a moment later.
-        let image = guest.sh(
-            r#"for _ in $(seq 100); do
-                image=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/c.json)
-                grep -q "^dif/$image;" /sys/kernel/config/target/core/user_*/c/attrib/dev_config && echo $image && exit 0
-                sleep 0.1
-            done
-            cat /sys/kernel/config/target/core/user_*/c/attrib/dev_config /sys/class/uio/uio*/name >&2; exit 1"#,
-        )?;
-        let image = image.trim();
-        ensure!(show(guest, "c")?["image"] == image);
-        guest.sh(&format!("dd if={} iflag=direct bs=1M of=/scratch/c.copy status=none", lun.device))?;
-        let format = if image.ends_with("qcow2") { "qcow2" } else { "raw" };
-        delete(guest, "c")?;
-        guest.sh(&format!("qemu-img compare -f raw -F {format} /scratch/c.copy {image}"))?;
-        // A kill may leak a cluster of a qcow2 image.
-        let strictly = if kills == 0 { format } else { "raw" };
-        assert_image_clean(guest, image, strictly, true)?;
+        went_over_unnoticed(guest, &lun.device, "c", &mark, kills)?;
     }
     Ok(())
 }

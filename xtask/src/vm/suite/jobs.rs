@@ -1,5 +1,6 @@
 //! Jobs under load, against the real kernel: mirrors that a LUN goes over to while fio verifies what it writes.
 
+use super::super::guest::{Guest, Mark};
 use super::lun::{assert_image_clean, create_on_loopback, delete, show, start_daemon};
 use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
@@ -83,35 +84,42 @@ fn mirror_under_fio(run: &mut Run<'_>) -> Result<()> {
             .with_context(|| format!("with {kills} kills a round"))?;
         guest.note(format!("{kills} kills a round: {} times gone over", over.trim()));
         ensure!(over.trim().parse::<u32>()? >= 2, "the LUN went over {over} times");
-        let log = guest.kernel_log_since(&mark)?;
-        let bad: Vec<&str> = log
-            .lines()
-            .filter(|line| line.contains("check failed") || line.contains("I/O error, dev"))
-            .collect();
-        ensure!(bad.is_empty(), "errors at the guest: {bad:#?}");
-        ensure!(!log.contains("Power-on or device reset"), "the guest was told of a power on");
-
-        // The kernel's own idea of the image is the LUN's, a moment later.
-        let image = guest.sh(
-            r#"for _ in $(seq 100); do
-                image=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/m.json)
-                grep -q "^dif/$image;" /sys/kernel/config/target/core/user_*/m/attrib/dev_config && echo $image && exit 0
-                sleep 0.1
-            done
-            cat /sys/kernel/config/target/core/user_*/m/attrib/dev_config /sys/class/uio/uio*/name >&2; exit 1"#,
-        )?;
-        let image = image.trim();
-        ensure!(show(guest, "m")?["image"] == image);
-        guest.sh(&format!("dd if={} iflag=direct bs=1M of=/scratch/m.copy status=none", lun.device))?;
-        let format = if image.ends_with("qcow2") { "qcow2" } else { "raw" };
-        delete(guest, "m")?;
-        guest.sh(&format!("qemu-img compare -f raw -F {format} /scratch/m.copy {image}"))?;
-        if kills == 0 {
-            assert_image_clean(guest, image, format, true)?;
-        } else {
-            // A kill may leak a cluster of a qcow2 image.
-            assert_image_clean(guest, image, "raw", true)?;
-        }
+        went_over_unnoticed(guest, &lun.device, "m", &mark, kills)?;
     }
     Ok(())
+}
+
+/// Looks at a LUN whose image has changed under load, since `mark` in the kernel's log: the guest has met no error, the kernel knows the image, and what the guest reads is in it. Takes
+/// the LUN down.
+pub(super) fn went_over_unnoticed(
+    guest: &mut Guest,
+    device: &str,
+    name: &str,
+    mark: &Mark,
+    kills: u32,
+) -> Result<()> {
+    let log = guest.kernel_log_since(mark)?;
+    let bad: Vec<&str> =
+        log.lines().filter(|line| line.contains("check failed") || line.contains("I/O error, dev")).collect();
+    ensure!(bad.is_empty(), "errors at the guest: {bad:#?}");
+    ensure!(!log.contains("Power-on or device reset"), "the guest was told of a power on");
+
+    // The kernel's own idea of the image is the LUN's, a moment later.
+    let image = guest.sh(&format!(
+        r#"for _ in $(seq 100); do
+            image=$(sed -n 's/.*"image": "\(.*\)",*/\1/p' /run/tcmu-dif/luns/{name}.json)
+            grep -q "^dif/$image;" /sys/kernel/config/target/core/user_*/{name}/attrib/dev_config && echo $image && exit 0
+            sleep 0.1
+        done
+        cat /sys/kernel/config/target/core/user_*/{name}/attrib/dev_config /sys/class/uio/uio*/name >&2; exit 1"#
+    ))?;
+    let image = image.trim();
+    ensure!(show(guest, name)?["image"] == image);
+    guest.sh(&format!("dd if={device} iflag=direct bs=1M of=/scratch/{name}.copy status=none"))?;
+    let format = if image.ends_with("qcow2") { "qcow2" } else { "raw" };
+    delete(guest, name)?;
+    guest.sh(&format!("qemu-img compare -f raw -F {format} /scratch/{name}.copy {image}"))?;
+    // A kill may leak a cluster of a qcow2 image.
+    let strictly = if kills == 0 { format } else { "raw" };
+    assert_image_clean(guest, image, strictly, true)
 }
