@@ -19,6 +19,8 @@ pub struct Plan {
     pub vm: bool,
     /// Run only tests whose names contain one of these, and none of the other checks.
     pub filters: Vec<String>,
+    /// When it has to be over: VM tests that are not done by then are named as not run, and do not count as failed.
+    pub within: Option<Duration>,
 }
 
 /// What came of a step.
@@ -51,6 +53,9 @@ enum Counts {
 /// Runs the plan.
 pub fn run(plan: &Plan) -> Result<ExitCode> {
     let with_vm = plan.vm;
+    if let Some(within) = plan.within {
+        vm::end_at(Instant::now() + within);
+    }
     let mut wanted: Vec<&str> = debian::FOR_TESTS.to_vec();
     if with_vm {
         wanted.extend(debian::FOR_VM);
@@ -63,7 +68,7 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     if plan.filters.is_empty() {
         done.push(licences_and_sources(&logs)?);
     }
-    let (steps, not_run) = steps(plan)?;
+    let (steps, mut not_run) = steps(plan)?;
     for step in steps {
         println!("== {}: {}", step.name, sh::shown(&step.command));
         let one = carry_out(step, plan.scale, &logs)?;
@@ -75,7 +80,11 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
         done.push(one);
     }
     if with_vm && plan.filters.iter().all(|word| vm::knows(word)) {
-        done.push(vm_suite(plan, &logs)?);
+        let (suite, cut) = vm_suite(plan, &logs)?;
+        done.push(suite);
+        if !cut.is_empty() {
+            not_run.push(("VM suite, in part", format!("the time was over: {}", cut.join(" "))));
+        }
     }
     report(plan, &done, &not_run)
 }
@@ -252,12 +261,15 @@ fn carry_out(mut step: Step, scale: Scale, logs: &Path) -> Result<Done> {
     Ok(Done { name: step.name.to_owned(), time: started.elapsed(), passed, failed, left_out, log })
 }
 
-fn vm_suite(plan: &Plan, logs: &Path) -> Result<Done> {
+/// The VM suite, and the tests that the end of the time left out.
+fn vm_suite(plan: &Plan, logs: &Path) -> Result<(Done, Vec<String>)> {
     println!("== VM suite");
     let started = Instant::now();
     let log = logs.join("VM-suite.log");
+    let mut not_run = Vec::new();
     let (passed, failed, log) = match vm::test(&plan.filters, plan.scale, false, None, "release") {
         Ok(tally) => {
+            not_run = tally.not_run;
             let log = tally.failed.first().map_or(log, |(_, logs)| logs.clone());
             (tally.passed, tally.failed.len(), log)
         }
@@ -267,7 +279,8 @@ fn vm_suite(plan: &Plan, logs: &Path) -> Result<Done> {
             (0, 1, log)
         }
     };
-    Ok(Done { name: "VM suite".to_owned(), time: started.elapsed(), passed, failed, left_out: 0, log })
+    let time = started.elapsed();
+    Ok((Done { name: "VM suite".to_owned(), time, passed, failed, left_out: not_run.len(), log }, not_run))
 }
 
 /// Passed, failed and left-out tests by the summaries of nextest and of cargo's own runner.
@@ -296,7 +309,10 @@ fn verdict(done: &Done) -> String {
     let what = if done.failed == 0 { "ok" } else { "FAILED" };
     let mut text = format!("{what}: {} passed, {} failed", done.passed, done.failed);
     if done.left_out > 0 {
-        text += &format!(", {} left out by their own #[ignore] or the filter", done.left_out);
+        text += &format!(
+            ", {} left out by their own #[ignore], the filter or the end of the time",
+            done.left_out
+        );
     }
     text
 }

@@ -16,6 +16,7 @@ use std::io::{ErrorKind, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -50,6 +51,19 @@ thread_local! {
 /// Makes every limit of this thread's tests from now on `factor` times as long as it usually is.
 pub fn set_more_patience(factor: u32) {
     MORE_PATIENCE.set(factor);
+}
+
+/// When the whole run has to be over, if that was told: no guest does anything after it.
+static END: OnceLock<Instant> = OnceLock::new();
+
+/// From now on no guest is asked for anything after `end`. Only the first call counts.
+pub fn end_at(end: Instant) {
+    let _ = END.set(end);
+}
+
+/// How long until the end that [`end_at`] was told; none if there is none.
+pub fn until_end() -> Option<Duration> {
+    END.get().map(|end| end.saturating_duration_since(Instant::now()))
 }
 
 /// What every boot of this run has in common.
@@ -256,6 +270,7 @@ impl Guest {
         let until = Instant::now() + BOOT_LIMIT * patience();
         loop {
             let left = until.saturating_duration_since(Instant::now());
+            let left = until_end().map_or(left, |end| left.min(end));
             if left.is_zero() {
                 bail!("the guest did not come up again within {} s ({TIME_IS_OVER})", BOOT_LIMIT.as_secs());
             }
@@ -338,6 +353,7 @@ impl Guest {
     /// Runs a bash script, as `strict` says with `set -euo pipefail`; fails only when the guest does.
     pub fn run(&mut self, script: &str, strict: bool, limit: Duration) -> Result<Output> {
         let left = self.deadline.saturating_duration_since(Instant::now());
+        let left = until_end().map_or(left, |end| left.min(end));
         if left.is_zero() {
             bail!("the test has had all its time ({TIME_IS_OVER})");
         }
@@ -476,7 +492,8 @@ impl Drop for Guest {
 
 /// Waits until QEMU has connected and the agent has said that it is up.
 fn wait_for_hello(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream> {
-    let until = Instant::now() + BOOT_LIMIT * patience();
+    let limit = BOOT_LIMIT * patience();
+    let until = Instant::now() + until_end().map_or(limit, |end| limit.min(end));
     let mut channel = loop {
         match listener.accept() {
             Ok((channel, _)) => break channel,

@@ -24,6 +24,7 @@ use std::time::Duration;
 pub use agent::serve;
 pub use artefacts::vmlinuz;
 pub use cache::Cache;
+pub use guest::end_at;
 pub use suite::Scale;
 
 /// What can be done with the VM.

@@ -110,12 +110,15 @@ qemu-img create -q -f qcow2 -b /scratch/loop.qcow2 -F qcow2 loop2.qcow2
 qemu-img rebase -u -f qcow2 -b /scratch/loop2.qcow2 -F qcow2 loop.qcow2
 qemu-img create -q -f qcow2 future.qcow2 16M
 printf '\200' | dd of=future.qcow2 bs=1 seek=72 conv=notrunc status=none
-(setsid sleep 600 | setsid qemu-io -f qcow2 locked.qcow2 > /dev/null 2>&1 &)
-for _ in $(seq 300); do
-    qemu-img info locked.qcow2 > /dev/null 2>&1 || exit 0
+# It reads a block when it has opened the image, and keeps it open until its standard input ends. Nobody else opens the image
+# meanwhile: a second reader could keep it from its lock.
+(setsid sh -c "echo 'read 0 512'; exec sleep 900" | setsid qemu-io -f qcow2 locked.qcow2 > qemu-io.log 2>&1 &)
+for _ in $(seq 900); do
+    ! grep -q 'read 512' qemu-io.log || exit 0
     sleep 0.1
 done
-echo 'qemu-io did not lock the image' >&2
+echo 'qemu-io did not open the image:' >&2
+cat qemu-io.log >&2
 exit 1
 "#;
 

@@ -4,7 +4,7 @@
 //! After each the guest must be healthy: no complaint in the kernel's log, no task that hangs. Most tests wait more than
 //! they compute, so two VMs on two processors take little more than half the time of one after the other.
 
-use super::super::guest::{Guest, Lab, is_time_over, set_more_patience};
+use super::super::guest::{Guest, Lab, is_time_over, set_more_patience, until_end};
 use super::{Run, Scale, Test};
 use anyhow::Result;
 use std::collections::VecDeque;
@@ -23,7 +23,12 @@ pub struct Tally {
     pub failed: Vec<(String, PathBuf)>,
     /// How many ran out of time at first, and were tried once more.
     pub slow: usize,
+    /// Names of those that the end of the run's time kept from being run, or from being run to their end.
+    pub not_run: Vec<String>,
 }
+
+/// A boot is not worth beginning with less than this left of the run's time.
+const WORTH_A_BOOT: Duration = Duration::from_secs(60);
 
 /// What all lanes have in common.
 struct Suite<'a> {
@@ -54,18 +59,43 @@ pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool, lanes:
         for _ in 0..lanes {
             scope.spawn(|| {
                 loop {
-                    let next = suite.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                    let mut waiting = suite.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                    let next = next_boot(&mut waiting, until_end());
+                    drop(waiting);
                     let Some(tests) = next else { return };
                     suite.run_boot(&tests);
                 }
             });
         }
     });
-    let tally = suite.tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut tally = suite.tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let left = suite.waiting.into_inner().unwrap_or_else(PoisonError::into_inner);
+    tally.not_run.extend(left.iter().flatten().map(|test| test.name.to_owned()));
+    for name in &tally.not_run {
+        println!("  NOT RUN {name:<34} the run's time was over");
+    }
     if tally.slow > 0 {
         println!("  {} of them ran out of time at first: this machine has much else to do", tally.slow);
     }
     Ok(tally)
+}
+
+/// Seconds that the tests of a boot may take.
+fn limit(boot: &[&Test]) -> u64 {
+    boot.iter().map(|test| test.limit).sum()
+}
+
+/// What to run next: the first that has all its time before the run's end; if none has, the first, as most take less.
+fn next_boot(
+    waiting: &mut VecDeque<Vec<&'static Test>>,
+    left: Option<Duration>,
+) -> Option<Vec<&'static Test>> {
+    let Some(left) = left else { return waiting.pop_front() };
+    if left < WORTH_A_BOOT {
+        return None;
+    }
+    let fits = waiting.iter().position(|boot| limit(boot) <= left.as_secs());
+    waiting.remove(fits.unwrap_or(0))
 }
 
 /// Puts tests that share a boot together, in their order; if several boots run at a time, those that may take longest come
@@ -80,7 +110,6 @@ fn boots(tests: &[&'static Test], longest_first: bool) -> VecDeque<Vec<&'static 
     }
     if longest_first {
         // The harness's own tests stay in front: when they fail, nothing else says anything.
-        let limit = |boot: &Vec<&Test>| boot.iter().map(|test| test.limit).sum::<u64>();
         boots.sort_by_key(|boot| (!boot[0].name.starts_with("reference."), std::cmp::Reverse(limit(boot))));
     }
     boots.into()
@@ -91,6 +120,11 @@ impl Suite<'_> {
     fn run_boot(&self, tests: &[&'static Test]) {
         let mut shared: Option<Guest> = None;
         for test in tests {
+            if is_over() {
+                let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+                tally.not_run.push(test.name.to_owned());
+                continue;
+            }
             let earlier = shared.take();
             shared = self.run_test(test, earlier).filter(|_| test.group.is_some());
         }
@@ -105,7 +139,7 @@ impl Suite<'_> {
         set_more_patience(self.patience);
         let result = loop {
             match self.attempt(test, earlier.take()) {
-                Err(error) if again.is_empty() && is_time_over(&error) => {
+                Err(error) if again.is_empty() && is_time_over(&error) && !is_over() => {
                     let first = format!("{}: {}\n\n{error:?}", test.name, test.promise);
                     let _ = fs::create_dir_all(&logs);
                     println!(
@@ -130,6 +164,14 @@ impl Suite<'_> {
                 println!("  ok      {:<34} {seconds:>7.1} s{again}{notes}", test.name);
                 tally.passed += 1;
                 Some(guest)
+            }
+            // Nothing that was seen to be wrong: what it waited for was cut short.
+            Err(error) if is_over() => {
+                let why = error.to_string();
+                let why = why.lines().next().unwrap_or_default();
+                println!("  cut off {:<34} {seconds:>7.1} s: {why}", test.name);
+                tally.not_run.push(test.name.to_owned());
+                None
             }
             Err(error) => {
                 let mut text = format!("  FAILED  {:<34} {seconds:>7.1} s{again}\n", test.name);
@@ -166,6 +208,11 @@ impl Suite<'_> {
     }
 }
 
+/// Whether the run's time is over.
+fn is_over() -> bool {
+    until_end().is_some_and(|left| left.is_zero())
+}
+
 /// Copies what the daemon and the kernel said out of the guest, whether the test passed or not.
 fn collect_logs(guest: &mut Guest) {
     guest.set_deadline(Duration::from_secs(30));
@@ -182,6 +229,23 @@ fn collect_logs(guest: &mut Guest) {
 mod tests {
     use super::super::{all, select};
     use super::*;
+
+    #[test]
+    fn near_the_end_of_the_time_what_still_fits_goes_first_and_nothing_begins_at_the_very_end() {
+        let tests = select(&[], Scale::Full).unwrap();
+        let mut waiting = boots(&tests, true);
+        let all = waiting.len();
+        assert!(next_boot(&mut waiting, Some(Duration::from_secs(59))).is_none() && waiting.len() == all);
+        let short = next_boot(&mut waiting, Some(Duration::from_secs(130))).unwrap();
+        assert!(limit(&short) <= 130, "{}", short[0].name);
+        let first = waiting[0][0].name;
+        assert_eq!(next_boot(&mut waiting, None).unwrap()[0].name, first);
+        waiting.retain(|boot| limit(boot) > 300);
+        let first = waiting[0][0].name;
+        assert_eq!(next_boot(&mut waiting, Some(Duration::from_secs(100))).unwrap()[0].name, first);
+        waiting.clear();
+        assert!(next_boot(&mut waiting, None).is_none());
+    }
 
     #[test]
     fn tests_of_a_group_share_a_boot_in_their_order_and_none_is_lost() {
