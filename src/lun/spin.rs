@@ -2,8 +2,13 @@
 //!
 //! The price of sleeping is a wake-up, and what that is depends on the machine: some microseconds on one, some hundred on one that is
 //! emulated. So it is measured, once for the process ([`wakeup`]). The price of spinning is CPU. The spinner keeps the usual gap between
-//! running dry and the next entry. Where the gap is no longer than twice a wake-up, it spins for twice the gap;
-//! where it is longer, not at all. So a LUN at ten commands a second costs no spinning, and an idle one nothing.
+//! running dry and the next entry. Where the gap is no longer than twice a wake-up (and [`UNTRIED`]), it spins for twice the gap.
+//!
+//! Where it is longer, it is tried out ([`Trial`]): a few gaps are spun through now and then, and if work then comes sooner than it does to a
+//! thread that sleeps, spinning pays, until a few gaps that are slept through say otherwise. That holds what no measurement of a wake-up
+//! has in it (a processor that has to be woken as well, and the sender's part of it), and it tells a peer that waits for our answer, and
+//! is the faster for it, from one that sends at its own pace and gains nothing. So a LUN at ten commands a second costs no spinning, and
+//! an idle one nothing.
 //!
 //! Whatever comes, three things bound it: no spin is longer than twice [`MOST`]; spins that find nothing take no more than one part in
 //! [`WASTE`] of a CPU for a LUN; and no more than half of the CPUs spin at once, for all LUNs of the process together.
@@ -22,6 +27,10 @@ use rustix::event::{EventfdFlags, eventfd};
 /// Gaps up to this are worth a spin however cheap a wake-up is: it costs more than the thread's own time (caches, the sender's).
 const LEAST: Duration = Duration::from_micros(20);
 
+/// Gaps beyond this are not spun through on the strength of what a wake-up costs alone: a load of 1 000 commands a second at its own pace
+/// would have a CPU to itself where wake-ups are dear, and gain nothing.
+const UNTRIED: Duration = Duration::from_micros(100);
+
 /// Gaps beyond this are worth none, however dear a wake-up is.
 const MOST: Duration = Duration::from_millis(1);
 
@@ -33,6 +42,18 @@ const PURSE: Duration = Duration::from_millis(5);
 
 /// What a wake-up is taken to cost where it cannot be measured.
 const USUAL: Duration = Duration::from_micros(20);
+
+/// Gaps that are enough to judge by.
+const TRIAL: usize = 8;
+
+/// After such a pause what was found before says nothing any more.
+const FORGET: Duration = Duration::from_secs(1);
+
+/// So many gaps from one trial to the next while spinning does not pay: at first, and at most, after trials that found the same.
+const BETWEEN_SPINS: (u32, u32) = (32, 4096);
+
+/// The same while it does: those trials are slow commands, and more than one in a hundred would be seen.
+const BETWEEN_SLEEPS: (u32, u32) = (1024, 16384);
 
 /// Threads that spin at this moment.
 static SPINNING: AtomicUsize = AtomicUsize::new(0);
@@ -46,6 +67,10 @@ pub(super) struct Spinner {
     dry_since: Option<Instant>,
     /// It has slept since then, so the gap has a wake-up in it.
     slept: bool,
+    /// It has spun since then.
+    has_spun: bool,
+    /// Whether longer gaps are worth it.
+    trial: Trial,
     /// What may still be spent on spins that find nothing.
     purse: Duration,
     filled: Option<Instant>,
@@ -62,13 +87,15 @@ impl Spinner {
     }
 
     fn with(wakeup: Duration, most: usize) -> Spinner {
-        let longest = (wakeup * 2).clamp(LEAST, MOST);
+        let longest = (wakeup * 2).clamp(LEAST, UNTRIED);
         Spinner {
             gap: longest * 4,
             longest,
             wakeup,
             dry_since: None,
             slept: false,
+            has_spun: false,
+            trial: Trial::new(),
             purse: PURSE,
             filled: None,
             most,
@@ -84,8 +111,12 @@ impl Spinner {
     /// Work has come: the gap since the loop ran dry goes into the average.
     pub(super) fn worked(&mut self, now: Instant) {
         let slept = std::mem::take(&mut self.slept);
+        let spun = std::mem::take(&mut self.has_spun);
         if let Some(since) = self.dry_since.take() {
             let gap = now.saturating_duration_since(since);
+            if self.gap > self.longest {
+                self.trial.gap(spun, gap);
+            }
             let gap = if slept { gap.saturating_sub(self.wakeup) } else { gap };
             // A long pause says no more than that spinning would not have paid.
             self.gap = (self.gap * 7 + gap.min(self.longest * 16)) / 8;
@@ -105,6 +136,7 @@ impl Spinner {
         let start = Instant::now();
         let budget = self.dry(start);
         let Some(_turn) = (!budget.is_zero()).then(|| Turn::take(self.most)).flatten() else { return false };
+        self.has_spun = true;
         loop {
             for _ in 0..32 {
                 if wake() {
@@ -126,11 +158,13 @@ impl Spinner {
         let since = *self.dry_since.get_or_insert(now);
         let filled = self.filled.replace(now).unwrap_or(now);
         self.purse = PURSE.min(self.purse + now.saturating_duration_since(filled) / WASTE);
-        if self.gap > self.longest {
-            return Duration::ZERO;
-        }
+        let worth = match self.gap <= self.longest {
+            true => (self.gap * 2).max(LEAST / 4),
+            false if self.trial.spins() => MOST,
+            false => return Duration::ZERO,
+        };
         // What is left of this gap's, if the loop was woken by something else meanwhile.
-        (self.gap * 2).max(LEAST / 4).saturating_sub(now.saturating_duration_since(since)).min(self.purse)
+        worth.saturating_sub(now.saturating_duration_since(since)).min(self.purse)
     }
 
     fn ends(&mut self, spent: Duration, found: bool) {
@@ -138,6 +172,108 @@ impl Spinner {
         if !found {
             self.purse = self.purse.saturating_sub(spent);
         }
+    }
+}
+
+/// Whether work comes sooner to a thread that spins than to one that sleeps: one way for most gaps, the other now and then.
+struct Trial {
+    slept: Gaps,
+    spun: Gaps,
+    /// What the last trial found.
+    pays: bool,
+    /// Gaps until the next one, and how many there were before it.
+    next: u32,
+    between: u32,
+    /// Gaps that the one under way still needs.
+    left: usize,
+    /// Gaps in a row that were too long.
+    long: usize,
+}
+
+impl Trial {
+    fn new() -> Trial {
+        let (next, between) = (BETWEEN_SPINS.0, BETWEEN_SPINS.0);
+        Trial { slept: Gaps::new(), spun: Gaps::new(), pays: false, next, between, left: 0, long: 0 }
+    }
+
+    /// Whether to spin now.
+    fn spins(&self) -> bool {
+        self.pays != (self.left > 0)
+    }
+
+    /// A gap is over, spun through or slept through.
+    fn gap(&mut self, spun: bool, gap: Duration) {
+        if gap > MOST {
+            self.long_gap(gap);
+            return;
+        }
+        self.long = 0;
+        if spun { &mut self.spun } else { &mut self.slept }.push(gap);
+        if self.left == 0 {
+            self.next -= 1;
+            if self.next == 0 {
+                self.left = TRIAL;
+            }
+        } else if spun != self.pays {
+            // The way that is tried. (The other is taken when no turn or no time is left to spin.)
+            self.left -= 1;
+            if self.left == 0 {
+                self.judge();
+            }
+        }
+    }
+
+    /// Nothing to be had of an idle or slow device, and nothing to be tried.
+    fn long_gap(&mut self, gap: Duration) {
+        self.long += 1;
+        if gap > FORGET {
+            *self = Trial::new();
+        } else if self.long >= TRIAL / 2 {
+            if self.pays {
+                (self.pays, self.between) = (false, BETWEEN_SPINS.0);
+            }
+            (self.left, self.next) = (0, self.between);
+        }
+    }
+
+    fn judge(&mut self) {
+        // More to begin than to go on, so that it does not go to and fro.
+        let part = if self.pays { 8 } else { 4 };
+        let spun = self.spun.median();
+        let slept = self.slept.median();
+        let pays = slept >= spun + spun / part;
+        tracing::debug!(
+            pays,
+            slept_us = slept.as_micros() as u64,
+            spun_us = spun.as_micros() as u64,
+            "spinning was tried"
+        );
+        let (first, most) = if pays { BETWEEN_SLEEPS } else { BETWEEN_SPINS };
+        self.between = if pays == self.pays { (self.between * 2).min(most) } else { first };
+        (self.pays, self.next) = (pays, self.between);
+    }
+}
+
+/// The last few gaps.
+struct Gaps {
+    gaps: [Duration; TRIAL],
+    at: usize,
+}
+
+impl Gaps {
+    fn new() -> Gaps {
+        Gaps { gaps: [Duration::ZERO; TRIAL], at: 0 }
+    }
+
+    fn push(&mut self, gap: Duration) {
+        self.gaps[self.at] = gap;
+        self.at = (self.at + 1) % TRIAL;
+    }
+
+    fn median(&self) -> Duration {
+        let mut gaps = self.gaps;
+        gaps.sort_unstable();
+        gaps[TRIAL / 2]
     }
 }
 
@@ -229,6 +365,10 @@ mod tests {
     struct Lun {
         spinner: Spinner,
         now: Instant,
+        /// What a sleep costs on top of the wake-up that was measured.
+        hidden: Duration,
+        /// Commands come at their own pace, and not so long after an answer.
+        paced: bool,
     }
 
     impl Lun {
@@ -237,7 +377,8 @@ mod tests {
         }
 
         fn with(wakeup: Duration) -> Lun {
-            Lun { spinner: Spinner::with(wakeup, 1), now: Instant::now() }
+            let spinner = Spinner::with(wakeup, 1);
+            Lun { spinner, now: Instant::now(), hidden: Duration::ZERO, paced: false }
         }
 
         fn gaps(&mut self, count: usize, gap: Duration) {
@@ -252,16 +393,24 @@ mod tests {
             let budget = s.dry(self.now);
             let spun = budget.min(gap);
             if !budget.is_zero() {
+                s.has_spun = true;
                 s.ends(spun, budget >= gap);
             }
             self.now += gap;
             if budget < gap {
                 s.sleeps();
-                self.now += s.wakeup;
+                if !self.paced {
+                    self.now += s.wakeup + self.hidden;
+                }
             }
             s.worked(self.now);
             self.now += 3 * US;
             spun
+        }
+
+        /// How many of the next gaps are spun through.
+        fn spins(&mut self, count: usize, gap: Duration) -> usize {
+            (0..count).filter(|_| self.gap(gap) == gap).count()
         }
     }
 
@@ -282,7 +431,7 @@ mod tests {
     #[test]
     fn gaps_up_to_twice_a_wake_up_are_spun_through_and_longer_ones_slept_through() {
         for (wakeup, gap, spins) in
-            [(50, 90, true), (50, 120, false), (400, 700, true), (5, 15, true), (5, 30, false)]
+            [(50, 90, true), (50, 300, false), (400, 90, true), (5, 15, true), (5, 30, false)]
         {
             let mut lun = Lun::with(wakeup * US);
             lun.gaps(100, gap * US);
@@ -292,6 +441,47 @@ mod tests {
         let mut lun = Lun::with(Duration::from_millis(50));
         lun.gaps(100, 2 * MOST);
         assert_eq!(lun.gap(2 * MOST), Duration::ZERO);
+    }
+
+    /// Gaps of 200 µs, where a wake-up was measured at 10, but a sleep makes a command 150 µs slower.
+    #[test]
+    fn a_peer_that_waits_for_us_is_spun_for_where_sleeping_is_seen_to_cost_more_than_a_wake_up() {
+        let mut lun = Lun::with(10 * US);
+        lun.hidden = 140 * US;
+        lun.gaps(100, 200 * US);
+        assert_eq!(lun.spins(900, 200 * US), 900);
+        // A look at the other way now and then: less than one in a hundred.
+        let slept = 20_000 - lun.spins(20_000, 200 * US);
+        assert!((TRIAL..200).contains(&slept), "{slept}");
+        // When sleeping costs no more any longer, it ends.
+        lun.hidden = Duration::ZERO;
+        lun.gaps(40_000, 200 * US);
+        assert!(lun.spins(1000, 200 * US) <= 2 * TRIAL);
+    }
+
+    #[test]
+    fn a_load_at_its_own_pace_is_not_spun_for_but_for_a_trial_now_and_then() {
+        for gap in [100, 300, 900] {
+            let mut lun = Lun::with(10 * US);
+            (lun.hidden, lun.paced) = (140 * US, true);
+            lun.gaps(10_000, gap * US);
+            let spins = lun.spins(50_000, gap * US);
+            assert!((TRIAL..50_000 / 200).contains(&spins), "{spins} at {gap}");
+        }
+    }
+
+    #[test]
+    fn where_spinning_paid_it_ends_with_the_load_and_begins_anew_with_the_next() {
+        let mut lun = Lun::with(10 * US);
+        lun.hidden = 140 * US;
+        lun.gaps(200, 200 * US);
+        assert_eq!(lun.spins(100, 200 * US), 100);
+        let long = Duration::from_millis(10);
+        let spun: Duration = (0..1000).map(|_| lun.gap(long)).sum();
+        assert!(spun <= 5 * MOST, "{spun:?}");
+        assert!(lun.spins(200, 200 * US) > 100);
+        lun.gap(2 * FORGET);
+        assert!(lun.spins(100, 200 * US) > 50);
     }
 
     #[test]
