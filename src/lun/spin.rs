@@ -32,7 +32,7 @@ const LEAST: Duration = Duration::from_micros(20);
 const UNTRIED: Duration = Duration::from_micros(100);
 
 /// Gaps beyond this are worth none, however dear a wake-up is.
-const MOST: Duration = Duration::from_millis(1);
+const MOST: Duration = Duration::from_millis(2);
 
 /// Of the time that passes, spins that find nothing may take one part in so many.
 const WASTE: u32 = 16;
@@ -65,6 +65,7 @@ pub(super) struct Spinner {
     longest: Duration,
     wakeup: Duration,
     dry_since: Option<Instant>,
+    worked_at: Option<Instant>,
     /// It has slept since then, so the gap has a wake-up in it.
     slept: bool,
     /// It has spun since then.
@@ -93,6 +94,7 @@ impl Spinner {
             longest,
             wakeup,
             dry_since: None,
+            worked_at: None,
             slept: false,
             has_spun: false,
             trial: Trial::new(),
@@ -112,10 +114,12 @@ impl Spinner {
     pub(super) fn worked(&mut self, now: Instant) {
         let slept = std::mem::take(&mut self.slept);
         let spun = std::mem::take(&mut self.has_spun);
+        let before = self.worked_at.replace(now);
         if let Some(since) = self.dry_since.take() {
             let gap = now.saturating_duration_since(since);
             if self.gap > self.longest {
-                self.trial.gap(spun, gap);
+                let cycle = before.map_or(gap, |before| now.saturating_duration_since(before));
+                self.trial.gap(spun, gap, cycle);
             }
             let gap = if slept { gap.saturating_sub(self.wakeup) } else { gap };
             // A long pause says no more than that spinning would not have paid.
@@ -177,8 +181,8 @@ impl Spinner {
 
 /// Whether work comes sooner to a thread that spins than to one that sleeps: one way for most gaps, the other now and then.
 struct Trial {
-    slept: Gaps,
-    spun: Gaps,
+    slept: Cycles,
+    spun: Cycles,
     /// What the last trial found.
     pays: bool,
     /// Gaps until the next one, and how many there were before it.
@@ -193,7 +197,7 @@ struct Trial {
 impl Trial {
     fn new() -> Trial {
         let (next, between) = (BETWEEN_SPINS.0, BETWEEN_SPINS.0);
-        Trial { slept: Gaps::new(), spun: Gaps::new(), pays: false, next, between, left: 0, long: 0 }
+        Trial { slept: Cycles::new(), spun: Cycles::new(), pays: false, next, between, left: 0, long: 0 }
     }
 
     /// Whether to spin now.
@@ -201,14 +205,15 @@ impl Trial {
         self.pays != (self.left > 0)
     }
 
-    /// A gap is over, spun through or slept through.
-    fn gap(&mut self, spun: bool, gap: Duration) {
+    /// A gap is over, spun through or slept through. `cycle` is the time from the work before it to the work after it: what a sleep makes
+    /// slower is not the gap alone.
+    fn gap(&mut self, spun: bool, gap: Duration, cycle: Duration) {
         if gap > MOST {
             self.long_gap(gap);
             return;
         }
         self.long = 0;
-        if spun { &mut self.spun } else { &mut self.slept }.push(gap);
+        if spun { &mut self.spun } else { &mut self.slept }.push(cycle);
         if self.left == 0 {
             self.next -= 1;
             if self.next == 0 {
@@ -254,26 +259,26 @@ impl Trial {
     }
 }
 
-/// The last few gaps.
-struct Gaps {
-    gaps: [Duration; TRIAL],
+/// How long the last few times from work to work were.
+struct Cycles {
+    cycles: [Duration; TRIAL],
     at: usize,
 }
 
-impl Gaps {
-    fn new() -> Gaps {
-        Gaps { gaps: [Duration::ZERO; TRIAL], at: 0 }
+impl Cycles {
+    fn new() -> Cycles {
+        Cycles { cycles: [Duration::ZERO; TRIAL], at: 0 }
     }
 
-    fn push(&mut self, gap: Duration) {
-        self.gaps[self.at] = gap;
+    fn push(&mut self, cycle: Duration) {
+        self.cycles[self.at] = cycle;
         self.at = (self.at + 1) % TRIAL;
     }
 
     fn median(&self) -> Duration {
-        let mut gaps = self.gaps;
-        gaps.sort_unstable();
-        gaps[TRIAL / 2]
+        let mut cycles = self.cycles;
+        cycles.sort_unstable();
+        cycles[TRIAL / 2]
     }
 }
 
