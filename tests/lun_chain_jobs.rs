@@ -219,14 +219,15 @@ fn a_block_beneath_that_does_not_match_is_not_brought_up() {
 #[test]
 fn a_commit_brings_what_was_written_to_an_image_beneath_and_the_lun_goes_over_to_it() {
     for (format, pi) in [(Format::Raw, true), (Format::Qcow2, true), (Format::Raw, false)] {
-        for base in [0, 1] {
+        for (base, mode) in [(0, "background"), (1, "background"), (0, "write-blocking")] {
             let rig = Rig::new(Registry::default());
             let dir = rig.dir.path();
             let (files, mut known, mut talk) = chain_of(&rig, format, pi, 3);
             let protected = pi.then(|| scrubbed(&mut talk));
+            let (bottom, top) = (path(&files[base]), path(&files[3]));
             talk.get(
                 "block-commit",
-                json!({ "device": "vm1", "base": path(&files[base]), "top": path(&files[3]) }),
+                json!({ "device": "vm1", "base": bottom, "top": top, "copy-mode": mode }),
             );
             known.steps(40);
             let ready = talk.event("BLOCK_JOB_READY");
@@ -342,9 +343,12 @@ fn images_between_are_committed_while_the_lun_is_written_to() {
             let dir = rig.dir.path();
             let (files, mut known, mut talk) = chain_of(&rig, format, pi, 4);
             let protected = pi.then(|| scrubbed(&mut talk));
+            let (bottom, top_path) = (path(&files[base]), path(&files[top]));
+            // What guests write concerns no image beneath, whatever is asked for.
+            let mode = if base == 0 { "write-blocking" } else { "background" };
             talk.get(
                 "block-commit",
-                json!({ "device": "vm1", "base": path(&files[base]), "top": path(&files[top]) }),
+                json!({ "device": "vm1", "base": bottom, "top": top_path, "copy-mode": mode }),
             );
             known.steps(40);
             let done = talk.event("BLOCK_JOB_COMPLETED");

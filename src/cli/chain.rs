@@ -8,7 +8,7 @@ use super::{
     CliError, Done,
     args::Cli,
     job::{Asked, one, said},
-    job_args::{Commit, OnError, Snapshot, Stream, word},
+    job_args::{Commit, CopyMode, OnError, Snapshot, Stream, word},
     output,
 };
 
@@ -58,6 +58,7 @@ struct Order<'a> {
     speed: u64,
     on_error: OnError,
     background: bool,
+    copy_mode: Option<CopyMode>,
 }
 
 impl Order<'_> {
@@ -70,6 +71,9 @@ impl Order<'_> {
             // Kept until this command has told what came of it.
             ("auto-dismiss".to_owned(), self.background.into()),
         ]);
+        if let Some(mode) = &self.copy_mode {
+            arguments.insert("copy-mode".to_owned(), word(mode).into());
+        }
         for (word, given) in [("top", self.top), ("base", self.base)] {
             let Some(file) = given else { continue };
             let file = std::path::absolute(file)
@@ -96,6 +100,7 @@ pub fn stream(cli: &Cli, args: &Stream) -> Done {
         speed: args.speed,
         on_error: args.on_error,
         background: args.background,
+        copy_mode: None,
     };
     let mut asked = order.begin(cli)?;
     if !args.background && ends(&mut asked, id, "streaming")? {
@@ -120,6 +125,8 @@ pub fn commit(cli: &Cli, args: &Commit) -> Done {
         speed: args.speed,
         on_error: args.on_error,
         background: args.background,
+        // Whoever waits for its end wants it to come, also while the guest writes all the time.
+        copy_mode: Some(if args.background { CopyMode::Background } else { CopyMode::WriteBlocking }),
     };
     let mut asked = order.begin(cli)?;
     if !args.background {

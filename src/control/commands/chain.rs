@@ -3,7 +3,7 @@
 use super::{
     super::{
         schema::{Type, has, may},
-        types::ON_ERROR,
+        types::{COPY_MODE, ON_ERROR},
     },
     Arguments, Command, NOTHING, done, find, mirror, told,
 };
@@ -21,6 +21,7 @@ fn begun(luns: &Registry, args: &Arguments) -> Result<(Remote, String, Settings)
     let lun = find(luns, device)?;
     let on_error = mirror::on_error(args, "on-error");
     let settings = Settings {
+        copy_mode: mirror::how(args),
         speed: args.maybe_number("speed").unwrap_or(0),
         on_source_error: on_error,
         on_target_error: on_error,
@@ -41,13 +42,15 @@ pub(super) const COMMIT: Command = Command {
         may("top", Type::Str),
         may("speed", Type::Int),
         may("on-error", Type::Enum(&ON_ERROR)),
+        may("copy-mode", Type::Enum(&COPY_MODE)),
         may("auto-finalize", Type::Bool),
         may("auto-dismiss", Type::Bool),
     ],
     returns: NOTHING,
     help: "as in QEMU: brings what `top`, a file of a LUN's chain, and those between hold above `base` (the last if it is left out) to that \
            file, while the LUN is in use. If `top` is left out or is the LUN's image, the base is kept up, and `block-job-complete` has the LUN \
-           go over to it; otherwise the job ends by itself, and the image over `top` has `base` for its backing file then",
+           go over to it; otherwise the job ends by itself, and the image over `top` has `base` for its backing file then. `copy-mode` is ours: \
+           with `write-blocking` the base keeps up with whoever writes all the time",
     run: |luns, args| {
         let (lun, id, settings) = begun(luns, args)?;
         let path = |name| args.maybe_text(name).map(Into::into);

@@ -42,6 +42,14 @@ pub(super) const ARGUMENTS: &[Member] = &[
     may("sidecar", Type::Str),
 ];
 
+/// How what is written meanwhile comes to the other side.
+pub(super) fn how(args: &Arguments) -> CopyMode {
+    match args.maybe_text("copy-mode") {
+        Some("write-blocking") => CopyMode::WriteBlocking,
+        _ => CopyMode::Background,
+    }
+}
+
 /// What `on-error` and its like say.
 pub(super) fn on_error(args: &Arguments, name: &str) -> OnError {
     match args.maybe_text(name) {
@@ -80,10 +88,7 @@ pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
             "none" => SyncMode::None,
             _ => SyncMode::Full,
         },
-        copy_mode: match args.maybe_text("copy-mode") {
-            Some("write-blocking") => CopyMode::WriteBlocking,
-            _ => CopyMode::Background,
-        },
+        copy_mode: how(args),
         unmap: args.flag_or("unmap", true),
         speed: args.maybe_number("speed").unwrap_or(0),
         on_source_error: on_error(args, "on-source-error"),

@@ -23,7 +23,7 @@ use crate::{
     job::{
         dirty::granularity_for,
         front::Front,
-        mirror::{Settings, SyncMode, Task},
+        mirror::{CopyMode, Settings, SyncMode, Task},
     },
     lun::{config::DeviceConfig, stack::Stack},
     pi::{protected::sidecar_path, store::ImageFormat},
@@ -121,7 +121,9 @@ impl Jobs {
             0 => Task::Commit { below },
             top => Task::CommitBeneath { below: below - top },
         };
-        let settings = Settings { task, sync: SyncMode::Full, ..order.settings };
+        // Between two images beneath the LUN's nothing is written but by the job.
+        let copy_mode = if top == 0 { order.settings.copy_mode } else { CopyMode::Background };
+        let settings = Settings { task, sync: SyncMode::Full, copy_mode, ..order.settings };
         let granularity = granularity_for(capacity).max(block_size.bytes());
         let mut record = Record::new(order.id, &own.image, &config, granularity, settings, false);
         record.base = Some(base.path.clone());
