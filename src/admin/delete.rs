@@ -104,7 +104,10 @@ impl Admin {
         let now = exports.iter().map(|e| (e.fabric.as_str(), e.target.as_str()));
         Half::new(&serial, now).note_with(half.as_ref(), places, name)?;
         let handed_over = how == How::HandedOver;
-        let _failing = (!alive || handed_over).then(|| Failing::start(places, &store, &exports, handed_over));
+        // A guest that goes along sends again there what was BUSY here. This host's own disk driver stays, and would send its SYNCHRONIZE CACHE
+        // again and again.
+        let busy = handed_over && !exports.iter().any(|e| e.kind() == Some(Fabric::Loopback));
+        let _failing = (!alive || handed_over).then(|| Failing::start(places, &store, &exports, busy));
         let mut left = Vec::new();
         for export in &exports {
             match fabric::remove(&places.tree, export).map_err(|e| refused("delete", name, &e))? {
