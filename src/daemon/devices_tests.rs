@@ -29,6 +29,8 @@ struct World {
     changed: Condvar,
     fail_start: AtomicBool,
     slow_start: AtomicBool,
+    /// The kernel takes its time to hear of another configuration.
+    slow_tell: AtomicBool,
     panic_on_resize: AtomicBool,
     slow_stop: AtomicBool,
     stop_may_go_on: AtomicBool,
@@ -100,6 +102,9 @@ impl Host for TestHost {
 
     fn tell_config(&self, device: &UioDevice, dev_config: &str) -> Result<(), Failure> {
         self.0.say(format!("tell {} {dev_config}", device.name.name));
+        while self.0.slow_tell.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         Ok(())
     }
 }
@@ -273,6 +278,21 @@ fn a_lun_that_has_gone_over_to_another_image_is_the_same_device_and_the_kernel_i
     b.devices.look(true).unwrap();
     assert_eq!((b.devices.len(), b.devices.leaving()), (1, 0));
     assert_eq!(b.world.log().iter().filter(|l| l.starts_with("start")).count(), started);
+}
+
+#[test]
+fn a_lun_that_changes_its_image_while_the_kernel_is_told_of_the_last_one_has_it_told_again() {
+    let mut b = Bench::new();
+    b.plug(0, "vm1");
+    b.event(Kind::Added, 0, "vm1", None);
+    b.world.wait_for("start vm1");
+    b.world.slow_tell.store(true, Ordering::Relaxed);
+    *b.world.moved_to.lock().unwrap() = Some("/images/one.raw".into());
+    b.world.wait_for("tell vm1 dif//images/one.raw");
+    *b.world.moved_to.lock().unwrap() = Some("/images/two.raw".into());
+    b.wait_until("state", |b| b.run.read("vm1").unwrap().is_some_and(|s| s.image == "/images/two.raw"));
+    b.world.slow_tell.store(false, Ordering::Relaxed);
+    b.world.wait_for("tell vm1 dif//images/two.raw");
 }
 
 #[test]

@@ -188,8 +188,8 @@ pub struct Worker {
     lun: Option<Box<dyn Lun>>,
     /// It has been started again after it died.
     revived: bool,
-    /// The kernel is being told of another configuration.
-    telling: Option<JoinHandle<Result<(), Failure>>>,
+    /// The kernel is being told of another configuration: of this one.
+    telling: Option<(String, JoinHandle<Result<(), Failure>>)>,
     /// The kernel has been told of the configuration that the LUN has.
     told: bool,
     /// It is out of service, on somebody's order.
@@ -475,8 +475,10 @@ impl Worker {
     /// another thread, because it asks us back and waits for the answer.
     fn follow_image(&mut self) {
         self.note_image();
-        if let Some(telling) = self.telling.take_if(|telling| telling.is_finished()) {
+        if let Some((config, telling)) = self.telling.take_if(|(_, telling)| telling.is_finished()) {
             match telling.join() {
+                // The LUN has gone on to another one meanwhile.
+                Ok(Ok(())) if config != self.device.name.config => {}
                 Ok(Ok(())) => {
                     self.told = true;
                     tracing::info!(lun = %self.state.name, "the kernel knows the LUN's image");
@@ -493,10 +495,11 @@ impl Worker {
             return;
         }
         let (host, device) = (self.host.clone(), self.device.clone());
-        let dev_config = format!("{SUBTYPE}/{}", device.name.config);
+        let config = device.name.config.clone();
+        let dev_config = format!("{SUBTYPE}/{config}");
         let thread = std::thread::Builder::new().name("dev_config".to_owned());
         match thread.spawn(move || host.tell_config(&device, &dev_config)) {
-            Ok(telling) => self.telling = Some(telling),
+            Ok(telling) => self.telling = Some((config, telling)),
             Err(e) => {
                 tracing::warn!(lun = %self.state.name, "no thread to tell the kernel of the LUN's image: {e}")
             }
