@@ -30,6 +30,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["export"],
         &["scrub"],
         &["mirror"],
+        &["backup"],
         &["snapshot"],
         &["stream"],
         &["commit"],

@@ -52,6 +52,7 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "pi",
         "scrub",
         "mirror",
+        "backup",
         "stream",
         "commit",
         "handover",

@@ -1,4 +1,4 @@
-//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `snapshot`, `stream`, `commit` and `job`.
+//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `backup`, `snapshot`, `stream`, `commit` and `job`.
 
 use std::path::PathBuf;
 
@@ -127,6 +127,62 @@ pub struct Mirror {
     #[arg(long, conflicts_with = "background")]
     pub complete: bool,
     /// Begin, and do not wait until it has caught up
+    #[arg(long)]
+    pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// What a backup copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackupSync {
+    /// All that a guest can read
+    Full,
+    /// What the image itself holds; the target gets the same backing file
+    Top,
+    /// What is written from now on, as it was before; until it is cancelled
+    None,
+}
+
+/// `backup`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The target is the LUN as it is when the backup begins: what is written meanwhile waits until the old content is copied. \
+                  If a copy before a write fails, the backup ends with that error, and the write goes on. A backup does not outlive the \
+                  daemon: after a restart it has ended, with an error."
+)]
+pub struct Backup {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The image to copy it to, which is made
+    pub target: PathBuf,
+    /// The target's format: raw or qcow2 [default: the LUN's]
+    #[arg(long, value_parser = order::format)]
+    pub format: Option<Format>,
+    /// The target is there already; what it holds is overwritten
+    #[arg(long)]
+    pub existing: bool,
+    /// Where the target's protection information is kept, instead of TARGET.pi
+    #[arg(long, value_name = "PATH")]
+    pub sidecar: Option<PathBuf>,
+    /// What is copied
+    #[arg(long, value_enum, default_value_t = BackupSync::Full)]
+    pub sync: BackupSync,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
+    pub speed: u64,
+    /// What is done about an error of the LUN's image, a block that fails protection among them
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_source_error: OnError,
+    /// What is done about an error of the target
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_target_error: OnError,
+    /// The job's name [default: the LUN's]
+    #[arg(long, value_name = "ID")]
+    pub job_id: Option<String>,
+    /// Begin, and do not wait for the end
     #[arg(long)]
     pub background: bool,
     /// As always.

@@ -3,6 +3,7 @@
 //! One table says it all: arguments are checked against it, `query-commands` and `query-qmp-schema` are made from it, and so is
 //! the table in `docs/qmp.md`.
 
+mod backup;
 mod block;
 mod chain;
 mod export;
@@ -120,6 +121,7 @@ static COMMANDS: &[Command] = &[
     chain::COMMIT,
     chain::STREAM,
     snapshot::TAKE,
+    backup::DRIVE_BACKUP,
     Command {
         name: "drive-mirror",
         args: mirror::ARGUMENTS,
@@ -251,7 +253,7 @@ static COMMANDS: &[Command] = &[
         name: "query-block-jobs",
         args: &[],
         returns: Type::List(&Type::Object(&types::BLOCK_JOB_INFO)),
-        help: "as in QEMU: every mirror, also those that have ended and wait to be dismissed; `lun`, `target`, `sync`, `copy-mode` and \
+        help: "as in QEMU: every block job, also those that have ended and wait to be dismissed; `lun`, `target`, `sync`, `copy-mode` and \
                `repaired` are ours",
         run: mirror::query,
         after: None,

@@ -18,7 +18,7 @@ pub(super) static VERSION_INFO: Object =
 
 /// JobType, with the one of ours.
 pub(super) static JOB_TYPE: Enum =
-    Enum { name: "JobType", values: &["commit", "stream", "mirror", "pi-scrub"] };
+    Enum { name: "JobType", values: &["commit", "stream", "mirror", "backup", "pi-scrub"] };
 
 /// MirrorSyncMode, without those that need a bitmap.
 pub(super) static SYNC_MODE: Enum = Enum { name: "MirrorSyncMode", values: &["top", "full", "none"] };
@@ -35,7 +35,7 @@ pub(super) static NEW_IMAGE_MODE: Enum =
 pub(super) static ON_ERROR: Enum =
     Enum { name: "BlockdevOnError", values: &["report", "ignore", "enospc", "stop"] };
 
-/// BlockJobInfo; `lun`, `target`, `repaired`, and of a mirror `sync` and `copy-mode`, are ours.
+/// BlockJobInfo; `lun`, `target`, `repaired`, of a mirror or a backup `sync`, and of a mirror `copy-mode`, are ours.
 pub(super) static BLOCK_JOB_INFO: Object = object(
     "BlockJobInfo",
     &[

@@ -13,7 +13,7 @@ use std::{
 
 use super::{
     Side,
-    mirror::{Mirror, Verdict},
+    mirror::{Mirror, Task, Verdict},
 };
 use crate::{
     sync::Notify,
@@ -317,9 +317,12 @@ impl<S: Side> Volume for Front<S> {
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         let layer = self.hold().await;
-        if layer.mirror.is_some() {
-            return Err(IoError::new(IoErrorKind::Unsupported, IoOp::Resize)
-                .detail("the LUN is being mirrored: end that job first (tcmu-dif job list)"));
+        if let Some(mirror) = &layer.mirror {
+            let words = match mirror.settings().task {
+                Task::Backup => "the LUN is being backed up: end that job first (tcmu-dif job list)",
+                _ => "the LUN is being mirrored: end that job first (tcmu-dif job list)",
+            };
+            return Err(IoError::new(IoErrorKind::Unsupported, IoOp::Resize).detail(words));
         }
         layer.volume.resize(capacity).await
     }

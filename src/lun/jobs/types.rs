@@ -33,6 +33,23 @@ pub struct MirrorOrder {
     pub settings: Settings,
 }
 
+/// A backup that is asked for (`drive-backup`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupOrder {
+    /// The job's name.
+    pub id: String,
+    /// The target's file, an absolute path.
+    pub target: PathBuf,
+    /// Its format; the LUN's image's if it is not given, or of an existing one what its first bytes say.
+    pub format: Option<Format>,
+    /// It is there; otherwise it is made.
+    pub existing: bool,
+    /// Where its protection information is kept, instead of beside it.
+    pub sidecar: Option<PathBuf>,
+    /// All else.
+    pub settings: Settings,
+}
+
 /// A job that brings what lies beneath into the image (`block-stream`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamOrder {
@@ -73,6 +90,8 @@ pub struct SnapshotOrder {
 pub enum JobOrder {
     /// Begin a mirror.
     Mirror(Box<MirrorOrder>),
+    /// Begin a backup.
+    Backup(Box<BackupOrder>),
     /// Begin to bring what lies above an image to that.
     Commit(Box<CommitOrder>),
     /// Begin to bring what lies beneath into the image.
