@@ -53,6 +53,7 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "scrub",
         "mirror",
         "backup",
+        "bitmap",
         "stream",
         "commit",
         "handover",

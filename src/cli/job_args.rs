@@ -1,4 +1,4 @@
-//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `backup`, `snapshot`, `stream`, `commit` and `job`.
+//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `backup`, `bitmap`, `snapshot`, `stream`, `commit` and `job`.
 
 use std::path::PathBuf;
 
@@ -143,6 +143,21 @@ pub enum BackupSync {
     Top,
     /// What is written from now on, as it was before; until it is cancelled
     None,
+    /// What the dirty bitmap has, which is cleared of that if all went well
+    Incremental,
+    /// What the dirty bitmap has; --bitmap-mode says what becomes of that
+    Bitmap,
+}
+
+/// What a backup leaves of its dirty bitmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BitmapMode {
+    /// If all went well, what was written since it began
+    OnSuccess,
+    /// What it had, and what was written since
+    Never,
+    /// What was not copied, and what was written since
+    Always,
 }
 
 /// `backup`.
@@ -170,6 +185,12 @@ pub struct Backup {
     /// What is copied
     #[arg(long, value_enum, default_value_t = BackupSync::Full)]
     pub sync: BackupSync,
+    /// The dirty bitmap that says what is copied, or with --sync full and top is to say afterwards what was written since
+    #[arg(long, value_name = "BITMAP")]
+    pub bitmap: Option<String>,
+    /// What the backup leaves of the bitmap [default: on-success]
+    #[arg(long, value_enum, requires = "bitmap")]
+    pub bitmap_mode: Option<BitmapMode>,
     /// Bytes a second at most (or with K, M, G), 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
     pub speed: u64,
@@ -185,6 +206,65 @@ pub struct Backup {
     /// Begin, and do not wait for the end
     #[arg(long)]
     pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `bitmap`.
+#[derive(Debug, Subcommand)]
+pub enum Bitmap {
+    /// Mark from now on what is written to a LUN
+    Add {
+        /// The bitmap
+        #[command(flatten)]
+        one: OneBitmap,
+        /// Bytes that one mark stands for: a power of two
+        #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = super::size::parse)]
+        granularity: u64,
+        /// Keep it in the LUN's qcow2 image when the LUN stops
+        #[arg(long)]
+        persistent: bool,
+        /// Mark nothing before it is enabled
+        #[arg(long)]
+        disabled: bool,
+    },
+    /// Remove a bitmap
+    Remove(OneBitmap),
+    /// Forget what is marked
+    Clear(OneBitmap),
+    /// Mark what is written from now on
+    Enable(OneBitmap),
+    /// Mark nothing from now on
+    Disable(OneBitmap),
+    /// Mark in a bitmap what is marked in others
+    Merge {
+        /// The bitmap
+        #[command(flatten)]
+        one: OneBitmap,
+        /// The others, of the same LUN
+        #[arg(required = true, value_name = "FROM")]
+        from: Vec<String>,
+    },
+    /// List the dirty bitmaps of a LUN
+    List {
+        /// The LUN's name
+        #[arg(value_parser = Name::new)]
+        name: Name,
+        /// As always.
+        #[command(flatten)]
+        json: Json,
+    },
+}
+
+/// One dirty bitmap.
+#[derive(Debug, Args)]
+pub struct OneBitmap {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The bitmap's name
+    pub bitmap: String,
     /// As always.
     #[command(flatten)]
     pub json: Json,

@@ -106,6 +106,7 @@ fn run(cli: &Cli) -> Done {
         Command::Throttle(args) => throttle::run(cli, args),
         Command::Mirror(args) => job::mirror(cli, args),
         Command::Backup(args) => backup::backup(cli, args),
+        Command::Bitmap(bitmap) => backup::bitmap(cli, bitmap),
         Command::Snapshot(args) => chain::snapshot(cli, args),
         Command::Stream(args) => chain::stream(cli, args),
         Command::Commit(args) => chain::commit(cli, args),

@@ -4,6 +4,7 @@
 //! the table in `docs/qmp.md`.
 
 mod backup;
+mod bitmap;
 mod block;
 mod chain;
 mod export;
@@ -44,6 +45,12 @@ const NOTHING: Type = Type::Object(&EMPTY);
 static COMMANDS: &[Command] = &[
     export::ADD,
     export::DEL,
+    bitmap::ADD,
+    bitmap::CLEAR,
+    bitmap::DISABLE,
+    bitmap::ENABLE,
+    bitmap::MERGE,
+    bitmap::REMOVE,
     Command {
         name: "block-job-cancel",
         args: &[has("device", Type::Str), may("force", Type::Bool)],

@@ -10,6 +10,7 @@ use std::{
 
 use super::{
     OnError, Side,
+    bitmaps::BitmapMode,
     dirty::DirtyMap,
     front::{Ending, Front, Outcome},
     mirror::{Hooks, Mirror, Settings, SyncMode, Task, Told},
@@ -200,6 +201,84 @@ fn whatever_guests_errors_orders_and_kills_do_the_target_is_the_source_as_it_was
     eprintln!("killed, done, cancelled, failed: {count:?}");
     let met = if scaled(200) < 200 { &count[1..2] } else { &count[..] };
     assert!(met.iter().all(|n| *n > 0), "not everything was tried: {count:?}");
+}
+
+/// Backups one after the other to one target, the first of all and the others of what a bitmap has, while guests go on.
+async fn rounds(seed: u64, ground: Ground, fresh: bool) -> [u32; 2] {
+    let (source, target) = (open(&ground.source, ground.pi).await, open(&ground.target, ground.pi).await);
+    let (front, target) = (Rc::new(Front::new(source)), Rc::new(target));
+    front.bitmaps().add("b", SIZE, 4096 << (seed % 4), false, true).unwrap();
+    let enough = Rc::new(Cell::new(false));
+    let backups = {
+        let (front, ground, enough) = (front.clone(), ground.clone(), enough.clone());
+        async move {
+            let mut rng = Rng::new(seed * 7 + 3);
+            let (mut whole, mut ended) = (false, [0, 0]);
+            for round in 0..8 {
+                for _ in 0..rng.below(1500) {
+                    yield_now().await;
+                }
+                let sync = if whole { SyncMode::Bitmap } else { SyncMode::Full };
+                let mode = match rng.below(if whole { 3 } else { 2 }) {
+                    0 => BitmapMode::OnSuccess,
+                    1 => BitmapMode::Always,
+                    _ => BitmapMode::Never,
+                };
+                let past = ground.model.borrow().clone();
+                let bits = front.bitmaps().lend("b").unwrap();
+                let map = DirtyMap::new(SIZE, GRANULE, super::dirty::Kept::memory(SIZE, GRANULE));
+                match whole {
+                    true => bits.runs().for_each(|run| map.set(run.start, run.end - run.start)),
+                    false => map.set(0, SIZE),
+                }
+                let settings = Settings { sync, ..ground.settings };
+                let (sides, told) = ((front.volume(), target.clone()), Rc::default());
+                let mirror = Rc::new(Mirror::new("b".into(), sides, map, settings, 0, hooks(&told)));
+                let over = Rc::new(Cell::new(false));
+                let job = async {
+                    front.attach(mirror.clone()).await;
+                    mirror.scan(fresh && round == 0).await;
+                    let outcome = front.drive(&mirror, async || Ok(())).await;
+                    over.set(true);
+                    outcome
+                };
+                let (never, rng) = (Rc::new(Cell::new(false)), Rng::new(seed * 100 + round));
+                let troubles =
+                    trouble(rng, ground.clone(), mirror.clone(), over.clone(), never, seed % 3 == 0);
+                let (outcome, ()) = join(job, troubles).await;
+                ground.source.image.fail_all(None);
+                ground.target.image.fail_all(None);
+                let good = outcome == Outcome::Ended(Ending::Leave);
+                front.bitmaps().give_back("b", mode, good, mirror.map().runs());
+                if good {
+                    is_of(&past, &target).await;
+                }
+                // What was copied before it failed counts.
+                whole |= good || mode == BitmapMode::Always;
+                ended[usize::from(good)] += 1;
+            }
+            enough.set(true);
+            ended
+        }
+    };
+    let calm = Rc::new(Cell::new(true));
+    let guests = (0..GUESTS)
+        .map(|n| guest(n, seed * 31 + n as u64, front.clone(), ground.clone(), enough.clone(), calm.clone()));
+    join(backups, join_all(guests)).await.0
+}
+
+#[test]
+fn backups_of_what_a_bitmap_has_never_miss_a_change_whatever_became_of_those_before() {
+    let mut count = [0u32; 2];
+    for seed in 0..scaled(60) {
+        let mut rng = Rng::new(seed);
+        let (mut ground, fresh) = ground(seed, &mut rng);
+        ground.settings = Settings { task: Task::Backup, ..ground.settings };
+        let ended = block_on(rounds(seed, ground, fresh));
+        count = [count[0] + ended[0], count[1] + ended[1]];
+    }
+    eprintln!("failed or cancelled, done: {count:?}");
+    assert!(count.iter().all(|n| *n > 0), "not everything was tried: {count:?}");
 }
 
 /// A volume of which every block has been written once, with a backup attached that has not begun to copy.

@@ -283,6 +283,16 @@ impl DirtyMap {
         self.settle(self.granules(at, len));
     }
 
+    /// The runs of bytes that are dirty, in order.
+    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let first = self.next_set(next, self.granules)?;
+            next = self.run_end(first, self.granules, u64::MAX);
+            Some(self.bytes(&(first..next)))
+        })
+    }
+
     /// Where a dirty run that begins at `first` ends.
     fn run_end(&self, first: u64, stop: u64, most: u64) -> u64 {
         let stop = stop.min(first.saturating_add((most >> self.shift).max(1)));

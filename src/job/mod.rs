@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod backup_tests;
+pub mod bitmaps;
 pub mod dirty;
 pub mod front;
 pub mod mirror;

@@ -3,7 +3,7 @@
 use super::{
     super::{
         schema::{Member, Type, has, may},
-        types::{NEW_IMAGE_MODE, ON_ERROR, SYNC_MODE},
+        types::{BITMAP_SYNC_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC_MODE},
     },
     Arguments, Command, NOTHING, done, find,
     mirror::{format, new_id, on_error, sync},
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     control::{Registry, qmp::Error},
-    lun::jobs::{BackupOrder, JobOrder, Settings, Task},
+    lun::jobs::{BackupOrder, BitmapMode, JobOrder, Settings, SyncMode, Task},
 };
 
 /// Those of QEMU's DriveBackup, but for `compress`, `encrypt`, `filter-node-name` and what is unstable there; `sidecar` is ours.
@@ -22,6 +22,8 @@ const ARGUMENTS: &[Member] = &[
     may("format", Type::Str),
     has("sync", Type::Enum(&SYNC_MODE)),
     may("mode", Type::Enum(&NEW_IMAGE_MODE)),
+    may("bitmap", Type::Str),
+    may("bitmap-mode", Type::Enum(&BITMAP_SYNC_MODE)),
     may("speed", Type::Int),
     may("on-source-error", Type::Enum(&ON_ERROR)),
     may("on-target-error", Type::Enum(&ON_ERROR)),
@@ -50,7 +52,10 @@ pub(super) const DRIVE_BACKUP: Command = Command {
 fn order(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
     let settings = Settings {
         task: Task::Backup,
-        sync: sync(args)?,
+        sync: match args.text("sync")? {
+            "incremental" | "bitmap" => SyncMode::Bitmap,
+            _ => sync(args)?,
+        },
         speed: args.maybe_number("speed").unwrap_or(0),
         on_source_error: on_error(args, "on-source-error"),
         on_target_error: on_error(args, "on-target-error"),
@@ -64,6 +69,44 @@ fn order(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
         format: format(args)?,
         existing: args.maybe_text("mode") == Some("existing"),
         sidecar: args.maybe_text("sidecar").map(Into::into),
+        bitmap: bitmap(args)?,
         settings,
     })
+}
+
+/// The bitmap that a backup has, and what it leaves of it.
+fn bitmap(args: &Arguments) -> Result<Option<(String, BitmapMode)>, Error> {
+    let (sync, name, mode) = (args.text("sync")?, args.maybe_text("bitmap"), args.maybe_text("bitmap-mode"));
+    let refused = |words: String| Err(Error::generic(words));
+    let Some(name) = name else {
+        return match (sync, mode) {
+            ("incremental" | "bitmap", _) => {
+                refused(format!("must provide a valid bitmap name for '{sync}' sync mode"))
+            }
+            (_, Some(_)) => refused("Cannot specify bitmap sync mode without a bitmap".into()),
+            _ => Ok(None),
+        };
+    };
+    let mode = match (sync, mode) {
+        ("incremental", None | Some("on-success")) => BitmapMode::OnSuccess,
+        ("incremental", Some(_)) => {
+            return refused(
+                "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'".into(),
+            );
+        }
+        ("none", _) => {
+            return refused("sync mode 'none' does not produce meaningful bitmap outputs".into());
+        }
+        (_, None) => return refused("Bitmap sync mode must be given when providing a bitmap".into()),
+        ("full" | "top", Some("never")) => {
+            let words = format!(
+                "Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'"
+            );
+            return refused(words);
+        }
+        (_, Some("on-success")) => BitmapMode::OnSuccess,
+        (_, Some("always")) => BitmapMode::Always,
+        (_, Some(_)) => BitmapMode::Never,
+    };
+    Ok(Some((name.to_owned(), mode)))
 }

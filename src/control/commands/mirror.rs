@@ -66,6 +66,9 @@ pub(super) fn sync(args: &Arguments) -> Result<SyncMode, Error> {
     Ok(match args.text("sync")? {
         "top" => SyncMode::Top,
         "none" => SyncMode::None,
+        word @ ("incremental" | "bitmap") => {
+            return Err(Error::generic(format!("Sync mode '{word}' not supported")));
+        }
         _ => SyncMode::Full,
     })
 }

@@ -25,7 +25,9 @@ impl<S: Side> Mirror<S> {
         let capacity = self.map.capacity();
         let settings = self.settings.get();
         let top = settings.sync == SyncMode::Top;
-        if settings.sync == SyncMode::None || !(fresh || top) {
+        // What a bitmap has, and what is there now to be read as zeros, may have been data in the backup before.
+        let whole = matches!(settings.sync, SyncMode::Full | SyncMode::Top);
+        if !whole || !(fresh || top) {
             return;
         }
         let mut at = 0;

@@ -72,7 +72,7 @@ impl<S: Side> Mirror<S> {
                         _ if task != Task::Mirror => task.wants(&extent),
                         SyncMode::Full => extent.kind == ExtentKind::Data,
                         SyncMode::Top => own,
-                        SyncMode::None => false,
+                        SyncMode::None | SyncMode::Bitmap => false,
                     };
                     if wanted {
                         self.map.set(at, extent.len);

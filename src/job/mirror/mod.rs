@@ -44,6 +44,8 @@ pub enum SyncMode {
     Top,
     /// What is written from now on.
     None,
+    /// What a dirty bitmap has.
+    Bitmap,
 }
 
 /// What a job is for. All of them copy what a dirty map says; they differ in what there is to copy, and in how they end.

@@ -4,7 +4,7 @@ use std::{cell::RefCell, io, rc::Rc};
 
 use tracing::info;
 
-use super::{Active, JobError, Jobs, MirrorOrder, Record, close, target};
+use super::{Active, BitmapMode, JobError, Jobs, MirrorOrder, Record, close, target};
 use crate::{
     job::{
         JobStatus,
@@ -26,7 +26,7 @@ impl Jobs {
         order: MirrorOrder,
     ) -> Result<(), JobError> {
         let _starting = self.starting(&order.id)?;
-        self.copy_out(front, block_size, order).await
+        self.copy_out(front, block_size, order, None).await
     }
 
     /// Begins a job that copies to another image.
@@ -35,6 +35,7 @@ impl Jobs {
         front: &Front<Stack>,
         block_size: BlockSize,
         order: MirrorOrder,
+        bitmap: Option<(String, BitmapMode)>,
     ) -> Result<(), JobError> {
         let source = front.volume();
         let capacity = source.limits().capacity;
@@ -49,7 +50,7 @@ impl Jobs {
         let settings = Settings { sync: found.sync, ..order.settings };
         let record = Record::new(order.id, &own.image, &found.config, granularity, settings, found.fresh);
         let target = Rc::new(found.stack);
-        let launched = self.launch(front, (source, target.clone()), record, found.config).await;
+        let launched = self.launch_with(front, (source, target.clone()), record, found.config, bitmap).await;
         if launched.is_err() {
             close(&target).await;
         }
@@ -61,21 +62,45 @@ impl Jobs {
         &self,
         front: &Front<Stack>,
         sides: (Rc<Stack>, Rc<Stack>),
+        record: Record,
+        target: DeviceConfig,
+    ) -> Result<(), JobError> {
+        self.launch_with(front, sides, record, target, None).await
+    }
+
+    /// The same of one that has a dirty bitmap.
+    async fn launch_with(
+        &self,
+        front: &Front<Stack>,
+        sides: (Rc<Stack>, Rc<Stack>),
         mut record: Record,
         target: DeviceConfig,
+        bitmap: Option<(String, BitmapMode)>,
     ) -> Result<(), JobError> {
         let failed = |e: io::Error| JobError::Record(e.to_string());
         let (id, settings) = (record.id.clone(), record.settings);
         let map = self.place.begin(sides.0.limits().capacity, record.granularity).map_err(failed)?;
-        if settings.task.keeps_the_past() {
-            // Before the first change that the job sees.
-            map.set(0, map.capacity());
-        }
         // Nothing to mark: what is written from now on marks itself.
         record.scanned = settings.sync == SyncMode::None;
         if let Err(e) = self.place.save(&record) {
             self.place.remove();
             return Err(failed(e));
+        }
+        // Nothing is awaited between this and the first change that the job sees.
+        let marked = match &bitmap {
+            None => Ok(None),
+            Some((name, _)) => front.bitmaps().lend(name).map(Some),
+        };
+        match marked {
+            Ok(Some(bits)) if settings.sync == SyncMode::Bitmap => {
+                bits.runs().for_each(|run| map.set(run.start, run.end - run.start));
+            }
+            Ok(_) if settings.task.keeps_the_past() => map.set(0, map.capacity()),
+            Ok(_) => {}
+            Err(e) => {
+                self.place.remove();
+                return Err(e.into());
+            }
         }
         self.events.tell(Event::Job { id: id.clone(), status: JobStatus::Created });
         let hooks = self.hooks(&id, settings.task);
@@ -84,7 +109,7 @@ impl Jobs {
             front.attach(mirror.clone()).await;
         }
         info!(job = mirror.id(), target = %target.image.display(), ?settings, "the job begins");
-        let active = Active { mirror, record: RefCell::new(record), target };
+        let active = Active { mirror, record: RefCell::new(record), target, bitmap };
         self.active.replace(Some(Rc::new(active)));
         self.added.notify_all();
         Ok(())

@@ -29,12 +29,14 @@ use tracing::{error, info, warn};
 pub use ballot::Ballot;
 pub use record::FOLDER;
 pub use types::{
-    BackupOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder, SnapshotOrder, StreamOrder,
-    copy_mode, sync_mode,
+    BackupOrder, BitmapOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder, SnapshotOrder,
+    StreamOrder, copy_mode, sync_mode,
 };
 
+pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
 pub use crate::job::{
     JobStatus, OnError,
+    bitmaps::{BitmapError, BitmapInfo, BitmapMode},
     mirror::{CopyMode, Settings, SyncMode, Task},
 };
 
@@ -65,6 +67,8 @@ struct Active {
     mirror: Rc<Mirror<Stack>>,
     record: RefCell<Record>,
     target: DeviceConfig,
+    /// The dirty bitmap that it has, and what it leaves of it.
+    bitmap: Option<(String, BitmapMode)>,
 }
 
 /// A job that was under way when the LUN stopped.
@@ -239,7 +243,7 @@ impl Jobs {
         let sides = (copied, stack);
         let mirror = Mirror::new(record.id.clone(), sides, map, record.settings, record.copied, hooks);
         let mirror = Rc::new(mirror);
-        let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target };
+        let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target, bitmap: None };
         self.active.replace(Some(Rc::new(active)));
         // Guests are not concerned by what goes on between other images.
         let concerns_guests = !matches!(mirror.settings().task, Task::CommitBeneath { .. });
@@ -307,6 +311,7 @@ impl Jobs {
             JobOrder::Snapshot(order) => self.snapshot(front, block_size, order, &moved).await?,
             JobOrder::Mirror(order) => self.mirror(front, block_size, *order).await?,
             JobOrder::Backup(order) => self.backup(front, block_size, *order).await?,
+            JobOrder::Bitmap(order) => self.bitmap(front, order)?,
             JobOrder::Complete(id) => self.find(&id)?.mirror.complete()?,
             JobOrder::Cancel { id, force } => self.find(&id)?.mirror.cancel(force),
             JobOrder::Pause(id) => self.lead(&id, |mirror| mirror.pause(true))?,
@@ -392,6 +397,7 @@ impl Jobs {
             true => self.drive_chain(active, front, moved).await,
             false => front.drive(&active.mirror, async || self.decide(active.target.clone()).await).await,
         };
+        Jobs::see_to_bitmaps(active, front, &outcome).await;
         let goes_on = !matches!(outcome, Outcome::Ended(Ending::Pivot | Ending::Finish));
         self.conclude(active, outcome, moved).await;
         if goes_on {
