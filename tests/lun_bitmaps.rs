@@ -250,7 +250,7 @@ fn what_qemu_has_marked_is_read_here_and_gone_on_with() {
 #[test]
 fn after_a_crash_a_persistent_bitmap_is_inconsistent_and_can_only_be_removed() {
     let rig = Rig::new(Registry::default());
-    let (old, mut known) = new_lun(&rig, Format::Qcow2, false);
+    let (old, known) = new_lun(&rig, Format::Qcow2, false);
     let mut talk = rig.talk();
     add(&mut talk, "a", json!({ "persistent": true }));
     known.guest.lun.stop().unwrap();
@@ -372,6 +372,34 @@ fn incremental_backups_over_a_full_one_are_the_lun_at_each_moment() {
         known.guest.lun.stop().unwrap();
         is_that(&old, pi, &known.disk, &dir);
     }
+}
+
+#[test]
+fn a_new_image_of_what_a_bitmap_has_can_be_put_over_the_backup_before() {
+    let rig = Rig::new(Registry::default());
+    let dir = rig.dir.path();
+    let (_, mut known) = new_lun(&rig, Format::Qcow2, false);
+    let mut talk = rig.talk();
+    add(&mut talk, "b", json!({ "granularity": 512 }));
+    let (full, inc) = (dir.join("full.qcow2"), dir.join("inc.qcow2"));
+    let more = json!({ "sync": "full", "bitmap": "b", "bitmap-mode": "on-success" });
+    talk.get("drive-backup", backup(&full, more));
+    ended_well(&mut talk);
+    known.steps(60);
+    // A hole where the backup before has data.
+    let mut list = vec![0, 22, 0, 16, 0, 0, 0, 0];
+    list.extend((3 * MIB / 512).to_be_bytes());
+    list.extend(2048u32.to_be_bytes());
+    list.extend([0; 4]);
+    let unmap = [0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0];
+    let done = known.guest.kernel.execute(&unmap, tcmu_dif::peer::kernel::Data::Out(&list)).unwrap();
+    assert_eq!(done.status, 0);
+    known.disk[3 * MIB as usize..4 * MIB as usize].fill(0);
+    talk.get("drive-backup", backup(&inc, json!({ "sync": "incremental", "bitmap": "b" })));
+    ended_well(&mut talk);
+    qemu_img(&["rebase", "-u", "-b", path(&full), "-F", "qcow2", path(&inc)]);
+    is_that(&inc, false, &known.disk, dir);
+    known.guest.lun.stop().unwrap();
 }
 
 #[test]

@@ -12,9 +12,12 @@ use crate::{
 /// The granularity of a new bitmap (bytes), where none is asked for: QEMU's for clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
 
-/// Takes over what an image keeps. While nobody changes it, or what is changed is marked as soon as this returns.
+/// Takes over what an image keeps; nothing of one that is not written to. While nobody changes it, or what is changed is marked as soon as this returns.
 pub(super) async fn load(stack: &Stack) -> Vec<KeptBitmap> {
     let (image, capacity) = (stack.image(), stack.limits().capacity);
+    if stack.limits().read_only {
+        return Vec::new();
+    }
     let stored = image.use_bitmaps().await.unwrap_or_else(|error| {
         error!(image = %image.path().display(), %error, "the dirty bitmaps of the image cannot be read: there are none");
         Vec::new()
@@ -35,6 +38,9 @@ pub(super) async fn load(stack: &Stack) -> Vec<KeptBitmap> {
 /// # Errors
 /// In words.
 pub(super) async fn store(stack: &Stack, kept: &[KeptBitmap]) -> Result<(), String> {
+    if stack.limits().read_only {
+        return Ok(());
+    }
     let stored: Vec<StoredBitmap> = kept
         .iter()
         .map(|kept| StoredBitmap {

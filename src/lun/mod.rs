@@ -419,7 +419,7 @@ fn live(
             let stack = Stack::open_owned(&io, config, *block_size, *capacity, own).await?;
             let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;
             // Nobody changes the image yet.
-            let kept = if config.read_only { Vec::new() } else { bitmaps::load(&stack).await };
+            let kept = bitmaps::load(&stack).await;
             Ok((stack, job, kept))
         };
         let opened = run_to_end(&exec_io, &exec, None, open);

@@ -169,9 +169,7 @@ impl Lun {
     /// Stores the dirty bitmaps that the image keeps, which is closed next.
     pub(super) async fn keep_bitmaps(&self) {
         let volume = self.front.volume();
-        if !volume.limits().read_only {
-            bitmaps::store_or_tell(&volume, &self.front.bitmaps().to_keep()).await;
-        }
+        bitmaps::store_or_tell(&volume, &self.front.bitmaps().to_keep()).await;
     }
 
     /// What goes on at the next start.

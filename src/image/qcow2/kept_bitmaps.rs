@@ -261,6 +261,9 @@ impl<S: Storage> Qcow2<S> {
                 _ => return Ok(None),
             }
         }
+        // The last cluster has more bits than the disk.
+        bytes
+            .truncate(bytes_for(self.size.get(), entry.granularity_bits.into()).next_multiple_of(8) as usize);
         Ok(Some(
             bytes
                 .chunks_exact(8)

@@ -8,7 +8,7 @@ use crate::{
     job::{
         bitmaps::BitmapError,
         front::{Ending, Front, Outcome},
-        mirror::{Settings, Task},
+        mirror::{Settings, SyncMode, Task},
     },
     lun::{bitmaps, stack::Stack},
     units::BlockSize,
@@ -28,7 +28,9 @@ impl Jobs {
         order: BackupOrder,
     ) -> Result<(), JobError> {
         let BackupOrder { id, target, format, existing, sidecar, bitmap, settings } = order;
-        let settings = Settings { task: Task::Backup, ..settings };
+        // A new image of what a bitmap has may be put over another: zeros have to stand there themselves.
+        let unmap = settings.sync != SyncMode::Bitmap || existing;
+        let settings = Settings { task: Task::Backup, unmap, ..settings };
         let order = MirrorOrder { id, target, format, existing, sidecar, granularity: None, settings };
         let _starting = self.starting(&order.id)?;
         if let Some((name, _)) = &bitmap {

@@ -48,6 +48,12 @@ impl Jobs {
         let own = self.made.get().config.clone();
         let found = target::prepare(&self.io, &order, &own, &source, block_size).await?;
         let settings = Settings { sync: found.sync, ..order.settings };
+        // Of a backup whole clusters, as QEMU: what it does not hold may be put beneath it later.
+        let cluster = match settings.task.keeps_the_past() {
+            true => u64::from(found.stack.limits().discard_granularity).next_power_of_two(),
+            false => 0,
+        };
+        let granularity = granularity.max(cluster.min(MAX_GRANULARITY));
         let record = Record::new(order.id, &own.image, &found.config, granularity, settings, found.fresh);
         let target = Rc::new(found.stack);
         let launched = self.launch_with(front, (source, target.clone()), record, found.config, bitmap).await;
