@@ -1,5 +1,6 @@
 //! Dirty bitmaps of whole LUNs on the embedded kernel, and backups of what they have; QEMU reads ours, and we read QEMU's.
 #![allow(clippy::unwrap_used)] // A test may panic.
+#![allow(clippy::single_range_in_vec_init)] // One run is a list of one.
 
 use std::{
     ops::Range,
