@@ -160,7 +160,8 @@ async fn life(seed: u64, ground: Ground, fresh: bool, source_fails: bool) -> Opt
     compare(&ground, &same, &same).await;
     let outcome = outcome.take().unwrap();
     if outcome == Outcome::Ended(Ending::Leave) {
-        is_of(&past.borrow(), &target).await;
+        let past = past.take();
+        is_of(&past, &target).await;
     }
     Some(outcome)
 }
@@ -172,7 +173,7 @@ fn whatever_guests_errors_orders_and_kills_do_the_target_is_the_source_as_it_was
         let mut rng = Rng::new(seed);
         let (mut ground, fresh) = ground(seed, &mut rng);
         ground.settings = Settings { task: Task::Backup, ..ground.settings };
-        let source_fails = seed % 3 == 0;
+        let source_fails = seed.is_multiple_of(3);
         let ended = block_on(life(seed, ground.clone(), fresh, source_fails));
         ground.source.image.fail_all(None);
         ground.target.image.fail_all(None);
@@ -244,7 +245,7 @@ async fn rounds(seed: u64, ground: Ground, fresh: bool) -> [u32; 2] {
                 };
                 let (never, rng) = (Rc::new(Cell::new(false)), Rng::new(seed * 100 + round));
                 let troubles =
-                    trouble(rng, ground.clone(), mirror.clone(), over.clone(), never, seed % 3 == 0);
+                    trouble(rng, ground.clone(), mirror.clone(), over.clone(), never, seed.is_multiple_of(3));
                 let (outcome, ()) = join(job, troubles).await;
                 ground.source.image.fail_all(None);
                 ground.target.image.fail_all(None);

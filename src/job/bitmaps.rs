@@ -466,6 +466,8 @@ impl Bitmaps {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::single_range_in_vec_init)] // One run is a list of one.
+
     use super::*;
     use crate::storage::sim::{Rng, scaled};
 
