@@ -46,7 +46,7 @@ fn random(rng: &mut Rng, name: &str, granularity_bits: u32) -> StoredBitmap {
     let granules = SIZE >> granularity_bits;
     let mut words: Vec<u64> =
         (0..granules.div_ceil(64)).map(|_| if rng.one_in(3) { rng.below(u64::MAX) } else { 0 }).collect();
-    if granules % 64 != 0 {
+    if !granules.is_multiple_of(64) {
         *words.last_mut().unwrap() &= (1 << (granules % 64)) - 1;
     }
     StoredBitmap { name: name.into(), enabled: rng.one_in(2), granularity_bits, words: Some(words) }
