@@ -5,6 +5,8 @@
 
 #[path = "qcow2/atomic.rs"]
 mod atomic;
+#[path = "qcow2/bitmaps.rs"]
+mod bitmaps;
 #[path = "qcow2/crash.rs"]
 mod crash;
 #[path = "qcow2/damage.rs"]

@@ -80,6 +80,11 @@ pub enum Command {
     Scrub(job_args::Scrub),
     /// Copy a LUN to another image while it is in use, and have it go over to that
     Mirror(job_args::Mirror),
+    /// Copy a LUN as it is at this moment to another image while it is in use
+    Backup(job_args::Backup),
+    /// Mark what is written to a LUN in dirty bitmaps, for incremental backups
+    #[command(subcommand)]
+    Bitmap(job_args::Bitmap),
     /// Put a new image over a LUN's while it is in use: what is written from then on goes there
     Snapshot(job_args::Snapshot),
     /// Bring the images beneath a LUN's into it while it is in use

@@ -153,7 +153,7 @@ pub fn commit(cli: &Cli, args: &Commit) -> Done {
 }
 
 /// Waits until a job has ended, and has it forgotten; false if it has stopped, and waits to be resumed.
-fn ends(asked: &mut Asked, id: &str, words: &'static str) -> Result<bool, CliError> {
+pub(super) fn ends(asked: &mut Asked, id: &str, words: &'static str) -> Result<bool, CliError> {
     let stands = |job: &Value| ["concluded", "paused"].iter().any(|status| job["status"] == *status);
     let job = asked.follow(id, words, stands)?;
     if job.is_some_and(|job| job["status"] == "paused") {

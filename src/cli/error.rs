@@ -52,6 +52,8 @@ pub fn from_clap(e: &clap::Error, words: &[OsString]) -> CliError {
         "pi",
         "scrub",
         "mirror",
+        "backup",
+        "bitmap",
         "stream",
         "commit",
         "handover",

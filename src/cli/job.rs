@@ -139,7 +139,7 @@ pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
     said(args.json.json, job.clone(), || one(&job))
 }
 
-fn absolute(path: &std::path::Path) -> String {
+pub(super) fn absolute(path: &std::path::Path) -> String {
     std::path::absolute(path).unwrap_or(path.to_owned()).display().to_string()
 }
 

@@ -1,4 +1,4 @@
-//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `snapshot`, `stream`, `commit` and `job`.
+//! The arguments of what works on a LUN in use: `scrub`, `mirror`, `backup`, `bitmap`, `snapshot`, `stream`, `commit` and `job`.
 
 use std::path::PathBuf;
 
@@ -129,6 +129,142 @@ pub struct Mirror {
     /// Begin, and do not wait until it has caught up
     #[arg(long)]
     pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// What a backup copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackupSync {
+    /// All that a guest can read
+    Full,
+    /// What the image itself holds; the target gets the same backing file
+    Top,
+    /// What is written from now on, as it was before; until it is cancelled
+    None,
+    /// What the dirty bitmap has, which is cleared of that if all went well
+    Incremental,
+    /// What the dirty bitmap has; --bitmap-mode says what becomes of that
+    Bitmap,
+}
+
+/// What a backup leaves of its dirty bitmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BitmapMode {
+    /// If all went well, what was written since it began
+    OnSuccess,
+    /// What it had, and what was written since
+    Never,
+    /// What was not copied, and what was written since
+    Always,
+}
+
+/// `backup`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The target is the LUN as it is when the backup begins: what is written meanwhile waits until the old content is copied. \
+                  If a copy before a write fails, the backup ends with that error, and the write goes on. A backup does not outlive the \
+                  daemon: after a restart it has ended, with an error."
+)]
+pub struct Backup {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The image to copy it to, which is made
+    pub target: PathBuf,
+    /// The target's format: raw or qcow2 [default: the LUN's]
+    #[arg(long, value_parser = order::format)]
+    pub format: Option<Format>,
+    /// The target is there already; what it holds is overwritten
+    #[arg(long)]
+    pub existing: bool,
+    /// Where the target's protection information is kept, instead of TARGET.pi
+    #[arg(long, value_name = "PATH")]
+    pub sidecar: Option<PathBuf>,
+    /// What is copied
+    #[arg(long, value_enum, default_value_t = BackupSync::Full)]
+    pub sync: BackupSync,
+    /// The dirty bitmap that says what is copied, or with --sync full and top is to say afterwards what was written since
+    #[arg(long, value_name = "BITMAP")]
+    pub bitmap: Option<String>,
+    /// What the backup leaves of the bitmap [default: on-success]
+    #[arg(long, value_enum, requires = "bitmap")]
+    pub bitmap_mode: Option<BitmapMode>,
+    /// Bytes a second at most (or with K, M, G), 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
+    pub speed: u64,
+    /// What is done about an error of the LUN's image, a block that fails protection among them
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_source_error: OnError,
+    /// What is done about an error of the target
+    #[arg(long, value_enum, default_value_t = OnError::Report)]
+    pub on_target_error: OnError,
+    /// The job's name [default: the LUN's]
+    #[arg(long, value_name = "ID")]
+    pub job_id: Option<String>,
+    /// Begin, and do not wait for the end
+    #[arg(long)]
+    pub background: bool,
+    /// As always.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `bitmap`.
+#[derive(Debug, Subcommand)]
+pub enum Bitmap {
+    /// Mark from now on what is written to a LUN
+    Add {
+        /// The bitmap
+        #[command(flatten)]
+        one: OneBitmap,
+        /// Bytes that one mark stands for: a power of two
+        #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = super::size::parse)]
+        granularity: u64,
+        /// Keep it in the LUN's qcow2 image when the LUN stops
+        #[arg(long)]
+        persistent: bool,
+        /// Mark nothing before it is enabled
+        #[arg(long)]
+        disabled: bool,
+    },
+    /// Remove a bitmap
+    Remove(OneBitmap),
+    /// Forget what is marked
+    Clear(OneBitmap),
+    /// Mark what is written from now on
+    Enable(OneBitmap),
+    /// Mark nothing from now on
+    Disable(OneBitmap),
+    /// Mark in a bitmap what is marked in others
+    Merge {
+        /// The bitmap
+        #[command(flatten)]
+        one: OneBitmap,
+        /// The others, of the same LUN
+        #[arg(required = true, value_name = "FROM")]
+        from: Vec<String>,
+    },
+    /// List the dirty bitmaps of a LUN
+    List {
+        /// The LUN's name
+        #[arg(value_parser = Name::new)]
+        name: Name,
+        /// As always.
+        #[command(flatten)]
+        json: Json,
+    },
+}
+
+/// One dirty bitmap.
+#[derive(Debug, Args)]
+pub struct OneBitmap {
+    /// The LUN's name
+    #[arg(value_parser = Name::new)]
+    pub name: Name,
+    /// The bitmap's name
+    pub bitmap: String,
     /// As always.
     #[command(flatten)]
     pub json: Json,

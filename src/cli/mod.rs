@@ -4,6 +4,7 @@
 //! [`crate::admin::luns`].
 
 mod args;
+mod backup;
 mod chain;
 mod check_host;
 mod conformance;
@@ -104,6 +105,8 @@ fn run(cli: &Cli) -> Done {
         Command::Export(args) => export::run(cli, args),
         Command::Throttle(args) => throttle::run(cli, args),
         Command::Mirror(args) => job::mirror(cli, args),
+        Command::Backup(args) => backup::backup(cli, args),
+        Command::Bitmap(bitmap) => backup::bitmap(cli, bitmap),
         Command::Snapshot(args) => chain::snapshot(cli, args),
         Command::Stream(args) => chain::stream(cli, args),
         Command::Commit(args) => chain::commit(cli, args),

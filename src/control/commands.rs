@@ -3,6 +3,8 @@
 //! One table says it all: arguments are checked against it, `query-commands` and `query-qmp-schema` are made from it, and so is
 //! the table in `docs/qmp.md`.
 
+mod backup;
+mod bitmap;
 mod block;
 mod chain;
 mod export;
@@ -43,6 +45,12 @@ const NOTHING: Type = Type::Object(&EMPTY);
 static COMMANDS: &[Command] = &[
     export::ADD,
     export::DEL,
+    bitmap::ADD,
+    bitmap::CLEAR,
+    bitmap::DISABLE,
+    bitmap::ENABLE,
+    bitmap::MERGE,
+    bitmap::REMOVE,
     Command {
         name: "block-job-cancel",
         args: &[has("device", Type::Str), may("force", Type::Bool)],
@@ -120,6 +128,7 @@ static COMMANDS: &[Command] = &[
     chain::COMMIT,
     chain::STREAM,
     snapshot::TAKE,
+    backup::DRIVE_BACKUP,
     Command {
         name: "drive-mirror",
         args: mirror::ARGUMENTS,
@@ -251,7 +260,7 @@ static COMMANDS: &[Command] = &[
         name: "query-block-jobs",
         args: &[],
         returns: Type::List(&Type::Object(&types::BLOCK_JOB_INFO)),
-        help: "as in QEMU: every mirror, also those that have ended and wait to be dismissed; `lun`, `target`, `sync`, `copy-mode` and \
+        help: "as in QEMU: every block job, also those that have ended and wait to be dismissed; `lun`, `target`, `sync`, `copy-mode` and \
                `repaired` are ours",
         run: mirror::query,
         after: None,

@@ -39,7 +39,7 @@ pub(super) struct Declared {
 
 static IO_OPERATION: Enum = Enum { name: "IoOperationType", values: &["read", "write"] };
 static ERROR_ACTION: Enum = Enum { name: "BlockErrorAction", values: &["ignore", "report", "stop"] };
-static FOUND_BY: Enum = Enum { name: "PiFoundBy", values: &["read", "write", "scrub", "mirror"] };
+static FOUND_BY: Enum = Enum { name: "PiFoundBy", values: &["read", "write", "scrub", "mirror", "backup"] };
 static CAUSE: Enum = Enum { name: "ShutdownCause", values: &["host-qmp-quit", "host-signal"] };
 
 /// What the events of block jobs have.

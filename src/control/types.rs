@@ -18,10 +18,29 @@ pub(super) static VERSION_INFO: Object =
 
 /// JobType, with the one of ours.
 pub(super) static JOB_TYPE: Enum =
-    Enum { name: "JobType", values: &["commit", "stream", "mirror", "pi-scrub"] };
+    Enum { name: "JobType", values: &["commit", "stream", "mirror", "backup", "pi-scrub"] };
 
-/// MirrorSyncMode, without those that need a bitmap.
-pub(super) static SYNC_MODE: Enum = Enum { name: "MirrorSyncMode", values: &["top", "full", "none"] };
+/// MirrorSyncMode.
+pub(super) static SYNC_MODE: Enum =
+    Enum { name: "MirrorSyncMode", values: &["top", "full", "none", "incremental", "bitmap"] };
+
+/// BitmapSyncMode.
+pub(super) static BITMAP_SYNC_MODE: Enum =
+    Enum { name: "BitmapSyncMode", values: &["on-success", "never", "always"] };
+
+/// BlockDirtyInfo.
+static BLOCK_DIRTY_INFO: Object = object(
+    "BlockDirtyInfo",
+    &[
+        has("name", Type::Str),
+        has("count", Type::Int),
+        has("granularity", Type::Int),
+        has("recording", Type::Bool),
+        has("busy", Type::Bool),
+        has("persistent", Type::Bool),
+        may("inconsistent", Type::Bool),
+    ],
+);
 
 /// MirrorCopyMode.
 pub(super) static COPY_MODE: Enum =
@@ -35,7 +54,7 @@ pub(super) static NEW_IMAGE_MODE: Enum =
 pub(super) static ON_ERROR: Enum =
     Enum { name: "BlockdevOnError", values: &["report", "ignore", "enospc", "stop"] };
 
-/// BlockJobInfo; `lun`, `target`, `repaired`, and of a mirror `sync` and `copy-mode`, are ours.
+/// BlockJobInfo; `lun`, `target`, `repaired`, of a mirror or a backup `sync`, and of a mirror `copy-mode`, are ours.
 pub(super) static BLOCK_JOB_INFO: Object = object(
     "BlockJobInfo",
     &[
@@ -374,6 +393,7 @@ pub(super) static BLOCK_DEVICE_INFO: Object = object(
             has("backing_file_depth", Type::Int),
             has("encrypted", Type::Bool),
             has("detect_zeroes", Type::Enum(&DETECT_ZEROES)),
+            may("dirty-bitmaps", Type::List(&Type::Object(&BLOCK_DIRTY_INFO))),
         ],
         [
             has("image", Type::Object(&IMAGE_INFO)),

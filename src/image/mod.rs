@@ -240,6 +240,43 @@ impl Image {
         driver.set_backing(named.as_ref().map(|(path, format)| (&**path, &**format))).await
     }
 
+    /// The dirty bitmaps that it keeps, in use from now on: every change from then on has to be marked in them. None of a format without.
+    ///
+    /// # Errors
+    /// The image's own.
+    pub async fn use_bitmaps(&self) -> Result<Vec<qcow2::StoredBitmap>> {
+        match &self.driver {
+            Driver::Qcow2(driver) => driver.use_bitmaps().await,
+            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Stores all dirty bitmaps in place of those that it kept. From then on it can only be closed.
+    ///
+    /// # Errors
+    /// `Unsupported` if it cannot keep any; its own.
+    pub async fn store_bitmaps(&self, all: &[qcow2::StoredBitmap]) -> Result<()> {
+        match &self.driver {
+            Driver::Qcow2(driver) => driver.store_bitmaps(all).await,
+            _ if all.is_empty() => Ok(()),
+            _ => self.check_bitmaps_work(),
+        }
+    }
+
+    /// Whether it can keep dirty bitmaps.
+    ///
+    /// # Errors
+    /// `Unsupported`, with the reason.
+    pub fn check_bitmaps_work(&self) -> Result<()> {
+        match &self.driver {
+            Driver::Qcow2(driver) => driver.check_bitmaps_work(),
+            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => {
+                let what = IoError::new(IoErrorKind::Unsupported, IoOp::Write).path(&self.path);
+                Err(what.detail("only qcow2 images keep dirty bitmaps"))
+            }
+        }
+    }
+
     /// Gives up the lock on a backing file, for somebody of this process who writes to it, and takes its own.
     pub fn lend(&self, depth: usize) {
         self.locks.borrow_mut().retain(|(of, _)| *of != depth);

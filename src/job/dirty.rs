@@ -250,16 +250,62 @@ impl DirtyMap {
         }
         let from = self.cursor.get();
         let first = self.next_set(from, self.granules).or_else(|| self.next_set(0, from))?;
-        let most = (most >> self.shift).max(1);
-        let mut end = first;
-        while end < self.granules && end - first < most && self.is_set(end) {
-            self.words.borrow_mut()[(end / 64) as usize] &= !(1 << (end % 64));
-            end += 1;
-        }
-        self.dirty.set(self.dirty.get() - (end - first));
+        let end = self.run_end(first, self.granules, most);
         self.cursor.set(if end == self.granules { 0 } else { end });
-        let key = self.copying.borrow_mut().insert(first..end);
-        Some(Copying { map: self, key, granules: first..end, done: false })
+        Some(self.take_granules(first..end))
+    }
+
+    /// The next dirty run, at most `most` bytes (at least a granule), as it is now: nothing of it is taken. The one after it comes next.
+    pub fn look(&self, most: u64) -> Option<Range<u64>> {
+        let from = self.cursor.get();
+        let first = self.next_set(from, self.granules).or_else(|| self.next_set(0, from))?;
+        let end = self.run_end(first, self.granules, most);
+        self.cursor.set(if end == self.granules { 0 } else { end });
+        Some(self.bytes(&(first..end)))
+    }
+
+    /// Takes the first dirty run within a range of bytes, at most `most` bytes (at least a granule), to be copied.
+    pub fn take_within(&self, range: &Range<u64>, most: u64) -> Option<Copying<'_>> {
+        let within = self.granules(range.start, range.end.saturating_sub(range.start));
+        let first = self.next_set(within.start, within.end)?;
+        let end = self.run_end(first, within.end, most);
+        Some(self.take_granules(first..end))
+    }
+
+    /// The bytes of the granules that a range touches.
+    pub fn covering(&self, at: u64, len: u64) -> Range<u64> {
+        self.bytes(&self.granules(at, len))
+    }
+
+    /// Nothing there is to be copied any more: only granules that lie inside as a whole, and that nobody copies, become clean.
+    pub fn forgo(&self, at: u64, len: u64) {
+        self.clear_inside(at, len);
+        self.settle(self.granules(at, len));
+    }
+
+    /// The runs of bytes that are dirty, in order.
+    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let first = self.next_set(next, self.granules)?;
+            next = self.run_end(first, self.granules, u64::MAX);
+            Some(self.bytes(&(first..next)))
+        })
+    }
+
+    /// Where a dirty run that begins at `first` ends.
+    fn run_end(&self, first: u64, stop: u64, most: u64) -> u64 {
+        let stop = stop.min(first.saturating_add((most >> self.shift).max(1)));
+        (first..stop).find(|granule| !self.is_set(*granule)).unwrap_or(stop)
+    }
+
+    fn take_granules(&self, granules: Granules) -> Copying<'_> {
+        for granule in granules.clone() {
+            self.words.borrow_mut()[(granule / 64) as usize] &= !(1 << (granule % 64));
+        }
+        self.dirty.set(self.dirty.get() - (granules.end - granules.start));
+        let key = self.copying.borrow_mut().insert(granules.clone());
+        Copying { map: self, key, granules, done: false }
     }
 
     fn next_set(&self, from: u64, to: u64) -> Option<u64> {

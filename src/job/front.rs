@@ -13,7 +13,8 @@ use std::{
 
 use super::{
     Side,
-    mirror::{Mirror, Verdict},
+    bitmaps::{Bitmaps, KeptBitmap},
+    mirror::{Mirror, Task, Verdict},
 };
 use crate::{
     sync::Notify,
@@ -38,6 +39,9 @@ pub struct Front<S> {
     /// Somebody waits for a layer to be let go of.
     awaited: Cell<bool>,
     let_go: Notify,
+    bitmaps: Bitmaps,
+    /// What the image kept that the LUN has gone over from, and the image has yet to be told.
+    parted: RefCell<Vec<KeptBitmap>>,
 }
 
 /// A layer, for as long as a command needs it.
@@ -118,7 +122,19 @@ impl<S: Side> Front<S> {
             opened: Notify::new(),
             awaited: Cell::new(false),
             let_go: Notify::new(),
+            bitmaps: Bitmaps::default(),
+            parted: RefCell::default(),
         }
+    }
+
+    /// The dirty bitmaps, in which every change is marked before it is answered.
+    pub fn bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
+    }
+
+    /// What the source of a mirror kept when commands went over to its target, once.
+    pub fn take_parted(&self) -> Vec<KeptBitmap> {
+        self.parted.take()
     }
 
     /// What commands go to now.
@@ -226,6 +242,9 @@ impl<S: Side> Front<S> {
             return Ended::Undecided(reason);
         }
         let volume = if how == Ending::Pivot { mirror.target().clone() } else { self.volume() };
+        if how == Ending::Pivot {
+            self.parted.replace(self.bitmaps.part());
+        }
         self.replace(volume, None);
         drop(gate);
         Ended::Done
@@ -276,8 +295,17 @@ impl<S: Side> Front<S> {
 macro_rules! through {
     ($self:ident, $method:ident($($arg:expr),*)) => {{
         let layer = $self.hold().await;
-        match &layer.mirror {
-            None => layer.volume.$method($($arg),*).await,
+        through!(layer, $self, $method($($arg),*))
+    }};
+    ($self:ident, $at:ident + $len:expr, $method:ident($($arg:expr),*)) => {{
+        let layer = $self.hold().await;
+        // Let go of first.
+        let _changing = $self.bitmaps.changing($at.0, $len);
+        through!(layer, $self, $method($($arg),*))
+    }};
+    ($layer:ident, $self:ident, $method:ident($($arg:expr),*)) => {{
+        match &$layer.mirror {
+            None => $layer.volume.$method($($arg),*).await,
             // Boxed, so that commands of LUNs without a job have small futures.
             Some(mirror) => Box::pin(mirror.$method($($arg),*)).await,
         }
@@ -294,7 +322,7 @@ impl<S: Side> Volume for Front<S> {
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
-        through!(self, write(at, from, flags))
+        through!(self, at + from.len() as u64, write(at, from, flags))
     }
 
     async fn flush(&self) -> Result<()> {
@@ -303,11 +331,11 @@ impl<S: Side> Volume for Front<S> {
     }
 
     async fn discard(&self, at: ByteOffset, len: u64) -> Result<()> {
-        through!(self, discard(at, len))
+        through!(self, at + len, discard(at, len))
     }
 
     async fn write_zeroes(&self, at: ByteOffset, len: u64, may_unmap: bool) -> Result<()> {
-        through!(self, write_zeroes(at, len, may_unmap))
+        through!(self, at + len, write_zeroes(at, len, may_unmap))
     }
 
     async fn map_extents(&self, at: ByteOffset, len: u64) -> Result<Vec<Extent>> {
@@ -317,11 +345,16 @@ impl<S: Side> Volume for Front<S> {
 
     async fn resize(&self, capacity: u64) -> Result<()> {
         let layer = self.hold().await;
-        if layer.mirror.is_some() {
-            return Err(IoError::new(IoErrorKind::Unsupported, IoOp::Resize)
-                .detail("the LUN is being mirrored: end that job first (tcmu-dif job list)"));
+        if let Some(mirror) = &layer.mirror {
+            let words = match mirror.settings().task {
+                Task::Backup => "the LUN is being backed up: end that job first (tcmu-dif job list)",
+                _ => "the LUN is being mirrored: end that job first (tcmu-dif job list)",
+            };
+            return Err(IoError::new(IoErrorKind::Unsupported, IoOp::Resize).detail(words));
         }
-        layer.volume.resize(capacity).await
+        layer.volume.resize(capacity).await?;
+        self.bitmaps.resize(capacity);
+        Ok(())
     }
 
     async fn free_bytes(&self) -> Option<u64> {
@@ -344,7 +377,7 @@ impl<S: Side> Volume for Front<S> {
         tuples: Vec<u8>,
         flags: WriteFlags,
     ) -> Result<()> {
-        through!(self, write_with_tuples(at, from, tuples, flags))
+        through!(self, at + from.len() as u64, write_with_tuples(at, from, tuples, flags))
     }
 
     async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
@@ -353,6 +386,7 @@ impl<S: Side> Volume for Front<S> {
             // Its target has another type of protection from now on.
             mirror.give_up("FORMAT UNIT has changed the LUN's protection");
         }
+        let _changing = self.bitmaps.changing(0, u64::MAX);
         layer.volume.reformat(protection).await
     }
 

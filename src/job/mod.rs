@@ -1,8 +1,11 @@
 //! Block jobs: long work on a LUN's image while the LUN serves, in QEMU's names and states (`qapi/job.json`, `qapi/block-core.json`).
 //!
 //! A job stands over volumes and knows neither ring nor SCSI; [`front::Front`] is the one place where commands meet it. What a job keeps
-//! across a restart of the daemon, and who tells it what to do, is the LUN's ([`crate::lun`]). There is one kind so far: [`mirror`].
+//! across a restart of the daemon, and who tells it what to do, is the LUN's ([`crate::lun`]). All kinds are one machine: [`mirror`].
 
+#[cfg(test)]
+mod backup_tests;
+pub mod bitmaps;
 pub mod dirty;
 pub mod front;
 pub mod mirror;

@@ -29,13 +29,13 @@ use crate::{
     volume::{Extent, IoErrorKind, Limits, Result, TupleCheck, Volume, WriteFlags},
 };
 
-const SIZE: u64 = 512 << 10;
-const BLOCKS: usize = (SIZE / 512) as usize;
-const GRANULE: u64 = 8192;
-const GUESTS: usize = 3;
+pub(super) const SIZE: u64 = 512 << 10;
+pub(super) const BLOCKS: usize = (SIZE / 512) as usize;
+pub(super) const GRANULE: u64 = 8192;
+pub(super) const GUESTS: usize = 3;
 
 /// A volume with protection or without.
-enum Disk {
+pub(super) enum Disk {
     Plain(SimVolume),
     Protected(Box<Protected<SimVolume, SimDisk>>),
 }
@@ -124,7 +124,7 @@ impl Side for Disk {
     }
 }
 
-async fn open(world: &World, pi: bool) -> Disk {
+pub(super) async fn open(world: &World, pi: bool) -> Disk {
     match pi {
         false => Disk::Plain(world.volume()),
         true => Disk::Protected(Box::new(world.open().await)),
@@ -132,22 +132,22 @@ async fn open(world: &World, pi: bool) -> Disk {
 }
 
 /// What a block may hold: the number of the write that it is of (0 for zeros), or anything where a write has failed.
-type Model = Rc<RefCell<Vec<Option<Vec<u64>>>>>;
+pub(super) type Model = Rc<RefCell<Vec<Option<Vec<u64>>>>>;
 
-fn stamped(number: u64, block: usize) -> Vec<u8> {
+pub(super) fn stamped(number: u64, block: usize) -> Vec<u8> {
     if number == 0 { vec![0; 512] } else { Rng::new(number << 20 | block as u64).bytes(512) }
 }
 
 /// What stands fast from one life of the LUN to the next.
 #[derive(Clone)]
-struct Ground {
-    source: World,
-    target: World,
-    pi: bool,
-    kept: Kept,
-    model: Model,
-    next: Rc<Cell<u64>>,
-    settings: Settings,
+pub(super) struct Ground {
+    pub(super) source: World,
+    pub(super) target: World,
+    pub(super) pi: bool,
+    pub(super) kept: Kept,
+    pub(super) model: Model,
+    pub(super) next: Rc<Cell<u64>>,
+    pub(super) settings: Settings,
 }
 
 /// How one life ended.
@@ -158,7 +158,7 @@ enum Life {
 }
 
 /// A guest's random commands on the blocks that are its own, until there is no more use for them.
-async fn guest(
+pub(super) async fn guest(
     number: usize,
     seed: u64,
     front: Rc<Front<Disk>>,
@@ -230,7 +230,7 @@ fn same_on_both(ground: &Ground) {
 }
 
 /// Both sides read back, verified, with their tuples; and against the model.
-async fn compare(ground: &Ground, a: &Disk, b: &Disk) {
+pub(super) async fn compare(ground: &Ground, a: &Disk, b: &Disk) {
     for block in 0..BLOCKS {
         let (x, y) = (Buffer::zeroed(512).sg(), Buffer::zeroed(512).sg());
         let at = ByteOffset(block as u64 * 512);
@@ -378,7 +378,7 @@ async fn life(seed: u64, ground: Ground, first: bool, fresh: bool, patience: u64
     Life::Over(outcome)
 }
 
-fn ground(seed: u64, rng: &mut Rng) -> (Ground, bool) {
+pub(super) fn ground(seed: u64, rng: &mut Rng) -> (Ground, bool) {
     let pi = seed.is_multiple_of(2);
     let world = |seed| World::new(seed, PiType::Type1, BlockSize::B512, SIZE);
     let (source, target) = (world(seed * 2 + 1000), world(seed * 2 + 1001));

@@ -35,6 +35,8 @@ pub enum FoundBy {
     Scrub,
     /// A mirror was to copy it.
     Mirror,
+    /// A backup was.
+    Backup,
 }
 
 /// Something that happened.

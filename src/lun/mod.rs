@@ -4,6 +4,7 @@
 //! belongs to a LUN lives on that thread; from outside there are messages. A ring that makes no sense, an I/O backend that
 //! fails or a panic ends that thread alone: the LUN is [`State::Failed`] with the reason, and the others never notice.
 
+mod bitmaps;
 pub mod config;
 pub mod continued;
 pub mod cpus;
@@ -417,17 +418,19 @@ fn live(
             let LunParams { config, block_size, capacity, .. } = &*for_task;
             let stack = Stack::open_owned(&io, config, *block_size, *capacity, own).await?;
             let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;
-            Ok((stack, job))
+            // Nobody changes the image yet.
+            let kept = bitmaps::load(&stack).await;
+            Ok((stack, job, kept))
         };
         let opened = run_to_end(&exec_io, &exec, None, open);
         opened.map(|opened| (opened, params))
     };
-    let (stack, job, params) = match opened {
-        Ok((Ok((stack, job)), params)) => (stack, job, params),
+    let (opened, params) = match opened {
+        Ok((Ok(opened), params)) => (opened, params),
         Ok((Err(e), _)) => return refuse(up, e),
         Err(e) => return refuse(up, LunError::Thread(e)),
     };
-    let lun = Rc::new(Lun::new(&params, continued.clone(), (stack, job), &io, inbox.outbox(), made));
+    let lun = Rc::new(Lun::new(&params, continued.clone(), opened, &io, inbox.outbox(), made));
     let Some(params) = Rc::into_inner(params) else {
         return refuse(up, LunError::Gone("its parameters are still in use".into()));
     };
@@ -472,6 +475,7 @@ fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
 /// Closes the stack; tells what went wrong if something that was promised may be lost.
 fn close(io: &Io, exec: &Executor, lun: Rc<Lun>) -> Option<String> {
     let closed = run_to_end(io, exec, None, async move {
+        lun.keep_bitmaps().await;
         let closed = lun.front().close().await;
         lun.jobs().close().await;
         closed

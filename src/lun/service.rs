@@ -9,7 +9,7 @@ use std::{
 use tracing::{error, info, warn};
 
 use super::{
-    LunError, LunParams, PublicStats, ScrubSummary, SharedMade, Stats, SystemCalls,
+    LunError, LunParams, PublicStats, ScrubSummary, SharedMade, Stats, SystemCalls, bitmaps,
     config::DeviceConfig,
     continued::ContinuedFile,
     event_loop::{Load, Service},
@@ -29,7 +29,7 @@ use super::{
     traffic,
 };
 use crate::{
-    job::front::Front,
+    job::{bitmaps::KeptBitmap, front::Front},
     pi::{Counters, Exposure},
     ring::{Command, Completion, Once},
     scsi::{self, Status, Target, TargetConfig, continued::SETTLE, neighbour::Undone},
@@ -66,7 +66,7 @@ impl Lun {
     pub(super) fn new(
         params: &LunParams,
         continued: Option<ContinuedFile>,
-        (stack, job): (Stack, Option<jobs::Resumed>),
+        (stack, job, kept): (Stack, Option<jobs::Resumed>, Vec<KeptBitmap>),
         io: &Io,
         own: Outbox,
         made: SharedMade,
@@ -79,7 +79,9 @@ impl Lun {
         let events = Rc::new(Events::default());
         let moves = params.state_dir.as_deref().map(|dir| Moves::of(dir, &params.name));
         let jobs = Jobs::new(job_place(params), moves, made, events.clone(), io);
+        let capacity = stack.limits().capacity;
         let front = Rc::new(jobs.take_up(stack, job));
+        front.bitmaps().replace_kept(capacity, kept);
         let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes(), events.clone());
         let limits_file = state(throttle::FOLDER);
         let limits = limits_now(limits_file.as_ref(), params.config.limits);
@@ -164,6 +166,12 @@ impl Lun {
         &self.front
     }
 
+    /// Stores the dirty bitmaps that the image keeps, which is closed next.
+    pub(super) async fn keep_bitmaps(&self) {
+        let volume = self.front.volume();
+        bitmaps::store_or_tell(&volume, &self.front.bitmaps().to_keep()).await;
+    }
+
     /// What goes on at the next start.
     pub(super) fn jobs(&self) -> &Jobs {
         &self.jobs
@@ -204,6 +212,7 @@ impl Lun {
             formatted_with: stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
             jobs: self.jobs.all(),
+            bitmaps: self.front.bitmaps().infos(),
             caches: stack.image().caches(),
             pi: stack.pi_counters().map(all),
         }

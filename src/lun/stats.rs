@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{
-    jobs::JobInfo,
+    jobs::{BitmapInfo, JobInfo},
     measured::Measured,
     scrub::{Scrub, ScrubStatus},
     throttle::Throttled,
@@ -93,6 +93,9 @@ pub struct Stats {
     /// Block jobs: those under way, and those that wait to be dismissed. `query-jobs` tells them.
     #[serde(skip)]
     pub jobs: Vec<JobInfo>,
+    /// Dirty bitmaps. `query-block` tells them.
+    #[serde(skip)]
+    pub bitmaps: Vec<BitmapInfo>,
 }
 
 /// A scrub, in a few words.

@@ -13,6 +13,7 @@ use crate::{
     lun::{
         Made, Remote, State, Stats,
         config::{CacheMode, DeviceConfig, pi_word},
+        jobs::BitmapInfo,
         measured::{BUCKETS, Histogram},
         throttle::limits::Limits,
         traffic::{Class, Count, Traffic},
@@ -114,7 +115,20 @@ fn nodes(name: &str, lun: &Remote) -> Result<Vec<Value>, Error> {
     let limits = |i| stats.throttle.filter(|_| i == 0).unwrap_or_default().limits;
     let node =
         |i| node(named(i), &layers[i..], &lun.made().config, read_only(i), stats.write_cache, &limits(i));
-    Ok((0..layers.len()).filter_map(node).collect())
+    let mut nodes: Vec<Value> = (0..layers.len()).filter_map(node).collect();
+    if let Some(top) = nodes.first_mut().filter(|_| !stats.bitmaps.is_empty()) {
+        top["dirty-bitmaps"] = stats.bitmaps.iter().map(bitmap).collect();
+    }
+    Ok(nodes)
+}
+
+/// QEMU's BlockDirtyInfo.
+fn bitmap(bitmap: &BitmapInfo) -> Value {
+    without_nulls(json!({
+        "name": bitmap.name, "count": bitmap.count, "granularity": bitmap.granularity,
+        "recording": bitmap.recording, "busy": bitmap.busy, "persistent": bitmap.persistent,
+        "inconsistent": bitmap.inconsistent.then_some(true),
+    }))
 }
 
 /// LUNs that are up, with what is asked of each: one that goes meanwhile, or has failed, has no image to tell of.

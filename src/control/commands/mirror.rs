@@ -1,5 +1,7 @@
 //! Block jobs: mirrors are begun, led, told of and made an end of, in QEMU's words.
 
+use std::str::FromStr;
+
 use serde_json::{Value, json};
 
 use super::{
@@ -60,6 +62,25 @@ pub(super) fn on_error(args: &Arguments, name: &str) -> OnError {
     }
 }
 
+/// The format of a target.
+pub(super) fn format<F: FromStr>(args: &Arguments) -> Result<Option<F>, Error> {
+    let named = args.maybe_text("format");
+    let known = |word: &str| word.parse().map_err(|_| Error::generic(format!("Unknown driver '{word}'")));
+    named.map(known).transpose()
+}
+
+/// What is copied.
+pub(super) fn sync(args: &Arguments) -> Result<SyncMode, Error> {
+    Ok(match args.text("sync")? {
+        "top" => SyncMode::Top,
+        "none" => SyncMode::None,
+        word @ ("incremental" | "bitmap") => {
+            return Err(Error::generic(format!("Sync mode '{word}' not supported")));
+        }
+        _ => SyncMode::Full,
+    })
+}
+
 /// The name of a job that is to begin: the LUN's, unless one is given.
 pub(super) fn new_id<'a>(luns: &Registry, args: &'a Arguments, device: &'a str) -> Result<&'a str, Error> {
     let id = args.maybe_text("job-id").unwrap_or(device);
@@ -77,17 +98,10 @@ pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
     let device = args.text("device")?;
     let lun = find(luns, device)?;
     let id = new_id(luns, args, device)?;
-    let format = match args.maybe_text("format") {
-        None => None,
-        Some(word) => Some(word.parse().map_err(|_| Error::generic(format!("Unknown driver '{word}'")))?),
-    };
+    let format = format(args)?;
     let settings = Settings {
         task: Task::Mirror,
-        sync: match args.text("sync")? {
-            "top" => SyncMode::Top,
-            "none" => SyncMode::None,
-            _ => SyncMode::Full,
-        },
+        sync: sync(args)?,
         copy_mode: how(args),
         unmap: args.flag_or("unmap", true),
         speed: args.maybe_number("speed").unwrap_or(0),
@@ -161,20 +175,21 @@ pub(super) fn dismiss(luns: &Registry, args: &Arguments) -> Result<Value, Error>
     done()
 }
 
-/// QEMU's BlockJobInfo of every mirror.
+/// QEMU's BlockJobInfo of every block job.
 pub(super) fn query(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
     Ok(all(luns).iter().map(|(lun, _, job)| described(lun, job)).collect())
 }
 
 fn described(lun: &str, job: &JobInfo) -> Value {
     let mirror = job.settings.task == Task::Mirror;
+    let copies = mirror || job.settings.task == Task::Backup;
     without_nulls(json!({
         "type": job.settings.task.word(), "device": job.id, "len": job.len, "offset": job.offset, "busy": job.busy,
         "paused": job.paused, "speed": job.speed, "io-status": job.io_status, "ready": job.ready,
         "status": job.status, "auto-finalize": job.settings.auto_finalize,
         "auto-dismiss": job.settings.auto_dismiss, "error": job.error,
         "actively-synced": job.ready && job.settings.copy_mode == CopyMode::WriteBlocking,
-        "lun": lun, "target": job.target.display().to_string(), "sync": mirror.then(|| sync_mode(&job.settings)),
+        "lun": lun, "target": job.target.display().to_string(), "sync": copies.then(|| sync_mode(&job.settings)),
         "copy-mode": mirror.then(|| copy_mode(&job.settings)), "repaired": job.repaired,
     }))
 }

@@ -1,5 +1,6 @@
-//! Persistent dirty bitmaps (qcow2 specification, "Bitmaps extension"). We do not keep them yet, so before the first write each is marked
-//! in use, which says to whoever opens the image later that it was not brought up to date; their clusters stay theirs.
+//! Persistent dirty bitmaps (qcow2 specification, "Bitmaps extension"): before the first write each is marked in use, which says to whoever
+//! opens the image after a crash that it was not brought up to date; their clusters stay theirs. [`super::kept_bitmaps`] reads them for
+//! whoever marks what changes, and writes them at the end.
 
 use super::{
     Qcow2, Storage,
@@ -84,9 +85,14 @@ fn flags_in(directory: &[u8], count: u32) -> Option<Vec<usize>> {
 }
 
 impl<S: Storage> Qcow2<S> {
-    /// The directory, if the header says that it is valid and it lies in the file.
-    fn bitmap_directory(&self) -> Option<BitmapDirectory> {
-        let directory = self.header.valid_bitmaps()?;
+    /// The directory, as the header was at the opening.
+    pub(super) fn bitmap_directory(&self) -> Option<BitmapDirectory> {
+        self.sane_directory(&self.header)
+    }
+
+    /// The directory that a header names, if it says that it is valid, and it lies in the file.
+    pub(super) fn sane_directory(&self, header: &HeaderInfo) -> Option<BitmapDirectory> {
+        let directory = header.valid_bitmaps()?;
         let end = directory.at.checked_add(directory.bytes)?;
         let sane = self.geometry.aligned(directory.at)
             && directory.at > 0

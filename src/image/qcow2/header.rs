@@ -45,7 +45,7 @@ pub mod field {
 }
 
 pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_BITMAPS: u32 = 0x2385_2875;
+pub const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Bytes of a version 3 header with the compression type, padded to 8.

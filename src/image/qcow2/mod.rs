@@ -27,6 +27,7 @@ mod deltas;
 mod discard;
 mod gate;
 mod header;
+mod kept_bitmaps;
 mod layout;
 mod map;
 mod measure;
@@ -60,6 +61,7 @@ pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmaps_size, check_on}
 pub use compressed::Compression;
 pub use create::{CreateError, CreateOptions, Preallocation, check_options, create, create_on};
 pub use header::{HeaderError, HeaderInfo, MAX_CLUSTER, is_qcow2, probe_header};
+pub use kept_bitmaps::StoredBitmap;
 pub use measure::{full_size, looks_preallocated};
 pub use read::{Backing, Boxed, ReadBacking};
 pub use repair::{Repair, repair_on};
@@ -131,6 +133,8 @@ pub struct Qcow2<S: Storage = FileStorage> {
     last_inflated: RefCell<Option<(u64, crate::sys::mem::Buffer)>>,
     /// Autoclear bits have been cleared.
     begun: Cell<bool>,
+    /// Bitmaps have been stored, and say what has changed until then.
+    bitmaps_stored: Cell<bool>,
     corrupt: RefCell<Option<String>>,
     closed: Cell<bool>,
 }
@@ -280,6 +284,9 @@ impl<S: Storage> Qcow2<S> {
         self.check_alive(op)?;
         if self.read_only {
             return Err(IoError::new(IoErrorKind::ReadOnly, op).path(&self.path));
+        }
+        if self.bitmaps_stored.get() {
+            return Err(self.error(IoErrorKind::Failed, op, "the image is about to be closed"));
         }
         match &*self.corrupt.borrow() {
             Some(why) => Err(IoError::corrupt(op, why.clone()).path(&self.path)),

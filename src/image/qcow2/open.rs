@@ -127,6 +127,7 @@ impl<S: Storage> Qcow2<S> {
             first_free: Cell::new(0),
             last_inflated: RefCell::default(),
             begun: Cell::new(false),
+            bitmaps_stored: Cell::new(false),
             corrupt: RefCell::default(),
             closed: Cell::new(false),
             header,

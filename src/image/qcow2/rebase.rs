@@ -18,7 +18,7 @@ const OP: IoOp = IoOp::Write;
 /// What every disk writes whole.
 const SECTOR: usize = 512;
 /// Bytes of an extension's head: type and length.
-const HEAD: usize = 8;
+pub(super) const HEAD: usize = 8;
 
 /// How a header is changed.
 #[derive(Debug, PartialEq, Eq)]
@@ -60,8 +60,8 @@ impl<S: Storage> Qcow2<S> {
     }
 }
 
-/// An extension of the header: where it begins, its type, and its bytes.
-fn extensions(first: &[u8], from: usize, end: usize) -> (Vec<(usize, u32, usize)>, usize) {
+/// The extensions of a header, each with where it begins, its type, and its bytes; and where the list ends.
+pub(super) fn extensions(first: &[u8], from: usize, end: usize) -> (Vec<(usize, u32, usize)>, usize) {
     let mut found = Vec::new();
     let mut at = from;
     while at + HEAD <= end {

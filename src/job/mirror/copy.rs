@@ -16,11 +16,11 @@ use crate::{
         mem::Buffer,
     },
     units::ByteOffset,
-    volume::{ExtentKind, Result},
+    volume::{ExtentKind, IoError, Result},
 };
 
 /// Bytes of one piece while guests are idle ...
-const PIECE: u64 = 1 << 20;
+pub(super) const PIECE: u64 = 1 << 20;
 /// ... and while they are at work.
 const SMALL_PIECE: u64 = 256 << 10;
 /// Holes between data that are not worth a system call of their own: they are copied as zeros.
@@ -34,8 +34,17 @@ const RETRY: Duration = Duration::from_millis(100);
 /// The longest that a lane sleeps without looking whether it was told something.
 const SLICE: Duration = Duration::from_millis(100);
 
+/// A copy that failed.
+pub(super) struct Failure {
+    /// On the source, not on the target.
+    pub(super) source: bool,
+    pub(super) error: IoError,
+}
+
 enum Next<'a> {
     Copy(Copying<'a>),
+    /// What is dirty there, once nobody changes it.
+    CopyThere(Range<u64>),
     Wait(Duration),
     Nothing,
 }
@@ -45,6 +54,9 @@ impl<S: Side> Mirror<S> {
     pub async fn scan(&self, fresh: bool) {
         let capacity = self.map.capacity();
         let Settings { sync, task, .. } = self.settings.get();
+        if task.keeps_the_past() {
+            return self.scan_the_past(fresh).await;
+        }
         if sync == SyncMode::None {
             return;
         }
@@ -60,7 +72,7 @@ impl<S: Side> Mirror<S> {
                         _ if task != Task::Mirror => task.wants(&extent),
                         SyncMode::Full => extent.kind == ExtentKind::Data,
                         SyncMode::Top => own,
-                        SyncMode::None => false,
+                        SyncMode::None | SyncMode::Bitmap => false,
                     };
                     if wanted {
                         self.map.set(at, extent.len);
@@ -102,10 +114,13 @@ impl<S: Side> Mirror<S> {
                     if let Some(ErrorAction::Ignore) = self.copy(copying, &buffer).await {
                         (self.hooks.sleep)(RETRY).await;
                     }
-                    if !self.map.has_work() {
-                        // The last one: somebody may wait for that.
-                        self.changed.notify_all();
+                    self.was_that_the_last();
+                }
+                Next::CopyThere(range) => {
+                    if let Some(ErrorAction::Ignore) = self.copy_there(range, &buffer).await {
+                        (self.hooks.sleep)(RETRY).await;
                     }
+                    self.was_that_the_last();
                 }
                 Next::Wait(time) => (self.hooks.sleep)(time.min(SLICE)).await,
                 Next::Nothing => {
@@ -115,6 +130,13 @@ impl<S: Side> Mirror<S> {
                     }
                 }
             }
+        }
+    }
+
+    /// Somebody may wait for the last copy.
+    fn was_that_the_last(&self) {
+        if !self.map.has_work() {
+            self.changed.notify_all();
         }
     }
 
@@ -129,20 +151,22 @@ impl<S: Side> Mirror<S> {
     }
 
     fn next(&self, number: usize) -> Next<'_> {
-        let Settings { auto_finalize, speed, task, .. } = self.settings.get();
+        let Settings { auto_finalize, speed, task, sync, .. } = self.settings.get();
         let (waits, ready, asked, told) = {
             let state = self.state.borrow();
             let waits =
                 state.paused || state.stopped != IoStatus::Ok || state.cancelled || state.failed.is_some();
             (waits, state.ready, state.asked.is_some(), state.pending || state.finalize)
         };
-        if waits {
+        // What is changed is copied then, and nothing else.
+        if waits || (task.keeps_the_past() && sync == SyncMode::None) {
             return Next::Nothing;
         }
         if !self.map.has_work() {
             if self.map.is_settled() {
                 if task.ends_by_itself() && !asked {
-                    self.change(|state| state.asked = Some(Ending::Finish));
+                    let how = if task.keeps_the_past() { Ending::Leave } else { Ending::Finish };
+                    self.change(|state| state.asked = Some(how));
                 } else if !ready && !task.ends_by_itself() {
                     self.change(|state| state.ready = true);
                     let (done, all) = self.progress();
@@ -163,10 +187,12 @@ impl<S: Side> Mirror<S> {
         {
             return Next::Wait(rest);
         }
-        match self.map.take(if small { SMALL_PIECE } else { PIECE }) {
-            Some(copying) => Next::Copy(copying),
-            None => Next::Nothing,
-        }
+        let most = if small { SMALL_PIECE } else { PIECE };
+        let next = match task.keeps_the_past() {
+            true => self.map.look(most).map(Next::CopyThere),
+            false => self.map.take(most).map(Next::Copy),
+        };
+        next.unwrap_or(Next::Nothing)
     }
 
     /// Where data that begin at `at`, `len` bytes at least, end as far as one piece goes. Files of small extents are read in one go.
@@ -177,12 +203,12 @@ impl<S: Side> Mirror<S> {
             // What is wrong with the map comes up again when it is that extent's turn.
             let Ok(next) = self.source.extent(ByteOffset(end), stop - end).await else { break };
             // A hole whose page of tuples has some may have none itself, and is looked at alone.
-            let task = self.settings.get().task;
-            let stored = next.kind == ExtentKind::Data && next.host_offset.is_some() && task.wants(&next);
-            let bridged = task == Task::Mirror
-                && next.kind != ExtentKind::Data
-                && next.len < SMALL_HOLE
-                && end + next.len < stop;
+            let settings = self.settings.get();
+            let stored = next.kind == ExtentKind::Data && next.host_offset.is_some() && settings.wants(&next);
+            let whole = settings.task == Task::Mirror
+                || (settings.task == Task::Backup && settings.sync != SyncMode::Top);
+            let bridged =
+                whole && next.kind != ExtentKind::Data && next.len < SMALL_HOLE && end + next.len < stop;
             if !stored && !bridged {
                 break;
             }
@@ -221,6 +247,7 @@ impl<S: Side> Mirror<S> {
         let range = copying.range();
         let len = range.end - range.start;
         let task = self.settings.get().task;
+        debug_assert!(!task.keeps_the_past(), "a granule may be taken once nobody changes it");
         // What is copied within one volume has to be so before a guest may change it.
         let _together = if self.is_write_blocking() || task.is_within() {
             self.lock.exclusive(range.start, len).await
@@ -233,20 +260,52 @@ impl<S: Side> Mirror<S> {
         {
             return Some(self.failed(true, &e));
         }
-        let mut at = range.start;
-        while at < range.end {
+        self.copied_or_failed(copying, buffer).await
+    }
+
+    /// Copies what is dirty of a range as it was when the job began, which no change may come before.
+    async fn copy_there(&self, range: Range<u64>, buffer: &Buffer) -> Option<ErrorAction> {
+        let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
+        while let Some(copying) = self.map.take_within(&range, PIECE) {
             if self.is_over() {
                 return None;
             }
+            let failed = self.copied_or_failed(copying, buffer).await;
+            if failed.is_some() {
+                return failed;
+            }
+        }
+        None
+    }
+
+    async fn copied_or_failed(&self, copying: Copying<'_>, buffer: &Buffer) -> Option<ErrorAction> {
+        match self.transfer(copying.range(), buffer).await {
+            Ok(true) => copying.done(),
+            Ok(false) => {}
+            Err(Failure { source, error }) => return Some(self.failed(source, &error)),
+        }
+        None
+    }
+
+    /// Moves a range from the source to the target. False if the job is over before that is done. `buffer` has a piece, or the range.
+    pub(super) async fn transfer(
+        &self,
+        range: Range<u64>,
+        buffer: &Buffer,
+    ) -> std::result::Result<bool, Failure> {
+        let of_source = |error| Failure { source: true, error };
+        let mut at = range.start;
+        while at < range.end {
+            if self.is_over() {
+                return Ok(false);
+            }
             let place = ByteOffset(at);
-            let extent = match self.source.extent(place, range.end - at).await {
-                Ok(extent) => extent,
-                Err(e) => return Some(self.failed(true, &e)),
-            };
-            let unmap = self.settings.get().unmap;
+            let extent = self.source.extent(place, range.end - at).await.map_err(of_source)?;
+            let settings = self.settings.get();
+            let unmap = settings.unmap;
             let mut len = extent.len.min(range.end - at);
             let written = match extent.kind {
-                _ if !task.wants(&extent) => Ok(()),
+                _ if !settings.wants(&extent) => Ok(()),
                 ExtentKind::Zero => self.target.write_zeroes(place, len, false).await,
                 ExtentKind::Hole | ExtentKind::Unallocated => {
                     self.target.write_zeroes(place, len, unmap).await
@@ -258,23 +317,19 @@ impl<S: Side> Mirror<S> {
                     }
                     self.pace(len);
                     let data = buffer.sg().slice(0, len as usize);
-                    match self.source.read_whole(place, &data).await {
+                    match self.source.read_whole(place, &data).await.map_err(of_source)? {
                         // A part of a hole that shares a page of tuples with data.
-                        Ok(Some(tuples)) if tuples.iter().all(|b| *b == 0xff) && data.is_zero() => {
+                        Some(tuples) if tuples.iter().all(|b| *b == 0xff) && data.is_zero() => {
                             self.target.write_zeroes(place, len, unmap).await
                         }
-                        Ok(tuples) => self.target.write_whole(place, &data, tuples).await,
-                        Err(e) => return Some(self.failed(true, &e)),
+                        tuples => self.target.write_whole(place, &data, tuples).await,
                     }
                 }
             };
-            if let Err(e) = written {
-                return Some(self.failed(false, &e));
-            }
+            written.map_err(|error| Failure { source: false, error })?;
             at += len;
         }
-        self.copied.set(self.copied.get() + len);
-        copying.done();
-        None
+        self.copied.set(self.copied.get() + (range.end - range.start));
+        Ok(true)
     }
 }

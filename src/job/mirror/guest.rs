@@ -73,6 +73,10 @@ impl<S: Side> Mirror<S> {
             let _together = self.lock.shared(at.0, len).await;
             return change.apply(&*self.source, at).await;
         }
+        if self.settings.get().task.keeps_the_past() {
+            self.copy_before(at.0, len).await;
+            return change.apply(&*self.source, at).await;
+        }
         let both = self.is_write_blocking();
         let _alone =
             if both { self.lock.exclusive(at.0, len).await } else { self.lock.shared(at.0, len).await };
@@ -162,7 +166,8 @@ impl<S: Side> Mirror<S> {
     /// Whether there is another side that has what this one has.
     fn has_spare(&self) -> bool {
         let settings = self.settings.get();
-        settings.sync != SyncMode::None && !settings.task.is_within() && !self.is_over()
+        let same = !settings.task.is_within() && !settings.task.keeps_the_past();
+        same && settings.sync != SyncMode::None && !self.is_over()
     }
 
     /// Whether the other side may be of help.

@@ -15,6 +15,7 @@
 //!
 //! `run` is driven by the LUN's background task; guests come through [`super::front::Front`].
 
+mod backup;
 mod copy;
 mod guest;
 
@@ -43,6 +44,8 @@ pub enum SyncMode {
     Top,
     /// What is written from now on.
     None,
+    /// What a dirty bitmap has.
+    Bitmap,
 }
 
 /// What a job is for. All of them copy what a dirty map says; they differ in what there is to copy, and in how they end.
@@ -68,12 +71,19 @@ pub enum Task {
         /// 1 or more.
         below: u32,
     },
+    /// The volume as it was when the job began is copied to another, before each change of it (`drive-backup`). It ends by itself.
+    Backup,
 }
 
 impl Task {
     /// Whether it ends when it has copied all, without being told to.
     pub fn ends_by_itself(self) -> bool {
-        matches!(self, Task::Stream { .. } | Task::CommitBeneath { .. })
+        matches!(self, Task::Stream { .. } | Task::CommitBeneath { .. } | Task::Backup)
+    }
+
+    /// Whether what there is to copy is what there was when it began, so that no change may come before its copy.
+    pub fn keeps_the_past(self) -> bool {
+        self == Task::Backup
     }
 
     /// Whether its target is the volume itself.
@@ -85,6 +95,7 @@ impl Task {
     pub fn word(self) -> &'static str {
         match self {
             Task::Mirror => "mirror",
+            Task::Backup => "backup",
             Task::Stream { .. } => "stream",
             Task::Commit { .. } | Task::CommitBeneath { .. } => "commit",
         }
@@ -93,7 +104,7 @@ impl Task {
     /// Whether a run of the source's map is to be copied, where the map alone says it.
     pub(super) fn wants(self, extent: &Extent) -> bool {
         match self {
-            Task::Mirror => true,
+            Task::Mirror | Task::Backup => true,
             // With nothing left beneath, what no file says anything of reads as zeros anyway. Over a base its zeros are kept, and where a
             // file in between was too short to say anything, too.
             Task::Stream { below: u32::MAX } => extent.depth > 0 && extent.kind == ExtentKind::Data,
@@ -141,6 +152,16 @@ pub struct Settings {
     pub auto_dismiss: bool,
     /// It waits to be resumed.
     pub paused: bool,
+}
+
+impl Settings {
+    /// Whether a run of the source's map is to be copied, where the map alone says it.
+    fn wants(&self, extent: &Extent) -> bool {
+        match (self.task, self.sync) {
+            (Task::Backup, SyncMode::Top) => extent.depth == 0 && extent.kind != ExtentKind::Unallocated,
+            (task, _) => task.wants(extent),
+        }
+    }
 }
 
 impl Default for Settings {

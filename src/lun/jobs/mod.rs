@@ -7,7 +7,9 @@
 //! written down and durable ([`Moves`]); commands go to the target; the source is closed; the job's record goes. A start before the choice
 //! is durable finds the source, which has all that was acknowledged, and the record of a mirror that goes on; a start after it finds the target.
 
+mod backup;
 mod ballot;
+mod begin;
 mod beneath;
 mod chain;
 mod commit;
@@ -19,7 +21,6 @@ mod types;
 
 use std::{
     cell::{Cell, RefCell},
-    io,
     rc::Rc,
 };
 
@@ -28,12 +29,14 @@ use tracing::{error, info, warn};
 pub use ballot::Ballot;
 pub use record::FOLDER;
 pub use types::{
-    BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder, SnapshotOrder, StreamOrder, copy_mode,
-    sync_mode,
+    BackupOrder, BitmapOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder, SnapshotOrder,
+    StreamOrder, copy_mode, sync_mode,
 };
 
+pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
 pub use crate::job::{
     JobStatus, OnError,
+    bitmaps::{BitmapError, BitmapInfo, BitmapMode},
     mirror::{CopyMode, Settings, SyncMode, Task},
 };
 
@@ -50,7 +53,6 @@ use super::{
 use crate::{
     job::{
         IoStatus,
-        dirty::{MAX_GRANULARITY, MIN_GRANULARITY, granularity_for},
         front::{Ending, Front, Outcome},
         mirror::{Hooks, Mirror, Told, VerbError},
     },
@@ -65,6 +67,8 @@ struct Active {
     mirror: Rc<Mirror<Stack>>,
     record: RefCell<Record>,
     target: DeviceConfig,
+    /// The dirty bitmap that it has, and what it leaves of it.
+    bitmap: Option<(String, BitmapMode)>,
 }
 
 /// A job that was under way when the LUN stopped.
@@ -128,6 +132,9 @@ pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, stack: &S
         Ok(config) => config,
         Err(e) => return Some(Resumed::Lost(Box::new(record), e.to_string())),
     };
+    if record.settings.task.keeps_the_past() {
+        return Some(Resumed::Lost(Box::new(record), backup::PAST_IS_LOST.to_owned()));
+    }
     if record.settings.task.is_within() {
         return Some(match chain::stream_again(&mut record, stack.image()) {
             Ok(()) => Resumed::Within(Box::new(record)),
@@ -236,7 +243,7 @@ impl Jobs {
         let sides = (copied, stack);
         let mirror = Mirror::new(record.id.clone(), sides, map, record.settings, record.copied, hooks);
         let mirror = Rc::new(mirror);
-        let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target };
+        let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target, bitmap: None };
         self.active.replace(Some(Rc::new(active)));
         // Guests are not concerned by what goes on between other images.
         let concerns_guests = !matches!(mirror.settings().task, Task::CommitBeneath { .. });
@@ -255,7 +262,8 @@ impl Jobs {
                 Told::Error { source, action, reason, mismatch } => {
                     error!(job = id, side = if source { "source" } else { "target" }, ?action, "{reason}");
                     if let Some(m) = mismatch {
-                        events.mismatch(m.lba.0, m.tag.to_string(), m.expected, m.found, FoundBy::Mirror);
+                        let by = if task.keeps_the_past() { FoundBy::Backup } else { FoundBy::Mirror };
+                        events.mismatch(m.lba.0, m.tag.to_string(), m.expected, m.found, by);
                     }
                     events.tell(Event::BlockJobError { id: id.clone(), read: source, action, reason });
                 }
@@ -301,7 +309,9 @@ impl Jobs {
             JobOrder::Commit(order) => self.commit(front, block_size, *order).await?,
             JobOrder::Stream(order) => self.stream(front, block_size, *order).await?,
             JobOrder::Snapshot(order) => self.snapshot(front, block_size, order, &moved).await?,
-            JobOrder::Mirror(order) => self.begin(front, block_size, *order).await?,
+            JobOrder::Mirror(order) => self.mirror(front, block_size, *order).await?,
+            JobOrder::Backup(order) => self.backup(front, block_size, *order).await?,
+            JobOrder::Bitmap(order) => self.bitmap(front, order)?,
             JobOrder::Complete(id) => self.find(&id)?.mirror.complete()?,
             JobOrder::Cancel { id, force } => self.find(&id)?.mirror.cancel(force),
             JobOrder::Pause(id) => self.lead(&id, |mirror| mirror.pause(true))?,
@@ -344,16 +354,6 @@ impl Jobs {
         self.place.save(&record).map_err(|e| JobError::Record(e.to_string()))
     }
 
-    async fn begin(
-        &self,
-        front: &Front<Stack>,
-        block_size: BlockSize,
-        order: MirrorOrder,
-    ) -> Result<(), JobError> {
-        let _starting = self.starting(&order.id)?;
-        self.begin_alone(front, block_size, order).await
-    }
-
     /// Nothing else begins while what is given lives; refused while there is a job.
     fn starting(&self, id: &str) -> Result<Starting<'_>, JobError> {
         if self.ended.borrow().iter().any(|info| info.id == id) {
@@ -366,62 +366,6 @@ impl Jobs {
             return Err(JobError::Busy(id.to_owned()));
         }
         Ok(Starting(self))
-    }
-
-    async fn begin_alone(
-        &self,
-        front: &Front<Stack>,
-        block_size: BlockSize,
-        order: MirrorOrder,
-    ) -> Result<(), JobError> {
-        let source = front.volume();
-        let capacity = source.limits().capacity;
-        let granularity = order.granularity.unwrap_or_else(|| granularity_for(capacity));
-        let fits =
-            (MIN_GRANULARITY..=MAX_GRANULARITY).contains(&granularity) && granularity >= block_size.bytes();
-        if !granularity.is_power_of_two() || !fits {
-            return Err(JobError::Granularity(granularity));
-        }
-        let own = self.made.get().config.clone();
-        let found = target::prepare(&self.io, &order, &own, &source, block_size).await?;
-        let settings = Settings { sync: found.sync, ..order.settings };
-        let record = Record::new(order.id, &own.image, &found.config, granularity, settings, found.fresh);
-        let target = Rc::new(found.stack);
-        let launched = self.launch(front, (source, target.clone()), record, found.config).await;
-        if launched.is_err() {
-            close(&target).await;
-        }
-        launched
-    }
-
-    /// Writes a job down, attaches it, and has it run.
-    async fn launch(
-        &self,
-        front: &Front<Stack>,
-        sides: (Rc<Stack>, Rc<Stack>),
-        mut record: Record,
-        target: DeviceConfig,
-    ) -> Result<(), JobError> {
-        let failed = |e: io::Error| JobError::Record(e.to_string());
-        let (id, settings) = (record.id.clone(), record.settings);
-        let map = self.place.begin(sides.0.limits().capacity, record.granularity).map_err(failed)?;
-        // Nothing to mark: what is written from now on marks itself.
-        record.scanned = settings.sync == SyncMode::None;
-        if let Err(e) = self.place.save(&record) {
-            self.place.remove();
-            return Err(failed(e));
-        }
-        self.events.tell(Event::Job { id: id.clone(), status: JobStatus::Created });
-        let hooks = self.hooks(&id, settings.task);
-        let mirror = Rc::new(Mirror::new(id, sides, map, settings, 0, hooks));
-        if !matches!(settings.task, Task::CommitBeneath { .. }) {
-            front.attach(mirror.clone()).await;
-        }
-        info!(job = mirror.id(), target = %target.image.display(), ?settings, "the job begins");
-        let active = Active { mirror, record: RefCell::new(record), target };
-        self.active.replace(Some(Rc::new(active)));
-        self.added.notify_all();
-        Ok(())
     }
 
     /// Runs jobs for as long as the LUN's thread does. `moved` is called when the LUN has gone over to another image.
@@ -448,10 +392,12 @@ impl Jobs {
                 warn!(%error, "after a restart all would be copied again");
             }
         }
-        let outcome = match active.mirror.settings().task.ends_by_itself() {
+        let task = active.mirror.settings().task;
+        let outcome = match task.ends_by_itself() && !task.keeps_the_past() {
             true => self.drive_chain(active, front, moved).await,
             false => front.drive(&active.mirror, async || self.decide(active.target.clone()).await).await,
         };
+        Jobs::see_to_bitmaps(active, front, &outcome).await;
         let goes_on = !matches!(outcome, Outcome::Ended(Ending::Pivot | Ending::Finish));
         self.conclude(active, outcome, moved).await;
         if goes_on {

@@ -11,7 +11,7 @@ use tracing::{error, warn};
 use super::{Jobs, target::reopen};
 use crate::{
     job::front::Front,
-    lun::{config::DeviceConfig, stack::Stack},
+    lun::{bitmaps, config::DeviceConfig, stack::Stack},
     units::BlockSize,
     volume::Volume,
 };
@@ -65,6 +65,10 @@ impl Jobs {
                 if let Err(reason) = before(&old).await {
                     return (None, Err(reason));
                 }
+                // What the image keeps of dirty bitmaps is stored with it, and what the next one keeps is taken over.
+                if let Err(reason) = bitmaps::store(&old, &front.bitmaps().to_keep()).await {
+                    return (None, Err(format!("its dirty bitmaps cannot be stored: {reason}")));
+                }
                 let capacity = old.limits().capacity;
                 let tried = match old.close().await {
                     Ok(()) => match between().await {
@@ -73,10 +77,15 @@ impl Jobs {
                     },
                     Err(e) => Err(crate::lun::chain(&e)),
                 };
+                let loaded = async |stack: Stack| {
+                    let kept = bitmaps::load(&stack).await;
+                    front.bitmaps().replace_kept(stack.limits().capacity, kept);
+                    Some(Rc::new(stack))
+                };
                 match tried {
-                    Ok(new) => (Some(Rc::new(new)), Ok(())),
+                    Ok(new) => (loaded(new).await, Ok(())),
                     Err(reason) => match reopen(&self.io, &from, how.block_size, capacity).await {
-                        Ok(again) => (Some(Rc::new(again)), Err(reason)),
+                        Ok(again) => (loaded(again).await, Err(reason)),
                         Err(lost) => {
                             error!(image = %from.image.display(), "the LUN's image could not be opened again: {lost}");
                             (None, Err(format!("{reason}; and the LUN's image cannot be opened again: {lost}")))

@@ -9,6 +9,7 @@ use crate::{
     image::Format,
     job::{
         IoStatus, JobStatus,
+        bitmaps::{BitmapError, BitmapMode},
         dirty::{MAX_GRANULARITY, MIN_GRANULARITY},
         mirror::{CopyMode, Settings, SyncMode, VerbError},
     },
@@ -31,6 +32,54 @@ pub struct MirrorOrder {
     pub granularity: Option<u64>,
     /// All else.
     pub settings: Settings,
+}
+
+/// A backup that is asked for (`drive-backup`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupOrder {
+    /// The job's name.
+    pub id: String,
+    /// The target's file, an absolute path.
+    pub target: PathBuf,
+    /// Its format; the LUN's image's if it is not given, or of an existing one what its first bytes say.
+    pub format: Option<Format>,
+    /// It is there; otherwise it is made.
+    pub existing: bool,
+    /// Where its protection information is kept, instead of beside it.
+    pub sidecar: Option<PathBuf>,
+    /// The dirty bitmap that says what is copied, or is to say afterwards what has changed since.
+    pub bitmap: Option<(String, BitmapMode)>,
+    /// All else.
+    pub settings: Settings,
+}
+
+/// What is done with the LUN's dirty bitmaps (`block-dirty-bitmap-*`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BitmapOrder {
+    /// Make one.
+    Add {
+        /// Its name.
+        name: String,
+        /// Bytes of a granule.
+        granularity: u64,
+        /// It is kept in the image.
+        persistent: bool,
+        /// Changes are marked in it.
+        enabled: bool,
+    },
+    /// Remove one.
+    Remove(String),
+    /// Nothing is marked in it any more.
+    Clear(String),
+    /// Changes are marked in it, or no longer.
+    Enable(String, bool),
+    /// Mark in one what is marked in others.
+    Merge {
+        /// The one.
+        target: String,
+        /// The others.
+        sources: Vec<String>,
+    },
 }
 
 /// A job that brings what lies beneath into the image (`block-stream`).
@@ -73,6 +122,10 @@ pub struct SnapshotOrder {
 pub enum JobOrder {
     /// Begin a mirror.
     Mirror(Box<MirrorOrder>),
+    /// Begin a backup.
+    Backup(Box<BackupOrder>),
+    /// Do something with dirty bitmaps.
+    Bitmap(BitmapOrder),
     /// Begin to bring what lies above an image to that.
     Commit(Box<CommitOrder>),
     /// Begin to bring what lies beneath into the image.
@@ -155,6 +208,9 @@ pub enum JobError {
     /// A snapshot.
     #[error("{0}")]
     Snapshot(String),
+    /// A dirty bitmap.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     /// The chain.
     #[error("{0}")]
     Chain(String),
@@ -185,6 +241,7 @@ pub fn sync_mode(settings: &Settings) -> &'static str {
         SyncMode::Full => "full",
         SyncMode::Top => "top",
         SyncMode::None => "none",
+        SyncMode::Bitmap => "bitmap",
     }
 }
 
