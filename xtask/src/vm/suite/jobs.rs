@@ -6,13 +6,70 @@ use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
-pub const TESTS: &[Test] = &[Test {
-    name: "jobs.mirror-under-fio",
-    promise: "a LUN goes over to its mirror, and back, while fio verifies at QD32, with kill -9 before, in and after it: no I/O error, nothing lost",
-    limit: 900,
-    group: None,
-    run: mirror_under_fio,
-}];
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "jobs.backup-under-fio",
+        promise: "a backup is the LUN as it was when it began, while fio overwrites it at QD32, and an incremental one what was written since; protection goes along",
+        limit: 400,
+        group: None,
+        run: backup_under_fio,
+    },
+    Test {
+        name: "jobs.mirror-under-fio",
+        promise: "a LUN goes over to its mirror, and back, while fio verifies at QD32, with kill -9 before, in and after it: no I/O error, nothing lost",
+        limit: 900,
+        group: None,
+        run: mirror_under_fio,
+    },
+];
+
+/// `backups.sh DEVICE`: a full backup begins, slowly, and fio overwrites what has not been copied yet; then it may go on as fast as it can. Prints how many writes fio has done.
+const BACKUPS: &str = r#"
+device=$1
+dd if=/dev/urandom of=/scratch/then.raw bs=1M count=48 status=none
+dd if=/scratch/then.raw of=$device bs=1M oflag=direct status=none
+tcmu-dif bitmap add b increments --persistent > /dev/null
+tcmu-dif backup b /scratch/full.qcow2 --format qcow2 --bitmap increments --speed 1M --background > /dev/null
+fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=32 --rw=randwrite --bs=4k --size=32M --norandommap=1 \
+    --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=30 --output-format=json > /tmp/fio.json 2> /tmp/fio.err &
+fio=$!
+sleep 10
+grep -q '"backup"' <(tcmu-dif job list --json) || { echo 'the backup was over before fio had begun'; exit 1; }
+tcmu-dif job speed b 0 > /dev/null
+wait $fio || { cat /tmp/fio.json /tmp/fio.err; exit 1; }
+for _ in $(seq 600); do [ "$(tcmu-dif job list --json)" = '[]' ] && break; sleep 0.1; done
+[ "$(tcmu-dif job list --json)" = '[]' ] || { echo 'the backup does not end'; tcmu-dif job list; exit 1; }
+qemu-img compare -f raw -F qcow2 /scratch/then.raw /scratch/full.qcow2 > /dev/null
+dd if=$device of=/scratch/now.raw bs=1M iflag=direct status=none
+! cmp -s /scratch/then.raw /scratch/now.raw || { echo 'fio has changed nothing'; exit 1; }
+tcmu-dif backup b /scratch/increment.qcow2 --format qcow2 --sync incremental --bitmap increments > /dev/null
+cp /scratch/increment.qcow2 /scratch/put-over.qcow2
+qemu-img rebase -u -f qcow2 -b /scratch/full.qcow2 -F qcow2 /scratch/put-over.qcow2
+qemu-img compare -f raw -F qcow2 /scratch/now.raw /scratch/put-over.qcow2 > /dev/null
+grep -o '"total_ios" : [0-9]*' /tmp/fio.json | tr -dc '0-9\n' | sort -n | tail -n 1
+"#;
+
+fn backup_under_fio(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    std::fs::write(guest.share().join("backups.sh"), BACKUPS)?;
+    let options = "--image /scratch/b.qcow2 --size 48M --format qcow2 --pi type1";
+    let lun = create_on_loopback(guest, "b", options)?;
+    let mark = guest.mark()?;
+    let script = format!("bash -euo pipefail /host/backups.sh {}", lun.device);
+    let writes = guest.sh_within(Duration::from_secs(200), &script)?;
+    guest.note(format!("the backup began before {} writes", writes.trim()));
+    let log = guest.kernel_log_since(&mark)?;
+    ensure!(!log.contains("I/O error, dev"), "errors at the guest:\n{log}");
+    delete(guest, "b")?;
+    for image in ["/scratch/full.qcow2", "/scratch/increment.qcow2", "/scratch/b.qcow2"] {
+        assert_image_clean(guest, image, "qcow2", true)?;
+    }
+    let bitmaps = guest.json("qemu-img info --output=json /scratch/b.qcow2")?;
+    let kept = &bitmaps["format-specific"]["data"]["bitmaps"];
+    ensure!(kept[0]["name"] == "increments", "the bitmap is not in the image: {bitmaps}");
+    Ok(())
+}
 
 /// `mirrors.sh DEVICE KILLS`: goes over from a raw image to a qcow2 one and back, round after round, for as long as fio writes and reads back
 /// what it wrote; with KILLS 1 the daemon is killed and started again at a random moment of each round. Prints how often it went over.

@@ -142,7 +142,6 @@ const LONG: &[&str] = &[
     "pi.differential-lio",
     "jobs.mirror-under-fio",
     "jobs.chain-under-fio",
-    "lifecycle.handover",
     "service.upgrade",
     "tools.targetcli",
     "fault.hung-device",
