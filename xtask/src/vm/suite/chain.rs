@@ -30,7 +30,7 @@ while kill -0 $fio 2>/dev/null; do
     round=$((round + 1))
     if [ $kills = 1 ]; then
         (sleep 0.$((RANDOM % 10)); kill -9 $(cat /run/tcmu-dif/daemon.pid)
-         setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null) &
+         setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null &) &
         killer=$!
     fi
     for i in 1 2; do

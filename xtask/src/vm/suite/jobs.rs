@@ -90,7 +90,7 @@ while kill -0 $fio 2>/dev/null; do
     timeout 60 tcmu-dif mirror m $to --format $format --copy-mode $mode --background > /tmp/mirror.txt 2>&1 || { cat /tmp/mirror.txt; exit 1; }
     if [ $kills = 1 ]; then
         (sleep 0.$((RANDOM % 10)); kill -9 $(cat /run/tcmu-dif/daemon.pid)
-         setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null) &
+         setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null &) &
         killer=$!
     fi
     # A daemon that is killed meanwhile goes on with the job.
