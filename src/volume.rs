@@ -221,6 +221,30 @@ pub trait Volume {
 }
 
 /// A volume that several owners on one thread share.
+/// Bytes of a map that are asked for first; sixteen times as many each time after that.
+const FIRST_LOOK: u64 = 256 << 10;
+/// Data are not followed further than this: whoever reads them reads them in pieces.
+const DATA_ENOUGH: u64 = 64 << 20;
+
+/// The first run of a volume's map at `at`, for at most `len` bytes: a hole to its end, data for [`DATA_ENOUGH`] at least or to their end.
+/// Where an image is in small fragments, [`Volume::map_extents`] would look at thousands of them for the sake of one.
+///
+/// # Errors
+/// The map's, and [`IoErrorKind::Corrupt`] if it has nothing there.
+pub async fn first_run<V: Volume>(volume: &V, at: ByteOffset, len: u64) -> Result<Extent> {
+    let mut look = FIRST_LOOK.min(len);
+    loop {
+        let Some(extent) = volume.map_extents(at, look).await?.into_iter().next() else {
+            return Err(IoError::corrupt(IoOp::Map, "the map of the image has a gap").at(at));
+        };
+        let ends = extent.start.0.saturating_add(extent.len) < at.0.saturating_add(look);
+        if ends || look == len || (extent.kind == ExtentKind::Data && look >= DATA_ENOUGH) {
+            return Ok(extent);
+        }
+        look = look.saturating_mul(16).min(len);
+    }
+}
+
 impl<V: Volume> Volume for Rc<V> {
     fn limits(&self) -> Limits {
         (**self).limits()

@@ -469,6 +469,43 @@ mod tests {
         });
     }
 
+    /// Small fragments, holes and data that are longer than each look, a hole at the end.
+    #[test]
+    fn a_walk_by_first_runs_sees_what_the_whole_map_has() {
+        use crate::volume::first_run;
+        run(async |io| {
+            let v = raw(&io, 160 << 20, false);
+            for at in (0..1 << 20).step_by(16 << 10) {
+                v.write(ByteOffset(at), &pattern(4096, 3), WriteFlags::default()).await.unwrap();
+            }
+            for mib in 20..100 {
+                v.write(ByteOffset(mib << 20), &pattern(1 << 20, 5), WriteFlags::default()).await.unwrap();
+            }
+            let whole = v.map_extents(ByteOffset(0), 160 << 20).await.unwrap();
+            let (mut walked, mut at) = (Vec::<(u64, u64, ExtentKind)>::new(), 0);
+            while at < 160 << 20 {
+                let run = first_run(&v, ByteOffset(at), (160 << 20) - at).await.unwrap();
+                assert!(run.len > 0 && run.start.0 == at);
+                match walked.last_mut() {
+                    Some(last) if last.2 == run.kind => {
+                        assert!(
+                            run.kind == ExtentKind::Data && last.1 >= 64 << 20,
+                            "a hole is followed to its end"
+                        );
+                        last.1 += run.len;
+                    }
+                    _ => walked.push((at, run.len, run.kind)),
+                }
+                at += run.len;
+            }
+            let whole: Vec<_> = whole.iter().map(|e| (e.start.0, e.len, e.kind)).collect();
+            assert!(whole.len() > 100, "{}", whole.len());
+            assert_eq!(walked, whole);
+            let end = first_run(&v, ByteOffset((160 << 20) - 512), 512).await.unwrap();
+            assert_eq!((end.len, end.kind), (512, ExtentKind::Hole));
+        });
+    }
+
     #[test]
     fn a_failed_flush_fails_the_volume_for_good() {
         run(async |io| {

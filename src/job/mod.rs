@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     sys::mem::Sg,
     units::ByteOffset,
-    volume::{Extent, ExtentKind, IoError, IoOp, PiType, Result, Volume},
+    volume::{Extent, ExtentKind, PiType, Result, Volume, first_run},
 };
 
 /// How far a job is, in QEMU's words (`qapi/job.json`).
@@ -115,9 +115,7 @@ pub trait Side: Volume {
 /// # Errors
 /// The map's.
 pub async fn first_extent<V: Volume>(volume: &V, at: ByteOffset, len: u64, block: u64) -> Result<Extent> {
-    let Some(mut extent) = volume.map_extents(at, len).await?.into_iter().next() else {
-        return Err(IoError::corrupt(IoOp::Map, "the map of the image has a gap").at(at));
-    };
+    let mut extent = first_run(volume, at, len).await?;
     let end = extent.start.0.saturating_add(extent.len).min(at.0.saturating_add(len));
     let here = end.saturating_sub(at.0);
     let whole = here / block * block;

@@ -17,7 +17,7 @@ use crate::{
         mem::{Buffer, Sg},
     },
     units::{BlockSize, ByteOffset, Lba},
-    volume::{ExtentKind, IoError, IoOp, PiMismatch, Result, Volume},
+    volume::{ExtentKind, IoError, IoOp, PiMismatch, Result, Volume, first_run},
 };
 
 /// Bytes of data that are looked at together.
@@ -76,9 +76,7 @@ pub(super) async fn next_run<V: Volume, S: Storage>(
     let most = CHUNK >> size.shift();
     while from < end {
         let (at, len) = bytes(size, from..end)?;
-        let Some(extent) = volume.map_extents(at, len).await?.into_iter().next() else {
-            return Err(IoError::corrupt(IoOp::Map, "the map of the image has a gap").at(at));
-        };
+        let extent = first_run(volume, at, len).await?;
         // Extents of a file need not end where blocks do: a block that only begins in a hole counts as data.
         let whole = extent.start.0.saturating_add(extent.len).min(at.0 + len).saturating_sub(at.0);
         let (kind, stop) = match (extent.kind, whole >> size.shift()) {
