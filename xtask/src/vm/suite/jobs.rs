@@ -28,12 +28,14 @@ const BACKUPS: &str = r#"
 device=$1
 dd if=/dev/urandom of=/scratch/then.raw bs=1M count=48 status=none
 dd if=/scratch/then.raw of=$device bs=1M oflag=direct status=none
+written() { awk '{ print $5 }' /sys/block/${device#/dev/}/stat; }
+before=$(written)
 tcmu-dif bitmap add b increments --persistent > /dev/null
 tcmu-dif backup b /scratch/full.qcow2 --format qcow2 --bitmap increments --speed 1M --background > /dev/null
 fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=32 --rw=randwrite --bs=4k --size=32M --norandommap=1 \
     --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=30 --output-format=json > /tmp/fio.json 2> /tmp/fio.err &
 fio=$!
-sleep 10
+for _ in $(seq 300); do [ $(($(written) - before)) -ge 200 ] && break; sleep 0.1; done
 grep -q '"backup"' <(tcmu-dif job list --json) || { echo 'the backup was over before fio had begun'; exit 1; }
 tcmu-dif job speed b 0 > /dev/null
 wait $fio || { cat /tmp/fio.json /tmp/fio.err; exit 1; }
@@ -89,7 +91,8 @@ while kill -0 $fio 2>/dev/null; do
     round=$((round + 1)); mode=$([ $((round % 2)) = 0 ] && echo background || echo write-blocking)
     timeout 60 tcmu-dif mirror m $to --format $format --copy-mode $mode --background > /tmp/mirror.txt 2>&1 || { cat /tmp/mirror.txt; exit 1; }
     if [ $kills = 1 ]; then
-        (sleep 0.$((RANDOM % 10)); kill -9 $(cat /run/tcmu-dif/daemon.pid)
+        readies=$(grep -c 'INFO ready:' /scratch/daemon.log)
+        (sleep $((RANDOM % 4)).$((RANDOM % 10)); kill -9 $(cat /run/tcmu-dif/daemon.pid)
          setsid tcmu-dif daemon >> /scratch/daemon.log 2>&1 < /dev/null &) &
         killer=$!
     fi
@@ -98,7 +101,8 @@ while kill -0 $fio 2>/dev/null; do
         status=$(timeout 60 tcmu-dif job list --json 2>/dev/null)
         case $status in
             *'"ready"'*) timeout 60 tcmu-dif job complete m > /tmp/complete.txt 2>&1 && break ;;
-            '[]') break ;;
+            # Unless the next daemon has yet to find the LUN, and its job.
+            '[]') [ $kills = 1 ] && [ $(grep -c 'INFO ready:' /scratch/daemon.log) -le $readies ] || break ;;
         esac
         if [ $mode = background ] && [ $try -gt 12 ]; then
             timeout 60 tcmu-dif job cancel m --force > /dev/null 2>&1 && break
