@@ -136,7 +136,7 @@ pub fn init_of(name: &str) -> Init {
 }
 
 /// Tests that take minutes each, or wait out a stop time, or need a build of their own, or have not been green from end to end yet
-/// (`pi.differential-lio`, `service.upgrade`, `jobs.mirror-under-fio`, `jobs.chain-under-fio`): run at full scale, or when they are named.
+/// (`pi.differential-lio`, `service.upgrade`): run at full scale, or when they are named.
 const LONG: &[&str] = &[
     "pi.guest-",
     "pi.differential-lio",
