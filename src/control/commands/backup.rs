@@ -6,7 +6,7 @@ use super::{
         types::{BITMAP_SYNC_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC_MODE},
     },
     Arguments, Command, NOTHING, done, find,
-    mirror::{format, new_id, on_error, sync},
+    mirror::{format, new_id, settings, sync},
     told,
 };
 use crate::{
@@ -50,19 +50,11 @@ pub(super) const DRIVE_BACKUP: Command = Command {
 };
 
 fn order(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
-    let settings = Settings {
-        task: Task::Backup,
-        sync: match args.text("sync")? {
-            "incremental" | "bitmap" => SyncMode::Bitmap,
-            _ => sync(args)?,
-        },
-        speed: args.maybe_number("speed").unwrap_or(0),
-        on_source_error: on_error(args, "on-source-error"),
-        on_target_error: on_error(args, "on-target-error"),
-        auto_finalize: args.flag_or("auto-finalize", true),
-        auto_dismiss: args.flag_or("auto-dismiss", true),
-        ..Settings::default()
+    let sync = match args.text("sync")? {
+        "incremental" | "bitmap" => SyncMode::Bitmap,
+        _ => sync(args)?,
     };
+    let settings = Settings { task: Task::Backup, sync, ..settings(args) };
     Ok(BackupOrder {
         id: new_id(luns, args, args.text("device")?)?.to_owned(),
         target: args.text("target")?.into(),

@@ -20,15 +20,8 @@ fn begun(luns: &Registry, args: &Arguments) -> Result<(Remote, String, Settings)
     let device = args.text("device")?;
     let lun = find(luns, device)?;
     let on_error = mirror::on_error(args, "on-error");
-    let settings = Settings {
-        copy_mode: mirror::how(args),
-        speed: args.maybe_number("speed").unwrap_or(0),
-        on_source_error: on_error,
-        on_target_error: on_error,
-        auto_finalize: args.flag_or("auto-finalize", true),
-        auto_dismiss: args.flag_or("auto-dismiss", true),
-        ..Settings::default()
-    };
+    let settings =
+        Settings { on_source_error: on_error, on_target_error: on_error, ..mirror::settings(args) };
     Ok((lun, mirror::new_id(luns, args, device)?.to_owned(), settings))
 }
 

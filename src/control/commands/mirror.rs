@@ -45,7 +45,7 @@ pub(super) const ARGUMENTS: &[Member] = &[
 ];
 
 /// How what is written meanwhile comes to the other side.
-pub(super) fn how(args: &Arguments) -> CopyMode {
+fn how(args: &Arguments) -> CopyMode {
     match args.maybe_text("copy-mode") {
         Some("write-blocking") => CopyMode::WriteBlocking,
         _ => CopyMode::Background,
@@ -59,6 +59,20 @@ pub(super) fn on_error(args: &Arguments, name: &str) -> OnError {
         Some("enospc") => OnError::Enospc,
         Some("stop") => OnError::Stop,
         _ => OnError::Report,
+    }
+}
+
+/// What every job is told: how it copies, how fast, what it does about errors, and how it ends.
+pub(super) fn settings(args: &Arguments) -> Settings {
+    Settings {
+        copy_mode: how(args),
+        unmap: args.flag_or("unmap", true),
+        speed: args.maybe_number("speed").unwrap_or(0),
+        on_source_error: on_error(args, "on-source-error"),
+        on_target_error: on_error(args, "on-target-error"),
+        auto_finalize: args.flag_or("auto-finalize", true),
+        auto_dismiss: args.flag_or("auto-dismiss", true),
+        ..Settings::default()
     }
 }
 
@@ -99,18 +113,7 @@ pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
     let lun = find(luns, device)?;
     let id = new_id(luns, args, device)?;
     let format = format(args)?;
-    let settings = Settings {
-        task: Task::Mirror,
-        sync: sync(args)?,
-        copy_mode: how(args),
-        unmap: args.flag_or("unmap", true),
-        speed: args.maybe_number("speed").unwrap_or(0),
-        on_source_error: on_error(args, "on-source-error"),
-        on_target_error: on_error(args, "on-target-error"),
-        auto_finalize: args.flag_or("auto-finalize", true),
-        auto_dismiss: args.flag_or("auto-dismiss", true),
-        paused: false,
-    };
+    let settings = Settings { task: Task::Mirror, sync: sync(args)?, ..settings(args) };
     let order = MirrorOrder {
         id: id.to_owned(),
         target: args.text("target")?.into(),

@@ -66,6 +66,11 @@ pub fn until_end() -> Option<Duration> {
     END.get().map(|end| end.saturating_duration_since(Instant::now()))
 }
 
+/// That long, but no longer than until that end.
+fn before_end(limit: Duration) -> Duration {
+    until_end().map_or(limit, |end| limit.min(end))
+}
+
 /// What every boot of this run has in common.
 pub struct Lab {
     /// Kernel, disks.
@@ -270,7 +275,7 @@ impl Guest {
         let until = Instant::now() + BOOT_LIMIT * patience();
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let left = until_end().map_or(left, |end| left.min(end));
+            let left = before_end(left);
             if left.is_zero() {
                 bail!("the guest did not come up again within {} s ({TIME_IS_OVER})", BOOT_LIMIT.as_secs());
             }
@@ -353,7 +358,7 @@ impl Guest {
     /// Runs a bash script, as `strict` says with `set -euo pipefail`; fails only when the guest does.
     pub fn run(&mut self, script: &str, strict: bool, limit: Duration) -> Result<Output> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        let left = until_end().map_or(left, |end| left.min(end));
+        let left = before_end(left);
         if left.is_zero() {
             bail!("the test has had all its time ({TIME_IS_OVER})");
         }
@@ -493,7 +498,7 @@ impl Drop for Guest {
 /// Waits until QEMU has connected and the agent has said that it is up.
 fn wait_for_hello(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream> {
     let limit = BOOT_LIMIT * patience();
-    let until = Instant::now() + until_end().map_or(limit, |end| limit.min(end));
+    let until = Instant::now() + before_end(limit);
     let mut channel = loop {
         match listener.accept() {
             Ok((channel, _)) => break channel,
