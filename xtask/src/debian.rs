@@ -83,8 +83,15 @@ pub fn ensure(wanted: &[&str]) -> Result<()> {
     }
     println!("installing {}", missing.join(" "));
     apt(&["update", "-qq"])?;
+    install(&missing)?;
+    // Packages from elsewhere (QEMU of the backports, say) may have gone to make room for those, ours among them.
+    let displaced: Vec<&str> = wanted.iter().copied().filter(|name| !installed(name)).collect();
+    if displaced.is_empty() { Ok(()) } else { install(&displaced) }
+}
+
+fn install(packages: &[&str]) -> Result<()> {
     let mut args = vec!["install", "--yes", "-qq", "--no-install-recommends"];
-    args.extend(&missing);
+    args.extend(packages);
     apt(&args)
 }
 
