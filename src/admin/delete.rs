@@ -1,6 +1,7 @@
 //! A LUN and its exports taken down; refused while somebody uses them.
 
 use std::{
+    io,
     path::Path,
     sync::{
         Arc,
@@ -26,7 +27,7 @@ use crate::{
         names::Name,
         usage::{self, User},
     },
-    lun::serial_of,
+    lun::{chain, serial_of},
 };
 
 /// A LUN that is gone.
@@ -82,7 +83,15 @@ impl Admin {
                 .then("take that export down first, with the tool that made it: targetcli"));
         }
         require_root("delete")?;
-        let users: Vec<User> = exports.iter().flat_map(|e| users_of(places, e)).collect();
+        let users: io::Result<Vec<Vec<User>>> = exports.iter().map(|e| users_of(places, e)).collect();
+        let users = match users {
+            Ok(users) => users.concat(),
+            Err(_) if force => Vec::new(),
+            Err(e) => {
+                return Err(Refusal::new("delete", name, format!("whether it is in use is not known: {e}"))
+                    .then(format!("make sure that nobody uses it, and: tcmu-dif delete --force {name}")));
+            }
+        };
         if !force && !users.is_empty() {
             let users = users.iter().map(User::to_string).collect::<Vec<_>>().join("; ");
             return Err(Refusal::new("delete", name, users).then(format!(
@@ -196,14 +205,15 @@ impl Drop for Failing {
     }
 }
 
-fn users_of(places: &Places, export: &Export) -> Vec<User> {
+fn users_of(places: &Places, export: &Export) -> io::Result<Vec<User>> {
     match export.kind() {
-        Some(Fabric::Vhost) => usage::of_vhost(&places.tree, export).into_iter().collect(),
-        Some(Fabric::Loopback) => {
-            let address = fabric::scsi_address(&places.tree, export);
-            let disk = address.map(|a| fabric::disk(Path::new(SYSFS), &a));
-            disk.map(|d| usage::Places::default().users_of(&d)).unwrap_or_default()
-        }
-        None => Vec::new(),
+        Some(Fabric::Vhost) => Ok(usage::of_vhost(&places.tree, export).into_iter().collect()),
+        Some(Fabric::Loopback) => match fabric::scsi_address(&places.tree, export) {
+            Ok(address) => usage::Places::default().users_of(&fabric::disk(Path::new(SYSFS), &address)),
+            // Half of an export has no disk yet, or no more.
+            Err(e) if e.source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(io::Error::new(e.source.kind(), chain(&e))),
+        },
+        None => Ok(Vec::new()),
     }
 }

@@ -111,7 +111,10 @@ impl Default for Places {
 
 impl Places {
     /// Everybody who uses a disk or one of its partitions.
-    pub fn users_of(&self, disk: &Disk) -> Vec<User> {
+    ///
+    /// # Errors
+    /// If nobody is found, and it cannot be seen what some process has open (without CAP_SYS_PTRACE): a guest may be writing then.
+    pub fn users_of(&self, disk: &Disk) -> io::Result<Vec<User>> {
         let mut users = Vec::new();
         let mut nodes: Vec<PathBuf> = disk.sg.iter().map(|sg| self.dev.join(sg)).collect();
         if let Some(block) = &disk.block {
@@ -121,7 +124,7 @@ impl Places {
                 self.mounts_and_holders(part, &mut users);
             }
         }
-        self.processes(&nodes, &mut users);
+        let unseen = self.processes(&nodes, &mut users);
         if let Some(block) = disk.block.as_ref().filter(|_| users.is_empty()) {
             let device = self.dev.join(block);
             let open =
@@ -130,7 +133,10 @@ impl Places {
                 users.push(User::Claimed { device });
             }
         }
-        users
+        match unseen {
+            Some(unseen) if users.is_empty() => Err(unseen),
+            _ => Ok(users),
+        }
     }
 
     fn with_partitions(&self, block: &str) -> Vec<String> {
@@ -166,19 +172,44 @@ impl Places {
         }
     }
 
-    fn processes(&self, nodes: &[PathBuf], users: &mut Vec<User>) {
+    /// Adds the processes that have one of the nodes open; gives why that cannot be known, if it can't.
+    fn processes(&self, nodes: &[PathBuf], users: &mut Vec<User>) -> Option<io::Error> {
+        let hidden = |process: &str, e: io::Error| {
+            io::Error::new(e.kind(), format!("what process {process} has open cannot be seen: {e}"))
+        };
+        // Process 1 is always there, unless others' processes are hidden from us (hidepid, ProtectProc).
+        let first = fs::read_dir(self.proc.join("1/fd")).err();
+        let mut unseen = first.map(|e| hidden("1", e));
         for process in fs::read_dir(&self.proc).into_iter().flatten().flatten() {
             let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
                 continue;
             };
-            // A process that ends under the look has nothing open.
-            let fds = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-            let open = fds.filter_map(|fd| fs::read_link(fd.path()).ok()).find(|to| nodes.contains(to));
-            if let Some(device) = open {
+            let open = fs::read_dir(process.path().join("fd")).and_then(|fds| {
+                for fd in fds {
+                    match fd.and_then(|fd| fs::read_link(fd.path())) {
+                        Ok(to) if nodes.contains(&to) => return Ok(Some(to)),
+                        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
+                        // Closed by now.
+                        _ => {}
+                    }
+                }
+                Ok(None)
+            });
+            let command = || {
                 let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                users.push(User::Process { device, pid, command: command.trim().to_owned() });
+                command.trim().to_owned()
+            };
+            match open {
+                Ok(None) => {}
+                Ok(Some(device)) => users.push(User::Process { device, pid, command: command() }),
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                    unseen.get_or_insert_with(|| hidden(&format!("{pid} ({})", command()), e));
+                }
+                // A process that ends under the look has nothing open.
+                Err(_) => {}
             }
         }
+        unseen
     }
 }
 
@@ -215,13 +246,14 @@ mod tests {
         fs::write(class.join("sdb/sdb1/partition"), "1\n").unwrap();
         fs::write(class.join("sdb1/dev"), "8:17\n").unwrap();
         fs::create_dir_all(places.proc.join("self")).unwrap();
+        fs::create_dir_all(places.proc.join("1/fd")).unwrap();
         fs::create_dir_all(places.proc.join("42/fd")).unwrap();
         fs::create_dir_all(&places.dev).unwrap();
         fs::write(places.dev.join("sdb"), "").unwrap();
         let disk = Disk { address: "2:0:1:0".into(), block: Some("sdb".into()), sg: Some("sg1".into()) };
 
         fs::remove_dir(class.join("sdb/holders/dm-0")).unwrap();
-        assert_eq!(places.users_of(&disk), []);
+        assert_eq!(places.users_of(&disk).unwrap(), []);
 
         fs::create_dir(class.join("sdb/holders/dm-0")).unwrap();
         fs::write(places.proc.join("self/mountinfo"), "36 35 8:17 / /mnt rw shared:1 - ext4 /dev/sdb1 rw\n")
@@ -232,7 +264,7 @@ mod tests {
         symlink(places.dev.join("sg1"), places.proc.join("42/fd/3")).unwrap();
         let device = |name: &str| places.dev.join(name);
         assert_eq!(
-            places.users_of(&disk),
+            places.users_of(&disk).unwrap(),
             [
                 User::Holder { device: device("sdb"), by: "dm-0".into() },
                 User::Swap { device: device("sdb") },
@@ -240,5 +272,18 @@ mod tests {
                 User::Process { device: device("sg1"), pid: 42, command: "dd".into() },
             ]
         );
+    }
+
+    #[test]
+    fn a_disk_is_not_taken_for_unused_where_processes_are_hidden() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { sysfs: dir.path().into(), proc: dir.path().join("proc"), dev: dir.path().into() };
+        fs::create_dir_all(places.proc.join("42/fd")).unwrap();
+        let disk = Disk { address: "2:0:1:0".into(), block: Some("sdb".into()), sg: None };
+        let refused = places.users_of(&disk).unwrap_err().to_string();
+        assert!(refused.starts_with("what process 1 has open cannot be seen: "), "{refused}");
+        // Whoever is seen is enough to know.
+        symlink(places.dev.join("sdb"), places.proc.join("42/fd/3")).unwrap();
+        assert_eq!(places.users_of(&disk).unwrap().len(), 1);
     }
 }

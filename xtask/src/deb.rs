@@ -48,7 +48,7 @@ pub fn build(profile: &str) -> Result<PathBuf> {
     fs::write(made.join("changelog"), changelog(&manifest, date.trim())?)?;
 
     let mut cargo = sh::cargo();
-    cargo.args(["deb", "--no-build", "--quiet", "--package", "tcmu-dif", "--profile", profile]);
+    cargo.args(["deb", "--no-build", "--strip", "--quiet", "--package", "tcmu-dif", "--profile", profile]);
     let said = sh::quiet(&mut cargo)?;
     let package = said.lines().rfind(|line| line.ends_with(".deb")).map(str::trim);
     let package = package.with_context(|| format!("cargo-deb named no package: {said}"))?;

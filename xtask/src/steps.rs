@@ -172,6 +172,10 @@ fn steps(plan: &Plan) -> Result<(Vec<Step>, Vec<NotRun>)> {
     steps.push(tests("tests on threads", suite("threads", &["--workspace"])));
     if plan.filters.is_empty() {
         steps.push(tests("doc tests", cargo(&["test", "--workspace", "--doc"])));
+        // The VM suite installs it.
+        if plan.vm {
+            steps.push(check("package, and lintian", &["xtask", "deb"]));
+        }
     }
     Ok((steps, not_run))
 }
