@@ -124,6 +124,7 @@ pub(super) static PI_COUNTERS: Object = object(
         has("recomputed", Type::Int),
         has("torn", Type::Int),
         has("repaired", Type::Int),
+        has("unchecked", Type::Int),
     ],
 );
 

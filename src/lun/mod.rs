@@ -20,6 +20,7 @@ mod loop_tests;
 pub mod measured;
 pub mod moved;
 pub mod neighbours;
+mod recheck;
 mod remote;
 pub mod saved_pages;
 pub mod scrub;
@@ -416,7 +417,7 @@ fn live(
         let for_task = params.clone();
         let open = async move {
             let LunParams { config, block_size, capacity, .. } = &*for_task;
-            let stack = Stack::open_owned(&io, config, *block_size, *capacity, own).await?;
+            let stack = Stack::open_to_serve(&io, config, *block_size, *capacity, own).await?;
             let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;
             // Nobody changes the image yet.
             let kept = bitmaps::load(&stack).await;

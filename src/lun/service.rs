@@ -20,6 +20,7 @@ use super::{
     measured::Measures,
     moved::Moves,
     neighbours::{Calls, Membership},
+    recheck::Rechecker,
     saved_pages::{self, SavedPagesFile},
     scrub::{self, Scrub, ScrubStatus, Scrubber},
     stack::Stack,
@@ -46,6 +47,7 @@ pub(super) struct Lun {
     front: Rc<Front<Stack>>,
     jobs: Jobs,
     scrubber: Scrubber,
+    rechecker: Rechecker,
     io: Io,
     counted: RefCell<PublicStats>,
     traffic: traffic::Counters,
@@ -103,6 +105,7 @@ impl Lun {
             front,
             jobs,
             scrubber,
+            rechecker: Rechecker::default(),
             io: io.clone(),
             counted: RefCell::default(),
             traffic: Default::default(),
@@ -186,6 +189,7 @@ impl Lun {
         let stack = self.front.volume();
         let all = |below: Counters| Counters {
             repaired: self.jobs.repaired(),
+            unchecked: below.unchecked,
             ..below.plus(self.target.pi_counters()).plus(self.inherited.get())
         };
         Stats {
@@ -371,6 +375,18 @@ impl Service for Lun {
                 race(self.scrubber.run(protected, &self.io, self.spare()), moved).await;
             }
         };
+        let rechecks = async {
+            loop {
+                let mut moved = std::pin::pin!(self.moved.wait());
+                self.front.passable().await;
+                let stack = self.front.volume();
+                if let Some(protected) = stack.protected() {
+                    self.rechecker.run(protected, &self.io, moved.as_mut()).await;
+                }
+                drop(stack);
+                moved.await;
+            }
+        };
         let attentions = async {
             loop {
                 let gave = self.target.gave_attention();
@@ -383,7 +399,7 @@ impl Service for Lun {
         };
         let jobs = self.jobs.run(&self.front, || self.has_moved());
         let rest = join(join(self.calls.watch_the_end(), attentions), jobs);
-        join(join(self.target.background(), scrubs), rest).await;
+        join(join(self.target.background(), scrubs), join(rechecks, rest)).await;
     }
 
     async fn message(self: Rc<Self>, message: Message, load: Load) {
@@ -454,10 +470,11 @@ impl Service for Lun {
     }
 
     fn is_changing(&self) -> bool {
-        self.front.is_closed()
+        self.front.is_closed() || self.rechecker.is_at_work()
     }
 
     fn ended(&self) {
         self.calls.hang_up();
+        self.rechecker.end();
     }
 }

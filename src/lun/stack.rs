@@ -12,8 +12,8 @@ use crate::{
     },
     job::{Side, first_extent},
     pi::{
-        Counters, Exposure, Protected, Protection, Transfer, chain::Beneath, protected::sidecar_path,
-        store::Stamp,
+        Counters, Exposure, Protected, Protection, Recheck, Transfer, chain::Beneath,
+        protected::sidecar_path, store::Stamp,
     },
     sys::{exec::boxed, io::Io, mem::Sg},
     units::{BlockSize, ByteOffset},
@@ -49,16 +49,29 @@ impl Stack {
         block_size: BlockSize,
         expected: u64,
     ) -> std::result::Result<Stack, LunError> {
-        Stack::open_owned(io, config, block_size, expected, None).await
+        Stack::open_as(io, config, block_size, expected, (None, Recheck::First)).await
     }
 
-    /// The same of an image that is taken for this host, if it has an owner's file.
-    pub(super) async fn open_owned(
+    /// The same of an image that is served: what a crash has left in it is looked at by [`Rechecker`]. It is taken for this host, if it has an
+    /// owner's file.
+    ///
+    /// [`Rechecker`]: super::recheck::Rechecker
+    pub(super) async fn open_to_serve(
         io: &Io,
         config: &DeviceConfig,
         block_size: BlockSize,
         expected: u64,
         own: Option<Own>,
+    ) -> std::result::Result<Stack, LunError> {
+        Stack::open_as(io, config, block_size, expected, (own, Recheck::Beside)).await
+    }
+
+    async fn open_as(
+        io: &Io,
+        config: &DeviceConfig,
+        block_size: BlockSize,
+        expected: u64,
+        (own, recheck): (Option<Own>, Recheck),
     ) -> std::result::Result<Stack, LunError> {
         let options = OpenOptions {
             read_only: config.read_only,
@@ -91,6 +104,7 @@ impl Stack {
             block_size,
             read_only: config.read_only,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
+            recheck,
         };
         // Opened first: what is wrong with a backing file is said before anything is changed.
         let cluster = u64::from(image.limits().discard_granularity);

@@ -25,6 +25,6 @@ pub mod wire;
 
 pub use error::{PiOpenError, PiOpenErrorKind};
 pub use exposure::{Exposure, Transfer};
-pub use protected::{Counters, Protected, Protection};
+pub use protected::{Counters, Protected, Protection, Recheck};
 pub use store::PiMode;
 pub use tuple::{PiType, Tuple};

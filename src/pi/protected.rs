@@ -5,8 +5,9 @@
 //!
 //! Crashes (mode "bitmap"): the region of a write is marked in the sidecar's intent map, durably, before the write begins,
 //! and is cleared only after a flush of both. So after `kill -9` or power loss only marked regions can hold blocks that do
-//! not match, and opening makes those tuples anew and says how many. There is never a false alarm; what bitmap mode cannot
-//! see is damage done to a marked region between its last write and the reopening.
+//! not match; they are looked at after opening, those tuples made anew and counted. A LUN does that while it serves
+//! ([`Recheck::Beside`]): nobody gets a block that has not been looked at. There is never a false alarm; what bitmap mode
+//! cannot see is damage done to a marked region between its last write and that look.
 //!
 //! Crashes (mode "journal"): the new tuples of a write, and the old ones, are durable in the sidecar's journal before the write
 //! begins, and stay there until a flush of both. So after a crash each block gets that one of its tuples that its data match; a
@@ -34,7 +35,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use self::crash::{Doubt, New};
+use self::{
+    crash::{Doubt, New, Use},
+    unchecked::Unchecked,
+};
 use super::{
     chain::Beneath,
     check::Checker,
@@ -72,6 +76,18 @@ pub struct Protection {
     pub read_only: bool,
     /// The image's stamp, taken when its lock was held and before anything of ours was written to it.
     pub found: Stamp,
+    /// When what a crash has left marked is looked at.
+    pub recheck: Recheck,
+}
+
+/// When the regions are looked at that a crash has left marked (mode "bitmap").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Recheck {
+    /// By the opening, which takes as long as reading them does.
+    #[default]
+    First,
+    /// By [`Protected::recheck_next`], called again and again, and by whoever needs a block before that.
+    Beside,
 }
 
 /// What the protection of a LUN has seen so far.
@@ -96,6 +112,9 @@ pub struct Counters {
     /// Blocks that did not match, or could not be read, and were brought back from a mirror's target.
     #[serde(default)]
     pub repaired: u64,
+    /// Blocks of regions that a crash has left marked, and that have not been looked at yet.
+    #[serde(default)]
+    pub unchecked: u64,
 }
 
 impl Counters {
@@ -111,6 +130,7 @@ impl Counters {
             recomputed: self.recomputed + other.recomputed,
             torn: self.torn + other.torn,
             repaired: self.repaired + other.repaired,
+            unchecked: self.unchecked + other.unchecked,
         }
     }
 }
@@ -129,6 +149,8 @@ pub struct Protected<V, S = FileStorage> {
     lock: RangeLock,
     /// Blocks of which it is not known whether they match.
     doubt: RefCell<Vec<Doubt>>,
+    /// Blocks that a crash may have left without their right tuple.
+    unchecked: Unchecked,
     /// Held by who empties the journal because it is full.
     making_room: AsyncMutex,
     failed: Cell<bool>,
@@ -205,6 +227,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             read_only: how.read_only,
             lock: RangeLock::new(),
             doubt: RefCell::default(),
+            unchecked: Unchecked::default(),
             making_room: AsyncMutex::new(),
             failed: Cell::new(false),
             counters: Cell::default(),
@@ -222,7 +245,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
                 me.sidecar.set_capacity(capacity).await.map_err(store)?;
             }
         }
-        me.recheck().await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
+        me.recheck(how.recheck).await.map_err(|e| fault(PiOpenErrorKind::Image(Box::new(e))))?;
         Ok(me)
     }
 
@@ -243,7 +266,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
 
     /// What was seen so far.
     pub fn counters(&self) -> Counters {
-        self.counters.get()
+        Counters { unchecked: self.unchecked.blocks(), ..self.counters.get() }
     }
 
     /// Bytes of a block.
@@ -300,7 +323,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     /// Reads data and their tuples, and checks nothing.
     pub(super) async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
         let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
-        let _together = self.locked(IoOp::Read, lba, blocks, false).await?;
+        let _together = self.locked(IoOp::Read, (lba, blocks), Use::Read).await?;
         let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
         data?;
         let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
@@ -464,6 +487,7 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         self.forget_journal(IoOp::Resize).await?;
         if new < self.capacity.get() {
             self.sidecar.forget_beyond(new).await.map_err(store)?;
+            self.looked_at(&(new.0..u64::MAX));
         }
         self.volume.resize(capacity).await?;
         self.sidecar.set_capacity(new).await.map_err(store)?;
@@ -518,6 +542,8 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
         self.forget_journal(IoOp::Discard).await?;
         let done = self.sidecar.reformat(protection).await;
         done.map_err(|e| self.sidecar_error(IoOp::Discard, ByteOffset(0), e))?;
+        // No block has a tuple now.
+        self.looked_at(&(0..u64::MAX));
         self.hidden.set(protection.is_none());
         let kind = protection.unwrap_or(self.checker().kind);
         self.checker.set(Checker { kind, tags: self.sidecar.tags(), ..self.checker() });
@@ -553,6 +579,7 @@ pub fn sidecar_path(image: &Path, named: Option<&Path>) -> PathBuf {
 }
 
 mod crash;
+mod unchecked;
 mod wrong;
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    PiOpenError, PiType, Protected, Protection,
+    PiOpenError, PiType, Protected, Protection, Recheck,
     store::{ImageFormat, LAYOUT, Layout, NewSidecar, PiMode, Sidecar, Stamp},
 };
 use crate::{
@@ -142,6 +142,7 @@ pub(crate) struct World {
     pub kind: PiType,
     pub mode: PiMode,
     pub block_size: BlockSize,
+    pub recheck: Recheck,
     /// What the image looks like to `stat`, now.
     pub stamp: Stamp,
 }
@@ -176,7 +177,7 @@ impl World {
             i.sync().await.unwrap();
             Sidecar::create_as(s, new, layout).await.unwrap();
         });
-        World { image, sidecar, kind, mode, block_size, stamp }
+        World { image, sidecar, kind, mode, block_size, recheck: Recheck::First, stamp }
     }
 
     /// What a power cut leaves of it.
@@ -198,6 +199,7 @@ impl World {
             block_size: self.block_size,
             read_only,
             found: self.stamp,
+            recheck: self.recheck,
         }
     }
 

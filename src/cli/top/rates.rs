@@ -248,6 +248,7 @@ pub mod tests {
                 recomputed: 0,
                 torn: 0,
                 repaired: 0,
+                unchecked: 0,
             }),
         }
     }

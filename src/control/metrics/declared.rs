@@ -131,6 +131,8 @@ metrics! {
         "Blocks read that have no protection information.").unit("blocks");
     PI_RECOMPUTED = Metric::new("tcmu_dif_pi_recomputed_blocks", Counter, LUN,
         "Blocks whose protection information was made anew after a crash or a failed write.").unit("blocks");
+    PI_UNCHECKED = Metric::new("tcmu_dif_pi_unchecked_blocks", Gauge, LUN,
+        "Blocks that a crash has left to be looked at (mode bitmap), which happens while the LUN serves, and before anybody gets one.").unit("blocks");
     PI_TORN = Metric::new("tcmu_dif_pi_torn_blocks", Counter, LUN,
         "Blocks that a crash or a failed write has torn (mode journal): errors until they are written.").unit("blocks");
     PI_REPAIRED = Metric::new("tcmu_dif_pi_repaired_blocks", Counter, LUN,

@@ -81,6 +81,7 @@ fn put_lun(samples: &mut Samples, lun: &str, stats: &Stats) {
             (&m::PI_GENERATED, pi.generated),
             (&m::PI_UNPROTECTED, pi.unprotected),
             (&m::PI_RECOMPUTED, pi.recomputed),
+            (&m::PI_UNCHECKED, pi.unchecked),
             (&m::PI_TORN, pi.torn),
             (&m::PI_REPAIRED, pi.repaired),
         ] {

@@ -142,7 +142,7 @@ pub(super) async fn prepare(
     Ok(Prepared { stack, config: DeviceConfig { format, ..config }, fresh: !order.existing, sync })
 }
 
-/// Opens the target of a job that goes on. A process that was killed a moment ago may have its lock still.
+/// Opens the LUN's image again, or the target of a job that goes on. A process that was killed a moment ago may have its lock still.
 pub(super) async fn reopen(
     io: &Io,
     config: &DeviceConfig,
@@ -152,7 +152,7 @@ pub(super) async fn reopen(
     let config = DeviceConfig { read_only: false, ..config.clone() };
     let until = Instant::now() + LOCK_PATIENCE;
     let stack = loop {
-        match Stack::open(io, &config, block_size, capacity).await {
+        match Stack::open_to_serve(io, &config, block_size, capacity, None).await {
             Ok(stack) => break stack,
             Err(e) if Instant::now() >= until => return Err(crate::lun::chain(&e)),
             Err(_) => io.sleep(LOCK_LOOK).await,

@@ -1,12 +1,12 @@
 //! What makes a write safe against a crash and against an error half-way: [`Protected::begin`] before it, [`Protected::end`]
-//! after it, [`Protected::recheck`] at the next opening. The head of [`super`] says what is promised.
+//! after it, [`Protected::recheck`] at the next opening and [`Protected::recheck_next`] from then on. The head of [`super`] says what is promised.
 
 use std::{cell::RefCell, ops::Range};
 
-use super::Protected;
+use super::{Protected, Recheck};
 use crate::{
     pi::{
-        recompute::{Mode, Recomputed, recompute},
+        recompute::{CHUNK, Mode, next_run, recompute},
         replay::{Sink, replay},
         store::{ENTRY, Intention, PiMode, Recorded, Sidecar, Writing, entry},
         tuple::{TUPLE_LEN, Tuple},
@@ -25,6 +25,17 @@ pub(super) enum New<'a> {
     /// Zeros without protection.
     Zeros,
 }
+
+/// What a range is locked for.
+pub(super) enum Use {
+    /// To read it.
+    Read,
+    /// To change it; these of its blocks whole, and both they and their tuples.
+    Change(Range<u64>),
+}
+
+/// Bytes around a block that somebody needs which are looked at along with it.
+const AROUND: u64 = 64 << 10;
 
 /// Blocks of which it is not known whether they match, and the record of the journal that is kept for them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,7 +86,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let checker = self.checker();
         // A part of a cluster that a backing file holds takes the rest of it along.
         let (first, span) = self.beneath.span(checker.block_size, (lba, blocks), self.capacity.get().0);
-        let alone = self.locked(op, first, span, true).await?;
+        let own = lba.0..lba.0 + blocks;
+        let alone = self.locked(op, (first, span), Use::Change(own)).await?;
         let safety = match self.sidecar.mode() {
             PiMode::Bitmap => {
                 let marked = self.sidecar.intend(first, span).await;
@@ -111,7 +123,10 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             _ => true,
         };
         if settled {
-            turn.doubt.what = None;
+            if let Some(doubt) = turn.doubt.what.take() {
+                // Every block matches its tuple now, whatever a crash had left there.
+                self.looked_at(&doubt.blocks);
+            }
             match turn.safety {
                 Safety::Marked(writing) => writing.finish(),
                 Safety::Recorded(recorded) => recorded.finish(),
@@ -220,16 +235,22 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     pub(super) async fn locked(
         &self,
         op: IoOp,
-        lba: Lba,
-        blocks: u64,
-        exclusive: bool,
+        (lba, blocks): (Lba, u64),
+        what_for: Use,
     ) -> Result<RangeGuard> {
         let overlap = |d: &&Doubt| d.blocks.start < lba.0 + blocks && lba.0 < d.blocks.end;
         loop {
-            let guard = match exclusive {
-                true => self.lock.exclusive(lba.0, blocks).await,
-                false => self.lock.shared(lba.0, blocks).await,
+            let guard = match what_for {
+                Use::Change(_) => self.lock.exclusive(lba.0, blocks).await,
+                Use::Read => self.lock.shared(lba.0, blocks).await,
             };
+            if !self.unchecked.is_empty()
+                && let Some(found) = self.needed(&(lba.0..lba.0 + blocks), &what_for)
+            {
+                drop(guard);
+                self.recheck_around(op, found).await?;
+                continue;
+            }
             // Looked at under the lock: a write that we waited for may have failed.
             let Some(doubt) = self.doubt.borrow().iter().find(overlap).cloned() else {
                 return Ok(guard);
@@ -296,30 +317,115 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     }
 
     /// At opening: settles what the last session has left marked or recorded.
-    pub(super) async fn recheck(&self) -> Result<()> {
+    pub(super) async fn recheck(&self, when: Recheck) -> Result<()> {
         match self.sidecar.mode() {
             PiMode::Bitmap if self.read_only => Ok(()),
-            PiMode::Bitmap => self.recheck_marked().await,
+            PiMode::Bitmap => {
+                self.take_marked();
+                while when == Recheck::First && self.recheck_next().await? {}
+                Ok(())
+            }
             PiMode::Journal => self.recheck_recorded().await,
         }
     }
 
-    /// Looks at the regions that are marked, makes the tuples anew that do not match, and clears them.
-    async fn recheck_marked(&self) -> Result<()> {
+    /// The regions that are marked are those to look at.
+    fn take_marked(&self) {
+        self.sidecar.hold_marked();
         let marked = self.sidecar.marked();
-        if marked.is_empty() {
-            return Ok(());
-        }
-        let checker = self.checker();
-        let mut done = Recomputed::default();
         for blocks in &marked {
-            let part = recompute(&self.volume, &self.sidecar, &checker, blocks.clone(), Mode::Mend, |_| ());
-            done.add(part.await.map_err(|e| e.path(&self.sidecar_path))?);
+            self.unchecked.add(blocks.clone());
         }
+        if !marked.is_empty() {
+            tracing::info!(
+                sidecar = %self.sidecar_path.display(),
+                regions = marked.len(),
+                blocks = self.unchecked.blocks(),
+                "not closed cleanly: regions that were being written are to be rechecked"
+            );
+        }
+    }
+
+    /// Looks at some of what a crash has left marked, up to 1 MiB of data: makes the tuples anew that do not match. False if nothing is left to look at.
+    ///
+    /// # Errors
+    /// What is left stays to be looked at, by a later call or by whoever needs it.
+    pub async fn recheck_next(&self) -> Result<bool> {
+        let Some(range) = self.unchecked.first() else {
+            self.rechecked().await?;
+            return Ok(false);
+        };
+        // What is written meanwhile matches: a hole is passed over without a lock, and is of no interest even if it is none any more.
+        let run = next_run(&self.volume, &self.sidecar, range.start, range.end).await;
+        let run = run.map_err(|e| e.path(&self.sidecar_path))?.map_or(range.end..range.end, |run| run.blocks);
+        if range.start < run.start {
+            self.looked_at(&(range.start..run.start));
+        }
+        if run.start < run.end {
+            let _alone = self.lock.exclusive(run.start, run.end - run.start).await;
+            for part in self.unchecked.parts_of(&run) {
+                self.recheck_locked(part).await?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Blocks of a range that are to be looked at before it can be used so.
+    fn needed(&self, range: &Range<u64>, what_for: &Use) -> Option<Range<u64>> {
+        match what_for {
+            Use::Read => self.unchecked.first_in(range),
+            // What is written whole needs no look at what was there.
+            Use::Change(own) => {
+                let before = self.unchecked.first_in(&(range.start..own.start));
+                before.or_else(|| self.unchecked.first_in(&(own.end..range.end)))
+            }
+        }
+    }
+
+    /// Looks at blocks that somebody needs, and at some around them.
+    async fn recheck_around(&self, op: IoOp, needed: Range<u64>) -> Result<()> {
+        let size = self.checker().block_size;
+        let (around, most) = (AROUND >> size.shift(), CHUNK >> size.shift());
+        let start = needed.start / around * around;
+        let range = start..(needed.end.div_ceil(around) * around).min(start + most);
+        let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
+        for part in self.unchecked.parts_of(&range) {
+            if let Err(e) = self.recheck_locked(part).await {
+                let why = "a crash left this range to be looked at, and that could not be done";
+                return Err(IoError { source: e.source, ..IoError::new(IoErrorKind::Medium, op) }
+                    .at(ByteOffset(needed.start << size.shift()))
+                    .detail(why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at blocks that are locked.
+    async fn recheck_locked(&self, blocks: Range<u64>) -> Result<()> {
+        let checker = self.checker();
+        let done = recompute(&self.volume, &self.sidecar, &checker, blocks.clone(), Mode::Mend, |_| ()).await;
+        let done = done.map_err(|e| e.path(&self.sidecar_path))?;
         self.count(|c| c.recomputed += done.recomputed + done.protected);
+        self.unchecked.found(done);
+        self.looked_at(&blocks);
+        Ok(())
+    }
+
+    /// Blocks match their tuples, or have none: nothing is left to look at there.
+    pub(super) fn looked_at(&self, blocks: &Range<u64>) {
+        if self.unchecked.is_empty() {
+            return;
+        }
+        for part in self.unchecked.remove(blocks) {
+            self.sidecar.checked(&part, |region| self.unchecked.first_in(region).is_none());
+        }
+    }
+
+    /// Everything that a crash had left has been looked at.
+    async fn rechecked(&self) -> Result<()> {
+        let Some(done) = self.unchecked.take_found() else { return Ok(()) };
         tracing::info!(
             sidecar = %self.sidecar_path.display(),
-            regions = marked.len(),
             blocks_read = done.read,
             recomputed = done.recomputed,
             protected_anew = done.protected,
@@ -327,8 +433,9 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             "not closed cleanly: regions that were being written have been rechecked"
         );
         // What was read came from the page cache, maybe; it has to stay as it is before the marks may go.
+        let mark = self.sidecar.begin_flush();
         self.flush().await?;
-        self.sidecar.end_flush(self.sidecar.begin_flush(), true).await;
+        self.sidecar.end_flush(mark, true).await;
         Ok(())
     }
 

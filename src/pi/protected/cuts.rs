@@ -21,7 +21,7 @@ const MODES: [PiMode; 2] = [PiMode::Bitmap, PiMode::Journal];
 /// The usual layout with a journal that is quick to read.
 const SHORT: Layout = Layout { journal_len: 128 << 10, ..LAYOUT };
 
-/// Opens, works and is stopped after some turns; tells whether it got as far as a clean close.
+/// Opens, works and is stopped after some turns; tells whether it got as far as a clean close, with nothing left to look at.
 pub(super) fn session(world: &World, model: &Model, seed: u64, turns: u64) -> bool {
     let exec = Executor::new();
     let closed = Rc::new(Cell::new(false));
@@ -29,6 +29,19 @@ pub(super) fn session(world: &World, model: &Model, seed: u64, turns: u64) -> bo
     exec.spawn(async move {
         let lun = Rc::new(w.open().await);
         let left = Rc::new(Cell::new(TASKS));
+        // What was left in doubt is looked at while the others work, all of it, some, or what they need.
+        let looks = Rng::new(seed).below(3) * Rng::new(!seed).below(40);
+        let (beside, looking) = (lun.clone(), Rc::new(Cell::new(true)));
+        let ends = looking.clone();
+        e.spawn(async move {
+            for _ in 0..looks {
+                if !beside.recheck_next().await.unwrap() {
+                    break;
+                }
+                yield_now().await;
+            }
+            ends.set(false);
+        });
         for task in 0..TASKS {
             let (lun, m, left) = (lun.clone(), m.clone(), left.clone());
             e.spawn(async move {
@@ -39,14 +52,15 @@ pub(super) fn session(world: &World, model: &Model, seed: u64, turns: u64) -> bo
                 left.set(left.get() - 1);
             });
         }
-        while left.get() > 0 {
+        while left.get() > 0 || looking.get() {
             yield_now().await;
         }
+        let all_looked_at = lun.counters().unchecked == 0;
         lun.close().await.unwrap();
         for block in m.blocks.borrow_mut().iter_mut() {
             block.durable = block.acked;
         }
-        c.set(true);
+        c.set(all_looked_at);
     });
     for _ in 0..turns {
         if !exec.run_ready() {
@@ -63,6 +77,7 @@ fn crashes(seed: u64, mode: PiMode, power: bool) {
     let kind = if rng.one_in(2) { PiType::Type1 } else { PiType::Type3 };
     let model = Model::new(size, mode, WIDE);
     let mut world = World::made(seed, (kind, mode), size, model.capacity(), SHORT);
+    world.recheck = if rng.one_in(2) { Recheck::First } else { Recheck::Beside };
     for life in 0..3 {
         // Short lives end in the recheck, long ones in the close.
         let turns = if rng.one_in(4) { rng.below(60) } else { rng.below(700) };
@@ -70,7 +85,13 @@ fn crashes(seed: u64, mode: PiMode, power: bool) {
         if power && rng.one_in(3) {
             // Killed, and opened again before the power goes: what that has settled must hold.
             let w = world.clone();
-            block_on(async move { drop(w.open().await) });
+            let looks = rng.below(4);
+            block_on(async move {
+                let lun = w.open().await;
+                for _ in 0..looks {
+                    lun.recheck_next().await.unwrap();
+                }
+            });
         }
         if power {
             world = world.cut(&mut rng);

@@ -130,6 +130,7 @@ fn lives(mode: PiMode, seed: u64, tally: &mut Tally) {
     let layout = Layout { region_shift: NARROW.region.ilog2(), journal_len: 64 << 10 };
     let mut model = Model::new(size, mode, NARROW);
     let mut world = World::made(seed, (kind, mode), size, model.capacity(), layout);
+    world.recheck = if rng.one_in(2) { Recheck::First } else { Recheck::Beside };
     for life in 0..3 {
         at.life = life;
         let turns = if rng.one_in(3) { rng.below(100) } else { rng.below(600) };

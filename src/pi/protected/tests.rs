@@ -432,3 +432,113 @@ fn a_write_that_is_dropped_half_way_leaves_no_false_alarm() {
         });
     }
 }
+
+/// A LUN of 1 GiB whose process was killed while it wrote to two regions: one block of each has lost its tuple.
+async fn killed(world: &World) {
+    let p = world.open().await;
+    for (i, at) in [0, 40 * MIB, 640 * MIB, 641 * MIB].into_iter().enumerate() {
+        write(&p, at, &[i as u8 + 1; 4096]).await.unwrap();
+    }
+    // As if the write's data had come to be, and its tuple had not.
+    world.image.poke(512, &[9; 512]);
+    world.image.poke(641 * MIB + 512, &[9; 512]);
+}
+
+#[test]
+fn a_block_that_a_crash_left_in_doubt_is_looked_at_before_anybody_gets_it_and_no_other() {
+    let world =
+        World { recheck: Recheck::Beside, ..World::new(20, PiType::Type1, BlockSize::B512, 1024 * MIB) };
+    block_on(async move {
+        killed(&world).await;
+        let start = world.image.ops();
+        let p = world.open().await;
+        assert_eq!(world.image.ops(), start, "opening reads nothing of the image");
+        assert_eq!(p.counters().unchecked, 2 * 64 * MIB / 512);
+        // A read of it: 64 KiB are looked at.
+        assert_eq!(read(&p, 0, 1024).await.unwrap()[512..], [9; 512]);
+        let c = p.counters();
+        assert_eq!((c.recomputed, c.guard_errors, c.unchecked), (1, 0, (128 * MIB - (64 << 10)) / 512));
+        // A write needs no look at what it overwrites.
+        write(&p, 641 * MIB + 512, &[8; 512]).await.unwrap();
+        assert_eq!(p.counters().unchecked, c.unchecked - 1);
+        while p.recheck_next().await.unwrap() {}
+        let c = p.counters();
+        assert_eq!((c.recomputed, c.guard_errors, c.unchecked), (1, 0, 0));
+        assert_eq!(p.sidecar().marked(), [], "what has been looked at and flushed is marked no more");
+        assert_eq!(read(&p, 641 * MIB, 1024).await.unwrap()[512..], [8; 512]);
+    });
+}
+
+#[test]
+fn damage_outside_of_what_a_crash_left_in_doubt_is_an_error_as_ever() {
+    let world =
+        World { recheck: Recheck::Beside, ..World::new(21, PiType::Type1, BlockSize::B512, 1024 * MIB) };
+    block_on(async move {
+        let p = world.open().await;
+        write(&p, 300 * MIB, &[5; 4096]).await.unwrap();
+        p.close().await.unwrap();
+        killed(&world).await;
+        world.image.poke(300 * MIB, &[6]);
+        let p = world.open().await;
+        assert_eq!(mismatch(read(&p, 300 * MIB, 512).await.unwrap_err()).lba, Lba(300 * MIB / 512));
+        // Nor does damage count as a crash's doing once a block has been looked at.
+        read(&p, 0, 512).await.unwrap();
+        world.image.poke(0, &[77]);
+        assert_eq!(mismatch(read(&p, 0, 512).await.unwrap_err()).lba, Lba(0));
+    });
+}
+
+#[test]
+fn what_was_not_looked_at_stays_marked_through_flushes_a_close_and_a_power_cut() {
+    let world =
+        World { recheck: Recheck::Beside, ..World::new(22, PiType::Type1, BlockSize::B512, 1024 * MIB) };
+    block_on(async move {
+        killed(&world).await;
+        let p = world.open().await;
+        let marked = p.sidecar().marked();
+        assert_eq!(marked.len(), 2);
+        write(&p, 0, &[3; 512]).await.unwrap();
+        for _ in 0..CLEAR_EVERY * 3 {
+            p.flush().await.unwrap();
+        }
+        assert_eq!(p.sidecar().marked(), marked);
+        p.close().await.unwrap();
+        let cut = world.cut(&mut Rng::new(1));
+        let p = cut.open().await;
+        assert_eq!(p.sidecar().marked(), marked);
+        assert_eq!(read(&p, 641 * MIB, 1024).await.unwrap()[512..], [9; 512]);
+        assert_eq!(p.counters().guard_errors, 0);
+    });
+}
+
+#[test]
+fn what_cannot_be_looked_at_is_a_medium_error_and_never_passes_unchecked() {
+    let world =
+        World { recheck: Recheck::Beside, ..World::new(23, PiType::Type1, BlockSize::B512, 1024 * MIB) };
+    block_on(async move {
+        killed(&world).await;
+        let p = world.open().await;
+        world.sidecar.fail_all(Some((OpKind::Read, libc::EIO)));
+        assert_eq!(read(&p, 0, 512).await.unwrap_err().kind, IoErrorKind::Medium);
+        assert!(p.recheck_next().await.is_err());
+        assert_eq!(p.counters().unchecked, 2 * 64 * MIB / 512);
+        world.sidecar.fail_all(None);
+        assert_eq!(read(&p, 0, 1024).await.unwrap()[512..], [9; 512]);
+    });
+}
+
+#[test]
+fn a_smaller_or_newly_formatted_lun_has_nothing_left_to_look_at_where_it_is_no_more() {
+    let world =
+        World { recheck: Recheck::Beside, ..World::new(24, PiType::Type1, BlockSize::B512, 1024 * MIB) };
+    block_on(async move {
+        killed(&world).await;
+        let p = world.open().await;
+        p.resize(32 * MIB).await.unwrap();
+        assert_eq!(p.counters().unchecked, 32 * MIB / 512);
+        p.resize(1024 * MIB).await.unwrap();
+        assert_eq!(p.counters().unchecked, 32 * MIB / 512);
+        p.reformat(Some(PiType::Type1)).await.unwrap();
+        assert_eq!(p.counters().unchecked, 0);
+    });
+}

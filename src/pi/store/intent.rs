@@ -53,6 +53,8 @@ struct Region {
     touched: u64,
     /// A write in it ended in doubt: not cleared before the next open has looked at it.
     sticky: bool,
+    /// What the last session has left in it is still to be looked at: not cleared before that.
+    unchecked: bool,
 }
 
 #[derive(Default)]
@@ -125,6 +127,18 @@ impl Intent {
         let mut all: Vec<u64> = self.state.borrow().regions.keys().copied().collect();
         all.sort_unstable();
         all
+    }
+
+    /// Every region that is marked now stays so until it is [`Intent::checked`].
+    pub fn hold_marked(&self) {
+        self.state.borrow_mut().regions.values_mut().for_each(|region| region.unchecked = true);
+    }
+
+    /// A region has been looked at: the next flush that begins makes sure of what was found, and it may be cleared after that.
+    pub fn checked(&self, region: u64) {
+        if let Some(region) = self.state.borrow_mut().regions.get_mut(&region) {
+            (region.unchecked, region.touched) = (false, self.epoch.get());
+        }
     }
 
     /// Whether a region is marked.
@@ -253,7 +267,8 @@ impl Intent {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             state.regions.retain(|number, region| {
-                let keep = region.writers > 0 || region.sticky || region.touched > idle_since;
+                let held = region.writers > 0 || region.sticky || region.unchecked;
+                let keep = held || region.touched > idle_since;
                 if !keep {
                     state.wanted.set(*number, false);
                     state.durable.set(*number, false);

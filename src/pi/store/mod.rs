@@ -507,6 +507,21 @@ impl<S: Storage> Sidecar<S> {
         all.map(|r| (r << shift).min(capacity)..((r + 1) << shift).min(capacity)).collect()
     }
 
+    /// What is marked now is to be looked at, and stays marked until it has been ([`Sidecar::checked`]).
+    pub fn hold_marked(&self) {
+        self.intent.hold_marked();
+    }
+
+    /// Of the regions in which those blocks lie, those have been looked at for whose blocks `is_done` says so.
+    pub fn checked(&self, blocks: &Range<u64>, is_done: impl Fn(&Range<u64>) -> bool) {
+        let (shift, _) = self.region_blocks();
+        for region in blocks.start >> shift..blocks.end.div_ceil(1 << shift) {
+            if is_done(&(region << shift..(region + 1) << shift)) {
+                self.intent.checked(region);
+            }
+        }
+    }
+
     /// Whether a block lies in a marked region.
     pub fn is_marked(&self, lba: Lba) -> bool {
         self.intent.is_marked(lba.0 >> self.region_blocks().0)

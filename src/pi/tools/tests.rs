@@ -117,6 +117,7 @@ fn filling_protects_all_data_and_leaves_holes_alone() {
             block_size: BlockSize::B4096,
             stamp,
             mode: PiMode::Bitmap,
+            recheck: Default::default(),
         };
         let p = world.open().await;
         read(&p, 5 << 30, 3 << 20).await.unwrap();
