@@ -1,6 +1,7 @@
 //! The administrator's handbook, command by command, on a host as it describes: systemd is process 1, and the package comes as the handbook says.
 
 use super::super::guest::Guest;
+use super::fault::{flip, offset_in_file};
 use super::shown::{Shown, commands, matches};
 use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
@@ -28,6 +29,9 @@ fn operations(run: &mut Run<'_>) -> Result<()> {
     let guest = &mut *run.guest;
     guest.sh("cp /host/tcmu-dif.deb /root/tcmu-dif_0_amd64.deb")?;
     for Shown { command, output } in &shown {
+        if command.contains(" SENSE=") {
+            meet_a_bad_block(guest)?;
+        }
         let said = execute(guest, command, output).with_context(|| format!("{HANDBOOK}: {command}"))?;
         ensure!(
             matches(output, &said),
@@ -38,6 +42,22 @@ fn operations(run: &mut Run<'_>) -> Result<()> {
     guest.note(format!("{} commands", shown.len()));
     ensure!(!guest.try_sh("command -v tcmu-dif")?.ok(), "the handbook ends with the program installed");
     Ok(())
+}
+
+/// Has a block of vm1 go bad, be read, and written again: the log has an entry then.
+fn meet_a_bad_block(guest: &mut Guest) -> Result<()> {
+    let (image, at) = ("/srv/images/vm1.qcow2", 64 << 20);
+    let device = guest.sh("tcmu-dif show vm1 --json | sed -n 's/.*\"device\": *\"\\([^\"]*\\)\".*/\\1/p'")?;
+    let (device, seek) = (device.trim(), at / 4096);
+    let write = format!(
+        "dd if=/dev/urandom of={device} bs=4096 seek={seek} count=1 oflag=direct status=none && sync"
+    );
+    guest.sh(&write)?;
+    let place = offset_in_file(guest, image, "qcow2", at)?;
+    flip(guest, image, place)?;
+    let read = guest.try_sh(&format!("dd if={device} bs=4096 skip={seek} count=1 iflag=direct 2>&1"))?;
+    ensure!(!read.ok(), "a bad block was read");
+    guest.sh(&write).map(drop)
 }
 
 /// Runs a command until it says what is shown, if it only looks, and else once; gives what it said last.

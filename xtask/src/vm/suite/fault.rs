@@ -56,7 +56,7 @@ fn daemon(guest: &mut Guest) -> Result<()> {
 }
 
 /// Where in the image's file the byte at `offset` of the LUN lies.
-fn offset_in_file(guest: &mut Guest, image: &str, format: &str, offset: u64) -> Result<u64> {
+pub fn offset_in_file(guest: &mut Guest, image: &str, format: &str, offset: u64) -> Result<u64> {
     if format == "raw" {
         return Ok(offset);
     }

@@ -21,8 +21,8 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "lifecycle.many",
-        promise: "64 LUNs created at the same time all come up, and go again at the same time",
-        limit: 600,
+        promise: "64 LUNs (256 at full scale) created at the same time all come up, each its own disk, and go again at the same time",
+        limit: 900,
         group: None,
         run: many,
     },
@@ -122,42 +122,41 @@ fn resize(run: &mut Run<'_>) -> Result<()> {
     Ok(())
 }
 
-const LUNS: usize = 64;
-
 fn many(run: &mut Run<'_>) -> Result<()> {
+    let luns: usize = run.scale.pick(16, 64, 256);
     let guest = &mut *run.guest;
     start_daemon(guest, "auto")?;
     let pid = daemon_pid(guest)?;
-    let limit = Duration::from_secs(240);
+    let limit = Duration::from_secs(if luns > 64 { 800 } else { 240 });
     guest.sh_within(
         limit,
         &format!(
             "mkdir -p /scratch/many && cd /scratch/many
-             seq {LUNS} | xargs -P {LUNS} -I N sh -c 'timeout 200 tcmu-dif create mN --image /scratch/many/N.raw --size 16M \
+             seq {luns} | xargs -P 64 -I N sh -c 'timeout 200 tcmu-dif create mN --image /scratch/many/N.raw --size 16M \
                  --format raw --pi type1 --export loopback --json > N.json 2> N.err || echo mN: exit $? $(cat N.err) >&2 && test -s N.json'"
         ),
     )?;
     let found = names(guest)?;
-    ensure!(found.len() == LUNS, "{} LUNs of {LUNS} are listed", found.len());
+    ensure!(found.len() == luns, "{} LUNs of {luns} are listed", found.len());
     let devices = guest.sh("cd /scratch/many && cat *.json | grep -o '/dev/sd[a-z]*' | sort -u | wc -l")?;
-    ensure!(devices == LUNS.to_string(), "{devices} disks of {LUNS}");
+    ensure!(devices == luns.to_string(), "{devices} disks of {luns}");
     // Each is its own disk: write its number, read it back, look into its file.
     guest.sh_within(
         limit,
         &format!(
             "cd /scratch/many
-             for n in $(seq {LUNS}); do
+             for n in $(seq {luns}); do
                  disk=$(grep -o -m 1 '/dev/sd[a-z]*' $n.json)
                  printf '%-4096s' \"LUN $n\" | dd of=$disk bs=4096 seek=3 oflag=direct status=none
              done
-             for n in $(seq {LUNS}); do
+             for n in $(seq {luns}); do
                  grep -q \"^LUN $n \" <(dd if=$n.raw bs=4096 skip=3 count=1 status=none) || {{ echo $n.raw holds another; exit 1; }}
              done"
         ),
     )?;
     guest.sh_within(
         limit,
-        &format!("seq {LUNS} | xargs -P {LUNS} -I N timeout 200 tcmu-dif delete mN > /dev/null"),
+        &format!("seq {luns} | xargs -P 64 -I N timeout 200 tcmu-dif delete mN > /dev/null"),
     )?;
     ensure!(names(guest)?.is_empty());
     ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
@@ -463,7 +462,7 @@ back() {
 }
 while [ $kills -lt $wanted ]; do
     seconds=$((wanted - kills > 10 ? 90 : 5))
-    fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bs=4k --size=16M \
+    fio --name=verify --filename=$device --direct=1 --ioengine=libaio --iodepth=32 --rw=randwrite --bs=4k --size=16M \
         --verify=crc32c --verify_fatal=1 --verify_backlog=512 --time_based --runtime=$seconds --randseed=$kills > /tmp/fio.txt 2>&1 &
     fio=$!
     while kill -0 $fio 2>/dev/null; do

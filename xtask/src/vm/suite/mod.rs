@@ -16,6 +16,7 @@ pub(super) mod initiator;
 mod iscsi;
 mod jobs;
 mod lifecycle;
+mod limits;
 pub(super) mod lun;
 mod panic;
 mod pi;
@@ -113,6 +114,7 @@ pub fn all() -> Vec<&'static Test> {
         fabric::TESTS,
         daemon::TESTS,
         lifecycle::TESTS,
+        limits::TESTS,
         chain::TESTS,
         jobs::TESTS,
         handover::TESTS,

@@ -18,7 +18,7 @@ pub const TESTS: &[Test] = &[Test {
 }];
 
 /// `qmp.py COMMAND…` executes each and prints the answers as a JSON array; `qmp.py --events` prints each event as a line, until the daemon ends.
-const CLIENT: &str = r#"
+pub const CLIENT: &str = r#"
 import json, socket, sys
 s = socket.socket(socket.AF_UNIX)
 s.settimeout(90)
