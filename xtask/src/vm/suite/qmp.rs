@@ -8,14 +8,95 @@ use super::lun::{
 use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use std::process::Command;
+use std::time::Duration;
 
-pub const TESTS: &[Test] = &[Test {
-    name: "lifecycle.qmp",
-    promise: "over QMP a LUN is made, grows while a file system on it is in use, is not deleted in use, shrinks if it is raw, and outlives quit",
-    limit: 300,
-    group: None,
-    run: life,
-}];
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "lifecycle.qmp",
+        promise: "over QMP a LUN is made, grows while a file system on it is in use, is not deleted in use, shrinks if it is raw, and outlives quit",
+        limit: 300,
+        group: None,
+        run: life,
+    },
+    Test {
+        name: "lifecycle.qemu-qmp",
+        promise: "PyPI's qemu.qmp, which nobody here wrote, makes a LUN, asks everything, hears its events, takes it down and ends the daemon",
+        limit: 200,
+        group: None,
+        run: other_client,
+    },
+];
+
+/// What pip installs, for `lifecycle.qemu-qmp`.
+const PACKAGE: &str = "qemu.qmp==0.0.6";
+
+/// `other.py`: a LUN's life, by somebody else's client.
+const OTHER: &str = r#"
+import asyncio
+from qemu.qmp import ExecuteError, QMPClient
+
+async def main():
+    qmp = QMPClient("host")
+    await qmp.connect("/run/tcmu-dif/qmp.sock")
+    added = await qmp.execute("lun-add", {"device": "q", "image": "/scratch/q.raw", "size": 64 << 20, "format": "raw", "pi": "type1", "export": ["loopback"]})
+    disk = added["exports"][0]["device"]
+    with open(disk, "r+b", buffering=0) as f:
+        assert f.write(b"qemu.qmp" * 512) == 4096
+    await qmp.execute("block_resize", {"device": "q", "size": 128 << 20})
+    try:
+        await qmp.execute("lun-add", {"device": "q", "image": "/scratch/q.raw"})
+        raise AssertionError("two LUNs of one name")
+    except ExecuteError as refused:
+        assert refused.error_class == "GenericError", refused
+    for name in [c["name"] for c in await qmp.execute("query-commands")]:
+        if name.startswith("query-"):
+            await qmp.execute(name)
+    luns = await qmp.execute("query-luns")
+    assert [lun["name"] for lun in luns] == ["q"], luns
+    with qmp.listener() as listener:
+        await qmp.execute("pi-scrub", {"device": "q", "speed": 0})
+        seen = []
+        async for event in listener:
+            seen.append(event["data"].get("status"))
+            if seen[-1] == "null":
+                break
+    assert "concluded" in seen, seen
+    await qmp.execute("lun-del", {"device": "q"})
+    assert await qmp.execute("query-luns") == []
+    await qmp.execute("quit")
+    try:
+        await qmp.disconnect()
+    except EOFError:
+        pass # The daemon was quicker.
+
+asyncio.run(asyncio.wait_for(main(), 150))
+"#;
+
+fn other_client(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    let made = crate::sh::target_dir().join(PACKAGE);
+    if !made.exists() {
+        let half = made.with_extension("half");
+        let pip = ["-m", "pip", "install", "--quiet", "--upgrade", "--target"];
+        crate::sh::quiet(Command::new("python3").args(pip).arg(&half).arg(PACKAGE))
+            .context("next: apt-get install --yes --no-install-recommends python3-pip")?;
+        std::fs::rename(&half, &made)?;
+    }
+    crate::sh::quiet(Command::new("cp").arg("--recursive").arg(&made).arg(guest.share().join("python")))?;
+    std::fs::write(guest.share().join("other.py"), OTHER)?;
+    start_daemon(guest, "auto")?;
+    let pid = daemon_pid(guest)?;
+    guest.sh_within(
+        Duration::from_secs(170),
+        &format!(
+            "PYTHONPATH=/host/python python3 /host/other.py
+             for _ in $(seq 100); do [ -e /proc/{pid} ] || exit 0; sleep 0.1; done; echo the daemon is still there; exit 1"
+        ),
+    )?;
+    assert_nothing_left(guest)?;
+    assert_image_clean(guest, "/scratch/q.raw", "raw", true)
+}
 
 /// `qmp.py COMMAND…` executes each and prints the answers as a JSON array; `qmp.py --events` prints each event as a line, until the daemon ends.
 pub const CLIENT: &str = r#"
