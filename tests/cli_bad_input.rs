@@ -9,6 +9,8 @@ use std::{
     process::{Command, Output},
 };
 
+use tcmu_dif::daemon::rundir::RunDir;
+
 const BIN: &str = env!("CARGO_BIN_EXE_tcmu-dif");
 
 /// A directory of images that are wrong in every way.
@@ -213,6 +215,27 @@ fn a_settings_file_that_is_named_has_to_be_there_and_check_says_what_counts_and_
     let out = images.run("daemon --check --config good.toml --no-polling");
     let said = String::from_utf8(out.stdout).unwrap();
     assert!(said.contains("SETTING") && said.contains("polling         false"), "{said}");
+}
+
+#[test]
+fn check_tries_the_port_for_metrics_and_a_port_of_the_daemon_that_runs_is_no_fault() {
+    let images = Images::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = taken.local_addr().unwrap();
+    fs::write(images.at("taken.toml"), format!("metrics-listen = '{at}'\n")).unwrap();
+    let check = format!("--run-dir {} daemon --check --config taken.toml", images.at("run").display());
+    let port = at.port().to_string();
+    refused(&images, &check, 1, &["metrics-listen", &at.to_string(), "in use", "ss -ltnp sport", &port]);
+    // A daemon that runs, and has noted that it serves metrics there.
+    let run = RunDir::at(images.at("run"));
+    let lock = run.lock().unwrap().unwrap();
+    run.note_metrics_at(Some(at)).unwrap();
+    let out = images.run(&check);
+    assert!(out.status.success(), "{}", stderr(&out));
+    drop(lock);
+    refused(&images, &check, 1, &["in use"]);
+    drop(taken);
+    assert!(images.run(&check).status.success());
 }
 
 #[test]

@@ -42,7 +42,7 @@ mod throttle;
 mod top;
 mod trace;
 
-use std::{ffi::OsString, io::ErrorKind, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{ffi::OsString, io::Write, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use args::{Cli, Command};
 pub use error::CliError;
@@ -128,6 +128,7 @@ fn run(cli: &Cli) -> Done {
 fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
     let source = settings::Source::of(cli, args);
     if args.check {
+        source.try_out(&RunDir::at(&cli.run_dir))?;
         return source.tell(args.json);
     }
     let settings = source.read()?;
@@ -151,13 +152,6 @@ fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
                 DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
                 DaemonError::Module(_) | DaemonError::Netlink(NetlinkError::NoFamily) => {
                     "see what this host lacks: tcmu-dif check-host".to_owned()
-                }
-                DaemonError::Metrics(at, e) if e.kind() == ErrorKind::AddrInUse => {
-                    format!("choose another port, or see who has it: ss -ltnp sport = {}", at.port())
-                }
-                DaemonError::Metrics(..) => {
-                    "permit it in the unit (RestrictAddressFamilies=, IPAddressAllow=): docs/metrics.md"
-                        .to_owned()
                 }
                 _ => "look at the kernel's messages: dmesg".to_owned(),
             };

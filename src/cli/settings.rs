@@ -16,7 +16,14 @@ use super::{
     daemon_args::{Daemon, IoWay},
     listen, logging, output, size,
 };
-use crate::{admin::declared::LUNS_D, daemon::settings::Settings, sys::io::Backend};
+use crate::{
+    admin::declared::LUNS_D,
+    daemon::{
+        rundir::RunDir,
+        settings::{Settings, port_advice, try_port},
+    },
+    sys::io::Backend,
+};
 
 /// The usual file.
 pub const FILE: &str = "/etc/tcmu-dif/tcmu-dif.toml";
@@ -132,6 +139,18 @@ impl Source {
             metrics_at: given.metrics_listen.or(file.metrics_listen),
             cache_size: given.cache_size.or(file.cache_size),
         }
+    }
+
+    /// Tries what a daemon would only find when it begins or reloads: whether the port for metrics can be had.
+    ///
+    /// # Errors
+    /// That it cannot; and as [`Source::read`].
+    pub fn try_out(&self, run: &RunDir) -> Result<(), CliError> {
+        let Some(at) = self.read()?.metrics_at else { return Ok(()) };
+        try_port(at, run).map_err(|e| {
+            CliError::new("metrics-listen", at, format!("metrics can't be served there: {e}"))
+                .then(port_advice(at, &e))
+        })
     }
 
     /// Prints what counts, and where it comes from.
