@@ -144,7 +144,7 @@ fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
         settings: settings.clone(),
     };
     let admin = cli.admin();
-    let declared = Declared { admin: admin.clone(), settings: settings.clone() };
+    let declared = Declared::new(admin.clone(), settings.clone());
     let reread = move || reread(&source, &log);
     serve::run(Arc::new(host), run, &cli.configfs, settings, reread, admin, declared, offer_to_targetcli)
         .map_err(|e| {

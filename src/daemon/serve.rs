@@ -169,6 +169,7 @@ pub fn run<B>(
         if now.saturating_duration_since(looked) >= LOOK {
             rivals.turn(others());
             look(&mut devices, false);
+            declaring.again();
             looked = now;
         }
         manager.turn(now, declaring.is_at_work(), &devices.standings());
