@@ -30,6 +30,7 @@ impl Images {
         fs::write(at("odd4k.raw"), vec![0; 4096 + 512]).unwrap();
         fs::create_dir(at("dir")).unwrap();
         fs::write(at("settings.toml"), "log = 'warn'\ncolour = 'red'\n").unwrap();
+        fs::write(at("log.toml"), "log = 'warnn'\n").unwrap();
         fs::write(at("open.toml"), "metrics-listen = '0.0.0.0:9967'\n").unwrap();
         let images = Images { dir };
         images.must("image create -f qcow2 good.qcow2 1M");
@@ -188,7 +189,12 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
         ("resize vm1 much", &["much"]),
         ("show vm1 --qemu --json", &["--qemu"]),
         ("pi rebuild good.raw --pi off", &["--pi", "off"]),
-        ("list --log =", &["--log", "="]),
+        ("list --log =", &["--log", "=", "warn, info"]),
+        ("list --log warnn", &["--log", "warnn", "error, warn, info, debug, trace", "tcmu_dif::ring=debug"]),
+        ("daemon --check --log warnn", &["--log", "warnn", "error, warn, info, debug, trace"]),
+        ("daemon --check --log =", &["--log", "="]),
+        ("daemon --check --log inof,debug", &["--log", "inof"]),
+        ("daemon --check --config log.toml", &["log.toml", "line 1", "warnn", "error, warn, info"]),
     ] {
         refused(&images, words, 2, parts);
     }

@@ -35,7 +35,7 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// What to log, as in RUST_LOG: error, warn, info, debug, or tcmu_dif::ring=debug
-    #[arg(long, global = true, value_name = "FILTER", env = "TCMU_DIF_LOG", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILTER", env = "TCMU_DIF_LOG", hide_env_values = true, value_parser = super::logging::words)]
     pub log: Option<String>,
     /// The directory of the daemon's lock and state files
     #[arg(long, global = true, hide = true, default_value = RUN_DIR)]
