@@ -214,8 +214,8 @@ fn a_settings_file_that_is_named_has_to_be_there_and_check_says_what_counts_and_
     let row = |word: &str| rows.as_array().unwrap().iter().find(|r| r["word"] == word).unwrap().clone();
     let [io, polling, cache, log] = ["io", "polling", "cache-size", "log"].map(row);
     assert_eq!((&io["value"], &io["from"]), (&"uring".into(), &"command line".into()));
-    assert_eq!((&polling["value"], &polling["from"]), (&"true".into(), &"command line".into()));
-    assert_eq!((&cache["value"], &cache["from"]), (&"1048576".into(), &"file".into()));
+    assert_eq!((&polling["value"], &polling["from"]), (&true.into(), &"command line".into()));
+    assert_eq!((&cache["value"], &cache["from"]), (&(1 << 20).into(), &"file".into()));
     assert_eq!((&log["value"], &log["from"]), (&"info".into(), &"default".into()));
     assert!(row("metrics-listen")["value"].is_null());
     let out = images.run("daemon --check --config good.toml --no-polling");

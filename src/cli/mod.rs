@@ -71,8 +71,11 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         // Help and version go to stdout and are no failure.
         Err(e) if !e.use_stderr() => {
-            e.print().ok();
-            return ExitCode::SUCCESS;
+            let printed = e.print().and_then(|()| std::io::stdout().flush());
+            return output::printed(printed).unwrap_or_else(|e| {
+                eprintln!("{e}");
+                e.exit_code()
+            });
         }
         Err(e) => {
             let e = error::from_clap(&e, &words);
@@ -117,7 +120,7 @@ fn run(cli: &Cli) -> Done {
         Command::SupportBundle(args) => support_bundle::run(cli, args),
         Command::Trace(args) => trace::run(cli, args),
         Command::CheckHost(args) => check_host::run(cli, args),
-        Command::Demo => demo(),
+        Command::Demo(args) => demo(args.json),
         Command::Conformance(args) => conformance::run(args),
         Command::PeerVhost(args) => peer_vhost(args),
         Command::Release => release::run(cli),
@@ -180,8 +183,12 @@ fn offer_to_targetcli() -> dbus::Service {
     })
 }
 
-fn demo() -> Done {
-    crate::demo::run(&mut std::io::stdout()).map_err(|e| CliError::from("demo", "", &e))?;
+fn demo(json: bool) -> Done {
+    let failed = |e| CliError::from("demo", "", &e);
+    if json {
+        return output::json(&crate::demo::run(&mut std::io::sink()).map_err(failed)?);
+    }
+    crate::demo::run(&mut std::io::stdout()).map_err(failed)?;
     Ok(ExitCode::SUCCESS)
 }
 
