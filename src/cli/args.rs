@@ -124,7 +124,7 @@ pub enum Command {
     PeerVhost(PeerVhost),
     /// Take down every LUN that nobody uses, before the host goes down
     #[command(hide = true)]
-    Release,
+    Release(Release),
     /// Write man pages and shell completions
     #[command(hide = true)]
     PackagingFiles(PackagingFiles),
@@ -445,6 +445,14 @@ pub struct Conformance {
     pub seed: u64,
     #[command(flatten)]
     pub json: Json,
+}
+
+/// `release`.
+#[derive(Debug, Args)]
+pub struct Release {
+    /// On a terminal: really
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// `packaging-files`.

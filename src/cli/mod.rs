@@ -123,7 +123,7 @@ fn run(cli: &Cli) -> Done {
         Command::Demo(args) => demo(args.json),
         Command::Conformance(args) => conformance::run(args),
         Command::PeerVhost(args) => peer_vhost(args),
-        Command::Release => release::run(cli),
+        Command::Release(args) => release::run(cli, args),
         Command::PackagingFiles(args) => packaging::run(args),
     }
 }
