@@ -9,6 +9,8 @@ use std::{
     process::{Command, Output},
 };
 
+use tcmu_dif::daemon::rundir::RunDir;
+
 const BIN: &str = env!("CARGO_BIN_EXE_tcmu-dif");
 
 /// A directory of images that are wrong in every way.
@@ -28,6 +30,7 @@ impl Images {
         fs::write(at("odd4k.raw"), vec![0; 4096 + 512]).unwrap();
         fs::create_dir(at("dir")).unwrap();
         fs::write(at("settings.toml"), "log = 'warn'\ncolour = 'red'\n").unwrap();
+        fs::write(at("log.toml"), "log = 'warnn'\n").unwrap();
         fs::write(at("open.toml"), "metrics-listen = '0.0.0.0:9967'\n").unwrap();
         let images = Images { dir };
         images.must("image create -f qcow2 good.qcow2 1M");
@@ -186,7 +189,12 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
         ("resize vm1 much", &["much"]),
         ("show vm1 --qemu --json", &["--qemu"]),
         ("pi rebuild good.raw --pi off", &["--pi", "off"]),
-        ("list --log =", &["--log", "="]),
+        ("list --log =", &["--log", "=", "warn, info"]),
+        ("list --log warnn", &["--log", "warnn", "error, warn, info, debug, trace", "tcmu_dif::ring=debug"]),
+        ("daemon --check --log warnn", &["--log", "warnn", "error, warn, info, debug, trace"]),
+        ("daemon --check --log =", &["--log", "="]),
+        ("daemon --check --log inof,debug", &["--log", "inof"]),
+        ("daemon --check --config log.toml", &["log.toml", "line 1", "warnn", "error, warn, info"]),
     ] {
         refused(&images, words, 2, parts);
     }
@@ -206,13 +214,34 @@ fn a_settings_file_that_is_named_has_to_be_there_and_check_says_what_counts_and_
     let row = |word: &str| rows.as_array().unwrap().iter().find(|r| r["word"] == word).unwrap().clone();
     let [io, polling, cache, log] = ["io", "polling", "cache-size", "log"].map(row);
     assert_eq!((&io["value"], &io["from"]), (&"uring".into(), &"command line".into()));
-    assert_eq!((&polling["value"], &polling["from"]), (&"true".into(), &"command line".into()));
-    assert_eq!((&cache["value"], &cache["from"]), (&"1048576".into(), &"file".into()));
+    assert_eq!((&polling["value"], &polling["from"]), (&true.into(), &"command line".into()));
+    assert_eq!((&cache["value"], &cache["from"]), (&(1 << 20).into(), &"file".into()));
     assert_eq!((&log["value"], &log["from"]), (&"info".into(), &"default".into()));
     assert!(row("metrics-listen")["value"].is_null());
     let out = images.run("daemon --check --config good.toml --no-polling");
     let said = String::from_utf8(out.stdout).unwrap();
     assert!(said.contains("SETTING") && said.contains("polling         false"), "{said}");
+}
+
+#[test]
+fn check_tries_the_port_for_metrics_and_a_port_of_the_daemon_that_runs_is_no_fault() {
+    let images = Images::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = taken.local_addr().unwrap();
+    fs::write(images.at("taken.toml"), format!("metrics-listen = '{at}'\n")).unwrap();
+    let check = format!("--run-dir {} daemon --check --config taken.toml", images.at("run").display());
+    let port = at.port().to_string();
+    refused(&images, &check, 1, &["metrics-listen", &at.to_string(), "in use", "ss -ltnp sport", &port]);
+    // A daemon that runs, and has noted that it serves metrics there.
+    let run = RunDir::at(images.at("run"));
+    let lock = run.lock().unwrap().unwrap();
+    run.note_metrics_at(Some(at)).unwrap();
+    let out = images.run(&check);
+    assert!(out.status.success(), "{}", stderr(&out));
+    drop(lock);
+    refused(&images, &check, 1, &["in use"]);
+    drop(taken);
+    assert!(images.run(&check).status.success());
 }
 
 #[test]

@@ -85,3 +85,18 @@ fn the_version_is_the_packages() {
     let out = Command::new(env!("CARGO_BIN_EXE_tcmu-dif")).arg("--version").output().unwrap();
     assert_eq!(String::from_utf8(out.stdout).unwrap(), format!("tcmu-dif {}\n", env!("CARGO_PKG_VERSION")));
 }
+
+#[test]
+fn help_and_version_that_cannot_be_written_are_a_failure_and_a_reader_that_goes_away_is_none() {
+    for words in [&["--help"][..], &["create", "--help"], &["--version"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let out = Command::new(env!("CARGO_BIN_EXE_tcmu-dif")).args(words).stdout(full).output().unwrap();
+        assert_eq!(out.status.code(), Some(1), "{words:?}");
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(said.starts_with("tcmu-dif: stdout: "), "{words:?}: {said}");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let out = Command::new(env!("CARGO_BIN_EXE_tcmu-dif")).args(words).stdout(writer).output().unwrap();
+        assert!(out.status.success() && out.stderr.is_empty(), "{words:?}: {out:?}");
+    }
+}

@@ -75,3 +75,20 @@ fn log_lines_are_coloured_on_a_terminal_unless_somebody_wants_no_colour() {
     let coloured = on_a_terminal(dir.path(), "image resize --shrink disk.raw 4M", "");
     assert!(coloured.contains(warning) && coloured.contains("\x1b["), "{coloured:?}");
 }
+
+#[test]
+fn release_asks_a_person_for_more_than_its_name_and_a_service_for_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let words = |yes: &str| {
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let (run, lib, configfs) = (at("run"), at("lib"), at("configfs"));
+        format!("--run-dir {run} --state-dir {lib} --configfs {configfs} release{yes}")
+    };
+    fs::create_dir_all(dir.path().join("configfs/target/core")).unwrap();
+    let refused = on_a_terminal(dir.path(), &words(""), "");
+    assert!(refused.contains("every LUN of this host") && refused.contains("release --yes"), "{refused:?}");
+    // Who is not root is refused later, for that.
+    for said in [on_a_terminal(dir.path(), &words(" --yes"), ""), piped(dir.path(), &words("")).1] {
+        assert!(!said.contains("--yes"), "{said:?}");
+    }
+}

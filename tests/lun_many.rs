@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tcmu_dif::{
     lun::{LunHandle, LunParams, config::DeviceConfig, start},
     peer::kernel::{Data, Kernel, Options},
@@ -78,19 +79,29 @@ fn lun(dir: &Path, i: usize) -> (Kernel, LunHandle) {
     (kernel, lun)
 }
 
-/// As many LUNs as the process may have descriptors for, and 256 at most.
-fn most() -> usize {
-    let limits = fs::read_to_string("/proc/self/limits").unwrap();
-    let line = limits.lines().find(|l| l.starts_with("Max open files")).unwrap();
-    let soft = line.split_whitespace().nth(3).unwrap().parse::<usize>().unwrap_or(usize::MAX);
-    256.min(soft.saturating_sub(64) / 24)
+/// LUNs that the figures are of.
+const MANY: usize = 256;
+
+/// Has the process have as many descriptors as it may, and says what is missing if [`MANY`] LUNs with their kernels' sides need more.
+fn make_room() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let needed = (MANY * 24 + 64) as u64;
+    // None is no limit.
+    if current.is_some_and(|soft| soft < needed) {
+        assert!(
+            maximum.is_none_or(|hard| hard >= needed),
+            "{MANY} LUNs need {needed} descriptors, and this process may have {maximum:?}; next: raise the hard limit (ulimit -Hn {needed}, as root)"
+        );
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    }
 }
 
 #[test]
 fn an_idle_lun_takes_less_than_a_mebibyte_and_wakes_up_for_nothing() {
     let _turn = turn();
     let dir = tempfile::tempdir().unwrap();
-    let count = most();
+    let count = MANY;
+    make_room();
     // The first brings what all share.
     let first = lun(dir.path(), count);
     let (memory, descriptors, threads) = (resident(), entries("fd"), entries("task"));

@@ -77,8 +77,82 @@ fn the_daemon_is_there_before_those_who_use_its_disks_and_after_what_it_needs() 
     for later in ["remote-fs-pre.target", "libvirtd.service", "virtqemud.service", "libvirt-guests.service"] {
         assert!(values(&unit, "Before").contains(later), "{later}");
     }
-    for earlier in ["sys-kernel-config.mount", "systemd-modules-load.service"] {
+    for restores_targets in ["rtslib-fb-targetctl.service", "target.service"] {
+        assert!(values(&unit, "Before").contains(restores_targets), "{restores_targets}");
+    }
+    for earlier in [
+        "sys-kernel-config.mount",
+        "systemd-modules-load.service",
+        "local-fs.target",
+        "systemd-tmpfiles-setup.service",
+        "modprobe@target_core_user.service",
+        "dbus.socket",
+    ] {
         assert!(values(&unit, "After").contains(earlier), "{earlier}");
+    }
+}
+
+/// The one value of a setting of `[Service]`; what a later line sets wins, as with systemd.
+#[track_caller]
+fn of_service(unit: &str, setting: &str) -> String {
+    let service = unit.split("\n[").find_map(|s| s.strip_prefix("Service]")).expect("a section [Service]");
+    let lines = service.lines().filter_map(|l| l.strip_prefix(setting)?.strip_prefix('='));
+    lines.last().unwrap_or_else(|| panic!("{setting}= is not set")).trim().to_owned()
+}
+
+/// Seconds of a time as the unit has them: 30s, 3min, 500ms.
+#[track_caller]
+fn seconds(time: &str) -> f64 {
+    let at = time.find(|c: char| !c.is_ascii_digit()).unwrap_or(time.len());
+    let unit = match &time[at..] {
+        "" | "s" => 1.0,
+        "ms" => 0.001,
+        "min" => 60.0,
+        other => panic!("{other:?} in {time}"),
+    };
+    time[..at].parse::<f64>().unwrap() * unit
+}
+
+#[test]
+fn systemd_is_told_of_readiness_and_life_and_of_how_the_daemon_ends_and_comes_again() {
+    let unit = unit();
+    for (setting, value) in [
+        // READY=1, WATCHDOG=1 and RELOADING=1 are sent by the daemon's process and by none else.
+        ("Type", "notify"),
+        ("NotifyAccess", "main"),
+        ("ExecStart", "/usr/bin/tcmu-dif daemon"),
+        ("Restart", "on-failure"),
+        // SIGTERM goes to the daemon; what it leaves behind when its time is over is killed.
+        ("KillMode", "mixed"),
+    ] {
+        assert_eq!(of_service(&unit, setting), value, "{setting}=");
+    }
+    let time = |setting: &str| seconds(&of_service(&unit, setting));
+    // A LUN's thread counts as hung after half of it; less than a few seconds would take a busy disk for one.
+    assert!((10.0..=60.0).contains(&time("WatchdogSec")));
+    // The daemon waits a minute for its LUNs, at the start and at the end.
+    assert!(time("TimeoutStopSec") > 60.0 && time("TimeoutStartSec") > 60.0);
+    // Guests wait meanwhile.
+    assert!(time("RestartSec") <= 1.0);
+    assert_eq!(values(&unit, "StartLimitIntervalSec"), BTreeSet::from(["0".to_owned()]));
+    // Settings are judged before the daemon is told to read them.
+    let reload: Vec<_> = unit.lines().filter_map(|l| l.strip_prefix("ExecReload=")).collect();
+    assert_eq!(reload, ["/usr/bin/tcmu-dif daemon --check", "/bin/kill -HUP $MAINPID"]);
+}
+
+#[test]
+fn at_shutdown_luns_are_released_after_those_who_use_them_and_before_the_daemon_ends() {
+    let release = fs::read_to_string(dist().join("systemd/tcmu-dif-release.service")).unwrap();
+    assert_eq!(of_service(&release, "Type"), "oneshot");
+    assert_eq!(of_service(&release, "RemainAfterExit"), "yes");
+    // On no terminal, so that nobody is asked.
+    assert_eq!(of_service(&release, "ExecStop"), "/usr/bin/tcmu-dif release");
+    assert!(values(&release, "StandardInput").is_empty());
+    assert!(values(&release, "After").contains("tcmu-dif.service"));
+    // The same users as the daemon's own unit has.
+    for later in ["remote-fs-pre.target", "libvirtd.service", "virtqemud.service", "libvirt-guests.service"] {
+        assert!(values(&release, "Before").contains(later), "{later}");
+        assert!(values(&unit(), "Before").contains(later), "{later}");
     }
 }
 

@@ -1,22 +1,24 @@
 //! LUNs that are declared in files: `/etc/tcmu-dif/luns.d/NAME.toml`, in the words of `tcmu-dif create`.
 //!
 //! A look at the directory makes what is declared and not there, and takes down what was declared and is not any more. What somebody uses it
-//! leaves alone, and says so. A LUN that was made by hand is its maker's, whatever a file says of its name. A declared LUN without a serial number
-//! gets one the first time, which is kept: it is the same disk after a reboot.
+//! leaves alone, and says so. A directory that cannot be read, or is gone, takes down nothing. A LUN that was made by hand is its maker's, whatever a file says of its name. A declared LUN without a serial number
+//! gets one the first time, which is kept: it is the same disk after a reboot. One that cannot be made is tried again ([`super::owed`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     Admin, Refusal,
-    create::differences,
+    create::{differences, look_at_image},
     luns::refused,
     order::{Order, Words},
+    owed::{Owed, Tried, other_host_of},
 };
 use crate::{
     daemon::settings::Shared,
@@ -33,12 +35,13 @@ pub const LUNS_D: &str = "/etc/tcmu-dif/luns.d";
 const SERIALS: &str = "serials";
 
 /// The LUNs of a directory.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Declared {
     /// Who makes them.
-    pub admin: Admin,
-    /// The directory's name is in them; if it isn't there, none is declared.
-    pub settings: Shared,
+    admin: Admin,
+    /// The directory's name is in them.
+    settings: Shared,
+    owed: Owed,
 }
 
 /// The serial number of a declared LUN, and the image that it belongs to.
@@ -57,18 +60,51 @@ enum Brought {
     There,
 }
 
+/// Why a declared LUN is not there as declared.
+struct Failed {
+    refusal: Refusal,
+    /// The name stays one of ours: what is there was declared.
+    ours: bool,
+    /// It may come without anybody's doing here.
+    again: bool,
+}
+
+impl Failed {
+    fn new(refusal: Refusal, ours: bool) -> Failed {
+        Failed { refusal, ours, again: true }
+    }
+
+    /// Somebody has to do something first.
+    fn for_good(refusal: Refusal, ours: bool) -> Failed {
+        Failed { refusal, ours, again: false }
+    }
+}
+
 impl crate::daemon::declaring::Declared for Declared {
     /// Failures are logged, and keep no other LUN from coming.
-    fn bring(&self) {
+    fn bring(&self) -> bool {
         let dir = self.settings.get().luns_d;
+        let mut known = self.known();
         let files = match read(&dir) {
-            Ok(files) => files,
-            Err(e) => {
-                tracing::error!("{}: {e}; the LUNs stay as they are", dir.display());
-                return;
+            Ok(Some(files)) => files,
+            Ok(None) if known.is_empty() && !self.owed.is_any() => BTreeMap::new(),
+            unread => {
+                let why = unread.err().map_or("it is not there any more".to_owned(), |e| e.to_string());
+                let at = dir.display();
+                let names = known.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+                let next = if known.is_empty() {
+                    "bring it back, and reload: systemctl reload tcmu-dif".to_owned()
+                } else {
+                    format!(
+                        "bring it back, and reload; or, if none is to be declared, make it empty (mkdir -p {at}) and reload, \
+                         which takes down what nobody uses of: {names}"
+                    )
+                };
+                tracing::error!("{at}: {why}; the LUNs stay as they are; next: {next}");
+                return self.owed.is_any();
             }
         };
-        let mut known = self.known();
+        self.owed.clear();
         for name in known.clone().into_iter().filter(|name| !files.contains_key(name)) {
             if self.drop_one(&name) {
                 known.remove(&name);
@@ -76,38 +112,93 @@ impl crate::daemon::declaring::Declared for Declared {
             }
         }
         for (name, order) in files {
-            // Noted before it is made: what a crash leaves half made is ours to take down.
-            let ours = !known.insert(name.clone());
-            if !ours {
-                self.remember(&known);
-            }
-            match order.map_err(|e| (e, ours)).and_then(|order| self.one(&order, ours)) {
+            match self.attempt(&mut known, &name, &order, false) {
                 Ok(Brought::Made) => tracing::info!(lun = name, "declared, and made"),
                 Ok(Brought::There) => tracing::debug!(lun = name, "declared, and there"),
-                Err((e, keep)) => {
-                    if !keep {
-                        known.remove(&name);
-                        self.remember(&known);
+                Err(failed) => {
+                    let mut then = "";
+                    let waits = |order: &&Order| failed.again && other_host_of(&order.image).is_none();
+                    if let Some(order) = order.as_ref().ok().filter(waits) {
+                        self.owed.note(order, &failed.refusal, Instant::now());
+                        then = " (it is tried again every few seconds, and told of when that changes)";
                     }
-                    tracing::error!(lun = name, "declared: {}", e.in_one_line());
+                    tracing::error!(lun = name, "declared: {}{then}", failed.refusal.in_one_line());
                 }
             }
         }
+        self.owed.is_any()
+    }
+
+    fn again(&self) -> bool {
+        let look = |declared: &Order| {
+            let order = self.follow(declared, true).map_err(Tried::Failed)?;
+            if let Some(host) = other_host_of(&order.image) {
+                let refusal = Refusal::new("create", order.image.display(), format!("it is host {host}'s"));
+                return Err(Tried::GivenUp(refusal.then("once it is to be had: systemctl reload tcmu-dif")));
+            }
+            let config = order.config().map_err(Tried::Failed)?;
+            look_at_image(&order, &config).map(|_| ()).map_err(Tried::Failed)
+        };
+        let make = |order: &Order| {
+            let name = order.name.as_str();
+            match self.attempt(&mut self.known(), name, &Ok(order.clone()), true) {
+                Ok(_) => {
+                    tracing::info!(lun = name, "declared, and made by now");
+                    Tried::Made
+                }
+                Err(failed) if failed.again => Tried::Failed(failed.refusal),
+                Err(failed) => Tried::GivenUp(failed.refusal),
+            }
+        };
+        for (name, why) in self.owed.again(Instant::now(), look, make) {
+            tracing::error!(lun = name, "declared: {why}");
+        }
+        self.owed.is_any()
     }
 }
 
 impl Declared {
-    /// Makes one, or sees that it is there. The failure says whether the name stays one of ours.
-    fn one(&self, order: &Order, ours: bool) -> Result<Brought, (Refusal, bool)> {
+    /// Those of the directory that is set.
+    pub fn new(admin: Admin, settings: Shared) -> Declared {
+        Declared { admin, settings, owed: Owed::default() }
+    }
+
+    /// Makes one, and keeps account of whose it is.
+    fn attempt(
+        &self,
+        known: &mut BTreeSet<String>,
+        name: &str,
+        order: &Result<Order, Refusal>,
+        retry: bool,
+    ) -> Result<Brought, Failed> {
+        // Noted before it is made: what a crash leaves half made is ours to take down.
+        let ours = !known.insert(name.to_owned());
+        if !ours {
+            self.remember(known);
+        }
+        let tried = match order {
+            // A file is taken up by a reload.
+            Err(refusal) => Err(Failed::for_good(refusal.clone(), ours)),
+            Ok(order) => self.one(order, ours, retry),
+        };
+        if tried.as_ref().is_err_and(|failed| !failed.ours) {
+            known.remove(name);
+            self.remember(known);
+        }
+        tried
+    }
+
+    /// Makes one, or sees that it is there. A retry takes nothing down: that is a reload's business, for which somebody has chosen the moment.
+    fn one(&self, order: &Order, ours: bool, retry: bool) -> Result<Brought, Failed> {
         let declared = order;
-        let order = &self.follow(declared).map_err(|e| (e, ours))?;
+        let order = &self.follow(declared, retry).map_err(|e| Failed::new(e, ours))?;
         let name = &order.name;
         let places = &self.admin.places;
-        let found = places.find("create", name).map_err(|e| (e, ours))?;
+        let found = places.find("create", name).map_err(|e| Failed::new(e, ours))?;
         if let Some(there) = found {
-            let config = order.config().map_err(|e| (e, ours))?;
-            let exports =
-                fabric::of(&places.tree, &there).map_err(|e| (refused("create", name, &e), ours))?;
+            let config = order.config().map_err(|e| Failed::for_good(e, ours))?;
+            let exports = fabric::of(&places.tree, &there)
+                .map_err(|e| Failed::new(refused("create", name, &e), ours))?;
             let differences = differences(order, &config, &there, &exports);
             if differences.is_empty() {
                 return Ok(Brought::There);
@@ -116,37 +207,41 @@ impl Declared {
             if !ours {
                 let next =
                     format!("delete it, and reload: tcmu-dif delete {name} && systemctl reload tcmu-dif");
-                return Err((
-                    Refusal::new("create", name, format!("{is}, and was made by hand")).then(next),
-                    false,
-                ));
+                let refusal = Refusal::new("create", name, format!("{is}, and was made by hand")).then(next);
+                return Err(Failed::for_good(refusal, false));
+            }
+            if retry {
+                let refusal = Refusal::new("create", name, is).then("systemctl reload tcmu-dif");
+                return Err(Failed::for_good(refusal, true));
             }
             tracing::info!(lun = %name, "{is}: making it anew");
             self.admin.delete(name, false).map_err(|e| {
                 let reason = format!("{is}, and stays so: {}", e.reason);
-                (Refusal { reason, ..e }, true)
+                Failed::for_good(Refusal { reason, ..e }, true)
             })?;
         }
         // A create that fails leaves nothing that could be ours.
-        let Order { serial, .. } = self.with_serial(declared).map_err(|e| (e, false))?;
-        self.admin.create(&Order { serial, ..order.clone() }).map_err(|e| (e, false))?;
+        let Order { serial, .. } = self.with_serial(declared).map_err(|e| Failed::new(e, false))?;
+        self.admin.create(&Order { serial, ..order.clone() }).map_err(|e| Failed::new(e, false))?;
         Ok(Brought::Made)
     }
 
     /// The order with the image that the LUN has now: a mirror may have moved it from the one that is declared, which has missed what was written
-    /// since. So a reboot brings up the new one, and the log says what to edit.
-    fn follow(&self, order: &Order) -> Result<Order, Refusal> {
+    /// since. So a reboot brings up the new one, and the log says what to edit, unless it has (`said`).
+    fn follow(&self, order: &Order, said: bool) -> Result<Order, Refusal> {
         let moves = self.admin.places.moves(&order.name);
         let failed = |e: io::Error| Refusal::from("declared", moves.path().display(), &e);
         let Some(moved) = moves.from(&order.image).map_err(failed)? else { return Ok(order.clone()) };
         let to = moved.config().map_err(|e| Refusal::from("declared", moves.path().display(), &e))?;
-        tracing::warn!(
-            lun = %order.name,
-            "{}.toml names {}, and a mirror has moved the LUN to {}, which it gets: edit the file",
-            order.name,
-            order.image.display(),
-            to.image.display()
-        );
+        if !said {
+            tracing::warn!(
+                lun = %order.name,
+                "{}.toml names {}, and a mirror has moved the LUN to {}, which it gets: edit the file",
+                order.name,
+                order.image.display(),
+                to.image.display()
+            );
+        }
         Ok(Order { image: to.image, format: to.format, sidecar: to.sidecar, ..order.clone() })
     }
 
@@ -270,12 +365,12 @@ impl Known {
     }
 }
 
-/// What a directory's `NAME.toml`s declare, by name; none if there is no directory.
-fn read(dir: &Path) -> io::Result<BTreeMap<String, Result<Order, Refusal>>> {
+/// What a directory's `NAME.toml`s declare, by name; `None` if there is no directory.
+fn read(dir: &Path) -> io::Result<Option<BTreeMap<String, Result<Order, Refusal>>>> {
     let mut out = BTreeMap::new();
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(out),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e),
     };
     for entry in entries {
@@ -287,7 +382,7 @@ fn read(dir: &Path) -> io::Result<BTreeMap<String, Result<Order, Refusal>>> {
         // What makes no sense may be that of a LUN that is there: it is none that is declared no more.
         out.insert(name.clone(), parse(&path, &name));
     }
-    Ok(out)
+    Ok(Some(out))
 }
 
 fn parse(path: &Path, name: &str) -> Result<Order, Refusal> {
@@ -336,12 +431,14 @@ mod tests {
             metrics_at: None,
             cache_size: None,
         });
-        Declared { admin: Admin { places, protect: |_, _, _, _, _| Ok(()) }, settings }
+        Declared::new(Admin { places, protect: |_, _, _, _, _| Ok(()) }, settings)
     }
 
     #[test]
     fn without_a_directory_nothing_is_declared() {
-        assert!(read(Path::new("/nonexistent/luns.d")).unwrap().is_empty());
+        assert!(read(Path::new("/nonexistent/luns.d")).unwrap().is_none());
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!at(dir.path()).bring());
     }
 
     #[test]
@@ -358,7 +455,7 @@ mod tests {
         ] {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        let read = read(dir.path()).unwrap();
+        let read = read(dir.path()).unwrap().unwrap();
         assert_eq!(read.len(), 6);
         assert!(read["good"].is_ok());
         for (name, words) in [
@@ -405,12 +502,12 @@ mod tests {
         let moves = declared.admin.places.moves(&Name::new("vm1").unwrap());
         let to = DeviceConfig { format: Some(Format::Qcow2), ..DeviceConfig::new("/new.qcow2") };
         moves.note(&DeviceConfig::new("/old.raw"), &to).unwrap();
-        let followed = declared.follow(&order("/old.raw")).unwrap();
+        let followed = declared.follow(&order("/old.raw"), false).unwrap();
         assert_eq!((followed.image, followed.format), ("/new.qcow2".into(), Some(Format::Qcow2)));
         assert_eq!(serial("/old.raw"), first);
         // The file has been edited, as the log said.
         assert_eq!(serial("/new.qcow2"), first);
-        assert_eq!(declared.follow(&order("/new.qcow2")).unwrap().image, Path::new("/new.qcow2"));
+        assert_eq!(declared.follow(&order("/new.qcow2"), false).unwrap().image, Path::new("/new.qcow2"));
         // By hand, the image that has missed writes is refused.
         fs::write(dir.path().join("old.raw"), "").unwrap();
         let refused = declared.admin.create(&order("/old.raw")).unwrap_err();
@@ -439,7 +536,53 @@ mod tests {
         declared.remember(&names);
         // Neither is in configfs any more: nothing is left of them.
         fs::create_dir_all(dir.path().join("configfs/target/core")).unwrap();
+        fs::create_dir(dir.path().join("luns.d")).unwrap();
         declared.bring();
         assert!(declared.known().is_empty());
+    }
+
+    #[test]
+    fn a_directory_that_is_gone_or_cannot_be_read_takes_no_lun_down_and_an_empty_one_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let declared = at(dir.path());
+        fs::create_dir_all(dir.path().join("configfs/target/core")).unwrap();
+        let names = BTreeSet::from(["vm1".to_owned(), "vm2".to_owned()]);
+        declared.remember(&names);
+        declared.bring();
+        assert_eq!(declared.known(), names);
+        // Not a directory: nobody can read it as one.
+        fs::write(dir.path().join("luns.d"), "").unwrap();
+        declared.bring();
+        assert_eq!(declared.known(), names);
+        fs::remove_file(dir.path().join("luns.d")).unwrap();
+        fs::create_dir(dir.path().join("luns.d")).unwrap();
+        declared.bring();
+        assert!(declared.known().is_empty());
+    }
+
+    #[test]
+    fn a_declared_lun_whose_image_comes_later_is_tried_again_and_one_whose_file_makes_no_sense_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (luns_d, image) = (dir.path().join("luns.d"), dir.path().join("late.raw"));
+        fs::create_dir_all(dir.path().join("configfs/target/core")).unwrap();
+        fs::create_dir(&luns_d).unwrap();
+        fs::write(luns_d.join("bad.toml"), "colour = 'red'\n").unwrap();
+        let declared = at(dir.path());
+        assert!(!declared.bring());
+        fs::write(luns_d.join("vm1.toml"), format!("image = '{}'\n", image.display())).unwrap();
+        assert!(declared.bring());
+        assert!(declared.again());
+        let said = |declared: &Declared| declared.owed.said("vm1").unwrap();
+        assert!(said(&declared).contains("no such file"), "{}", said(&declared));
+        assert!(declared.known().is_empty());
+        fs::write(&image, vec![0; 1 << 20]).unwrap();
+        assert!(declared.again());
+        // It was tried, as far as it goes where no daemon runs.
+        assert!(!said(&declared).contains("no such file"), "{}", said(&declared));
+        // A directory that is gone makes nothing forgotten.
+        fs::rename(&luns_d, dir.path().join("elsewhere")).unwrap();
+        assert!(declared.bring());
+        fs::create_dir(&luns_d).unwrap();
+        assert!(!declared.bring());
     }
 }

@@ -5,7 +5,7 @@ use std::{error::Error, fmt, process::ExitCode};
 use crate::lun::chain;
 
 /// A request that failed or was refused. Printed as `tcmu-dif: WHAT: VALUE: REASON` and a line `  next: STEP`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Refusal {
     /// What was being done, or with what: `create`, `image`, `--size`.
     pub what: String,

@@ -15,6 +15,7 @@ pub mod host;
 pub mod images;
 pub mod luns;
 pub mod order;
+mod owed;
 
 pub use error::Refusal;
 

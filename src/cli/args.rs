@@ -35,7 +35,7 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// What to log, as in RUST_LOG: error, warn, info, debug, or tcmu_dif::ring=debug
-    #[arg(long, global = true, value_name = "FILTER", env = "TCMU_DIF_LOG", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "FILTER", env = "TCMU_DIF_LOG", hide_env_values = true, value_parser = super::logging::words)]
     pub log: Option<String>,
     /// The directory of the daemon's lock and state files
     #[arg(long, global = true, hide = true, default_value = RUN_DIR)]
@@ -118,13 +118,13 @@ pub enum Command {
     /// Judge a SCSI disk with protection information by SBC-4, clause by clause; overwrites it
     Conformance(Conformance),
     /// Show everything on an embedded fake kernel: no root, no kernel module
-    Demo,
+    Demo(Json),
     /// Read and write through a vhost target, as a guest would, and compare
     #[command(hide = true)]
     PeerVhost(PeerVhost),
     /// Take down every LUN that nobody uses, before the host goes down
     #[command(hide = true)]
-    Release,
+    Release(Release),
     /// Write man pages and shell completions
     #[command(hide = true)]
     PackagingFiles(PackagingFiles),
@@ -447,6 +447,14 @@ pub struct Conformance {
     pub json: Json,
 }
 
+/// `release`.
+#[derive(Debug, Args)]
+pub struct Release {
+    /// On a terminal: really
+    #[arg(long)]
+    pub yes: bool,
+}
+
 /// `packaging-files`.
 #[derive(Debug, Args)]
 pub struct PackagingFiles {
@@ -511,17 +519,29 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Leaf commands without `--json`, hidden ones too, and why.
+    const WITHOUT_JSON: [(&str, &str); 3] = [
+        ("packaging-files", "prints nothing: it writes files"),
+        ("peer-vhost", "prints JSON always"),
+        ("release", "prints nothing: what stays is logged"),
+    ];
+
     #[test]
-    fn every_command_for_people_can_print_json_but_the_demo() {
-        fn without(command: &clap::Command, found: &mut Vec<String>) {
-            let mut inner = command.get_subcommands().filter(|c| !c.is_hide_set()).peekable();
-            if inner.peek().is_none() && !command.get_arguments().any(|a| a.get_long() == Some("json")) {
-                found.push(command.get_name().to_owned());
+    fn every_command_that_prints_something_can_print_json() {
+        fn without(command: &clap::Command, before: &str, found: &mut Vec<String>) {
+            let json = |a: &clap::Arg| a.get_long() == Some("json");
+            for inner in command.get_subcommands() {
+                let name = format!("{before}{}", inner.get_name());
+                if inner.has_subcommands() {
+                    without(inner, &format!("{name} "), found);
+                } else if !inner.get_arguments().any(json) {
+                    found.push(name);
+                }
             }
-            inner.for_each(|c| without(c, found));
         }
         let mut found = Vec::new();
-        without(&Cli::command(), &mut found);
-        assert_eq!(found, ["demo"]);
+        without(&Cli::command(), "", &mut found);
+        found.sort();
+        assert_eq!(found, WITHOUT_JSON.map(|(name, _)| name));
     }
 }

@@ -29,12 +29,44 @@ impl Filter {
     }
 }
 
+/// The levels, as people write them.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
 /// A filter of that name, or as in `RUST_LOG`.
+///
+/// A word alone is a level or a part of this program. To `RUST_LOG` any other would be somebody's part too, of which alone something is logged: a level that
+/// is misspelt would silence us.
 ///
 /// # Errors
 /// In words: it makes no sense.
 pub fn filter(words: &str) -> Result<EnvFilter, String> {
+    let is_level = |word: &str| {
+        LEVELS.iter().any(|l| l.eq_ignore_ascii_case(word)) || matches!(word.as_bytes(), [b'0'..=b'5'])
+    };
+    let is_ours = |target: &str| target == "tcmu_dif" || target.starts_with("tcmu_dif::");
+    for word in words.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+        let sound = match word.rsplit_once('=') {
+            // A filter for spans is RUST_LOG's business.
+            _ if word.contains('[') => true,
+            Some((target, level)) => !target.trim().is_empty() && is_level(level.trim()),
+            None => is_level(word) || is_ours(word),
+        };
+        if !sound {
+            let levels = LEVELS.join(", ");
+            return Err(format!(
+                "{word:?} is neither a level ({levels}) nor a part of this program (tcmu_dif::ring) nor such a part with a level (tcmu_dif::ring=debug)"
+            ));
+        }
+    }
     EnvFilter::try_new(words).map_err(|e| e.to_string())
+}
+
+/// The words of a filter that makes sense.
+///
+/// # Errors
+/// As [`filter`].
+pub fn words(text: &str) -> Result<String, String> {
+    filter(text).map(|_| text.to_owned())
 }
 
 /// Begins to log what `words` say.
@@ -83,6 +115,40 @@ fn is_journal(stream: Option<&OsStr>, fd: impl AsFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_level_that_is_misspelt_is_refused_with_those_that_there_are() {
+        for good in [
+            "",
+            "info",
+            "WARN",
+            "off",
+            "2",
+            "tcmu_dif",
+            "tcmu_dif::ring",
+            "info,tcmu_dif::ring=debug",
+            "info,zbus=off",
+            "tcmu_dif[lun{name=vm1}]=trace,warn",
+        ] {
+            filter(good).unwrap_or_else(|e| panic!("{good}: {e}"));
+        }
+        for (bad, word) in [
+            ("warnn", "warnn"),
+            ("=", "="),
+            ("inof,debug", "inof"),
+            ("debug,inof", "inof"),
+            ("=debug", "=debug"),
+            ("tcmu_dif=", "tcmu_dif="),
+            ("tcmu_dif::ring=loud", "loud"),
+            ("tcmu_difring", "tcmu_difring"),
+            ("zbus", "zbus"),
+        ] {
+            let why = filter(bad).unwrap_err();
+            for part in [word, "off, error, warn, info, debug, trace", "tcmu_dif::ring=debug"] {
+                assert!(why.contains(part), "{bad:?} does not say {part:?}: {why}");
+            }
+        }
+    }
 
     #[test]
     fn only_the_very_stream_that_the_variable_names_is_the_journal() {

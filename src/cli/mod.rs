@@ -42,7 +42,7 @@ mod throttle;
 mod top;
 mod trace;
 
-use std::{ffi::OsString, io::ErrorKind, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{ffi::OsString, io::Write, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use args::{Cli, Command};
 pub use error::CliError;
@@ -71,8 +71,11 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         // Help and version go to stdout and are no failure.
         Err(e) if !e.use_stderr() => {
-            e.print().ok();
-            return ExitCode::SUCCESS;
+            let printed = e.print().and_then(|()| std::io::stdout().flush());
+            return output::printed(printed).unwrap_or_else(|e| {
+                eprintln!("{e}");
+                e.exit_code()
+            });
         }
         Err(e) => {
             let e = error::from_clap(&e, &words);
@@ -117,10 +120,10 @@ fn run(cli: &Cli) -> Done {
         Command::SupportBundle(args) => support_bundle::run(cli, args),
         Command::Trace(args) => trace::run(cli, args),
         Command::CheckHost(args) => check_host::run(cli, args),
-        Command::Demo => demo(),
+        Command::Demo(args) => demo(args.json),
         Command::Conformance(args) => conformance::run(args),
         Command::PeerVhost(args) => peer_vhost(args),
-        Command::Release => release::run(cli),
+        Command::Release(args) => release::run(cli, args),
         Command::PackagingFiles(args) => packaging::run(args),
     }
 }
@@ -128,6 +131,7 @@ fn run(cli: &Cli) -> Done {
 fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
     let source = settings::Source::of(cli, args);
     if args.check {
+        source.try_out(&RunDir::at(&cli.run_dir))?;
         return source.tell(args.json);
     }
     let settings = source.read()?;
@@ -143,7 +147,7 @@ fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
         settings: settings.clone(),
     };
     let admin = cli.admin();
-    let declared = Declared { admin: admin.clone(), settings: settings.clone() };
+    let declared = Declared::new(admin.clone(), settings.clone());
     let reread = move || reread(&source, &log);
     serve::run(Arc::new(host), run, &cli.configfs, settings, reread, admin, declared, offer_to_targetcli)
         .map_err(|e| {
@@ -151,13 +155,6 @@ fn daemon(cli: &Cli, args: &daemon_args::Daemon) -> Done {
                 DaemonError::Running(pid) => format!("stop it first: kill {pid}"),
                 DaemonError::Module(_) | DaemonError::Netlink(NetlinkError::NoFamily) => {
                     "see what this host lacks: tcmu-dif check-host".to_owned()
-                }
-                DaemonError::Metrics(at, e) if e.kind() == ErrorKind::AddrInUse => {
-                    format!("choose another port, or see who has it: ss -ltnp sport = {}", at.port())
-                }
-                DaemonError::Metrics(..) => {
-                    "permit it in the unit (RestrictAddressFamilies=, IPAddressAllow=): docs/metrics.md"
-                        .to_owned()
                 }
                 _ => "look at the kernel's messages: dmesg".to_owned(),
             };
@@ -186,8 +183,12 @@ fn offer_to_targetcli() -> dbus::Service {
     })
 }
 
-fn demo() -> Done {
-    crate::demo::run(&mut std::io::stdout()).map_err(|e| CliError::from("demo", "", &e))?;
+fn demo(json: bool) -> Done {
+    let failed = |e| CliError::from("demo", "", &e);
+    if json {
+        return output::json(&crate::demo::run(&mut std::io::sink()).map_err(failed)?);
+    }
+    crate::demo::run(&mut std::io::stdout()).map_err(failed)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,7 +13,12 @@ use super::{CliError, Done};
 /// Prints to stdout, and ends the command well.
 pub fn print(text: &str) -> Done {
     let mut out = io::stdout().lock();
-    match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
+    printed(writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()))
+}
+
+/// How a command ends that has printed, or could not.
+pub fn printed(done: io::Result<()>) -> Done {
+    match done {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(CliError::from("stdout", "", &e)),
         _ => Ok(ExitCode::SUCCESS),
     }

@@ -8,6 +8,7 @@ use std::{fs, io, ops::Range, path::PathBuf};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use toml::Spanned;
 
 use super::{
@@ -16,7 +17,14 @@ use super::{
     daemon_args::{Daemon, IoWay},
     listen, logging, output, size,
 };
-use crate::{admin::declared::LUNS_D, daemon::settings::Settings, sys::io::Backend};
+use crate::{
+    admin::declared::LUNS_D,
+    daemon::{
+        rundir::RunDir,
+        settings::{Settings, port_advice, try_port},
+    },
+    sys::io::Backend,
+};
 
 /// The usual file.
 pub const FILE: &str = "/etc/tcmu-dif/tcmu-dif.toml";
@@ -68,7 +76,8 @@ pub struct Source {
 #[derive(Debug, Serialize)]
 struct Row {
     word: &'static str,
-    value: Option<String>,
+    /// A number for a size, true or false for a switch, a text otherwise; null: not set.
+    value: Value,
     /// `command line`, `file`, `default`.
     from: &'static str,
 }
@@ -134,6 +143,18 @@ impl Source {
         }
     }
 
+    /// Tries what a daemon would only find when it begins or reloads: whether the port for metrics can be had.
+    ///
+    /// # Errors
+    /// That it cannot; and as [`Source::read`].
+    pub fn try_out(&self, run: &RunDir) -> Result<(), CliError> {
+        let Some(at) = self.read()?.metrics_at else { return Ok(()) };
+        try_port(at, run).map_err(|e| {
+            CliError::new("metrics-listen", at, format!("metrics can't be served there: {e}"))
+                .then(port_advice(at, &e))
+        })
+    }
+
     /// Prints what counts, and where it comes from.
     ///
     /// # Errors
@@ -154,15 +175,21 @@ impl Source {
             from(g.metrics_listen.is_some(), file.metrics_listen.is_some()),
             from(g.cache_size.is_some(), file.cache_size.is_some()),
         ];
-        let words = self.over(file).words().into_iter().zip(origins);
-        let rows: Vec<Row> = words.map(|((word, value), from)| Row { word, value, from }).collect();
+        let settings = self.over(file);
+        let words = settings.words().into_iter().zip(origins);
         if json {
-            return output::json(&rows);
+            let typed = |word, text: Option<String>| match word {
+                "polling" => settings.polling.into(),
+                "cache-size" => settings.cache_size.into(),
+                _ => text.into(),
+            };
+            let row = |((word, text), from)| Row { word, value: typed(word, text), from };
+            return output::json(&words.map(row).collect::<Vec<_>>());
         }
-        let cells = |row: Row| {
-            vec![row.word.to_owned(), row.value.unwrap_or_else(|| "–".to_owned()), row.from.to_owned()]
+        let cells = |((word, text), from): ((&str, Option<String>), &str)| {
+            vec![word.to_owned(), text.unwrap_or_else(|| "–".to_owned()), from.to_owned()]
         };
-        output::print(&output::table(&["SETTING", "VALUE", "FROM"], rows.into_iter().map(cells)))
+        output::print(&output::table(&["SETTING", "VALUE", "FROM"], words.map(cells)))
     }
 }
 

@@ -6,6 +6,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, Write},
+    net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -260,6 +261,26 @@ impl RunDir {
         let file = options.open(file)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         Ok(file)
+    }
+
+    /// Notes where the daemon serves metrics besides their socket; `None`: nowhere.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn note_metrics_at(&self, at: Option<SocketAddr>) -> io::Result<()> {
+        match at {
+            Some(at) => files::replace(&self.metrics_file(), at.to_string().as_bytes(), false),
+            None => files::remove(&self.metrics_file()),
+        }
+    }
+
+    /// Where the last daemon served them; whether it lives is another question.
+    pub fn metrics_at(&self) -> Option<SocketAddr> {
+        fs::read_to_string(self.metrics_file()).ok()?.parse().ok()
+    }
+
+    fn metrics_file(&self) -> PathBuf {
+        self.root.join("metrics.at")
     }
 
     /// Where the in-flight record of that device is.

@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    net::SocketAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
@@ -63,9 +62,6 @@ pub enum DaemonError {
     /// The run directory.
     #[error("the run directory's {}", .0.display())]
     Run(PathBuf, #[source] io::Error),
-    /// The port for metrics.
-    #[error("metrics can't be served at {0}")]
-    Metrics(SocketAddr, #[source] io::Error),
     /// The loop's own descriptors.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
@@ -111,8 +107,7 @@ pub fn run<B>(
     let _server = Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
     let socket = run.path().join(metrics::SOCKET);
     let _metrics = http::Server::unix(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
-    let mut in_force =
-        InForce::begin(settings, registry.clone()).map_err(|(at, e)| DaemonError::Metrics(at, e))?;
+    let mut in_force = InForce::begin(settings, registry.clone(), run.clone(), Instant::now());
     let socket = run.path().join(trace::SOCKET);
     let _trace = trace::Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
     let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
@@ -153,7 +148,7 @@ pub fn run<B>(
                     tracing::info!("looking anew at what there is, and trying again what failed");
                     manager.reloading();
                     if let Some(new) = reread() {
-                        in_force.take_up(new);
+                        in_force.take_up(new, Instant::now());
                     }
                     look(&mut devices, false);
                     looked = Instant::now();
@@ -170,9 +165,11 @@ pub fn run<B>(
         }
         let now = Instant::now();
         devices.tidy(now);
+        in_force.turn(now);
         if now.saturating_duration_since(looked) >= LOOK {
             rivals.turn(others());
             look(&mut devices, false);
+            declaring.again();
             looked = now;
         }
         manager.turn(now, declaring.is_at_work(), &devices.standings());

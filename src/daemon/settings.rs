@@ -5,11 +5,13 @@
 
 use std::{
     fmt, io,
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
+use super::rundir::RunDir;
 use crate::{
     control::{Registry, metrics::http},
     sys::io::Backend,
@@ -122,40 +124,118 @@ impl Shared {
     }
 }
 
+/// How long after a port for metrics could not be had the next try is.
+const PORT_AGAIN: Duration = Duration::from_secs(30);
+
+/// What to do about a port for metrics that cannot be had.
+pub fn port_advice(at: SocketAddr, e: &io::Error) -> String {
+    if e.kind() == io::ErrorKind::AddrInUse {
+        return format!("choose another port, or see who has it: ss -ltnp sport = {}", at.port());
+    }
+    "permit it in the unit (RestrictAddressFamilies=, IPAddressAllow=): docs/metrics.md".to_owned()
+}
+
+/// Whether metrics could be served there. A port that the running daemon serves them at already counts as free.
+///
+/// # Errors
+/// Why they could not.
+pub fn try_port(at: SocketAddr, run: &RunDir) -> io::Result<()> {
+    match TcpListener::bind(at) {
+        Ok(_) => Ok(()),
+        Err(e) => {
+            let ours = e.kind() == io::ErrorKind::AddrInUse
+                && run.daemon().is_ok_and(|pid| pid.is_some())
+                && run.metrics_at() == Some(at);
+            if ours { Ok(()) } else { Err(e) }
+        }
+    }
+}
+
 /// The settings of a daemon that runs, with what they have opened.
 pub(super) struct InForce {
     shared: Shared,
     registry: Registry,
+    run: RunDir,
     port: Option<http::Server>,
+    /// The address for metrics that is set and cannot be had yet.
+    owed: Option<Owed>,
+}
+
+/// An address that is tried again now and then.
+struct Owed {
+    at: SocketAddr,
+    /// As it was said; the same is not said twice.
+    why: String,
+    next: Instant,
 }
 
 impl InForce {
-    /// Opens what they ask for.
-    ///
-    /// # Errors
-    /// The address at which metrics cannot be served, and why.
-    pub(super) fn begin(shared: Shared, registry: Registry) -> Result<InForce, (SocketAddr, io::Error)> {
-        let mut begun = InForce { shared, registry, port: None };
-        begun.port = begun.listen(begun.shared.get().metrics_at)?;
-        Ok(begun)
-    }
-
-    fn listen(&self, at: Option<SocketAddr>) -> Result<Option<http::Server>, (SocketAddr, io::Error)> {
-        at.map(|at| http::Server::tcp(at, self.registry.clone()).map_err(|e| (at, e))).transpose()
-    }
-
-    /// Applies what differs, and says what it was. What cannot be had stays as it is, and is tried again the next time.
-    pub(super) fn take_up(&mut self, mut new: Settings) -> Vec<Change> {
-        let old = self.shared.get();
-        if new.metrics_at != old.metrics_at {
-            match self.listen(new.metrics_at) {
-                // The old one is let go of when the new one is there.
-                Ok(port) => self.port = port,
-                Err((at, e)) => {
-                    tracing::error!("metrics-listen stays as it is: metrics can't be served at {at}: {e}");
-                    new.metrics_at = old.metrics_at;
-                }
+    /// Opens what they ask for. A port that cannot be had keeps no LUN from its guests: that is said, and it is tried again by [`InForce::turn`].
+    pub(super) fn begin(shared: Shared, registry: Registry, run: RunDir, now: Instant) -> InForce {
+        let settings = shared.get();
+        let wanted = settings.metrics_at;
+        // What is in force is what is served.
+        shared.set(Settings { metrics_at: None, ..settings });
+        let mut begun = InForce { shared, registry, run, port: None, owed: None };
+        begun.note();
+        if let Some(at) = wanted {
+            match begun.listen(Some(at)) {
+                Ok(()) => tracing::info!("metrics are served at {at}"),
+                Err((at, e)) => begun.put_off(at, &e, "metrics are not served at an address yet", now),
             }
+        }
+        begun
+    }
+
+    /// Serves metrics there, or at no address, from now on. The old port is let go of when the new one is there.
+    fn listen(&mut self, at: Option<SocketAddr>) -> Result<(), (SocketAddr, io::Error)> {
+        let port = at.map(|at| http::Server::tcp(at, self.registry.clone()).map_err(|e| (at, e)));
+        self.port = port.transpose()?;
+        self.owed = None;
+        self.shared.set(Settings { metrics_at: at, ..self.shared.get() });
+        self.note();
+        Ok(())
+    }
+
+    /// Leaves word of what is served where, for `daemon --check`.
+    fn note(&self) {
+        if let Err(e) = self.run.note_metrics_at(self.shared.get().metrics_at) {
+            tracing::warn!("the address of the metrics cannot be noted in the run directory: {e}");
+        }
+    }
+
+    /// Says why an address cannot be had, if it was not said before, and has it tried again later.
+    fn put_off(&mut self, at: SocketAddr, e: &io::Error, so: &str, now: Instant) {
+        let why = e.to_string();
+        if self.owed.as_ref().is_none_or(|owed| owed.at != at || owed.why != why) {
+            tracing::error!(
+                "metrics-listen: {so}: metrics can't be served at {at}: {why}; tried again every {} s; next: {}",
+                PORT_AGAIN.as_secs(),
+                port_advice(at, e)
+            );
+        }
+        self.owed = Some(Owed { at, why, next: now + PORT_AGAIN });
+    }
+
+    /// To be called whenever the loop turns: tries again what could not be had, when it is time to.
+    pub(super) fn turn(&mut self, now: Instant) {
+        let Some(at) = self.owed.as_ref().filter(|owed| now >= owed.next).map(|owed| owed.at) else { return };
+        match self.listen(Some(at)) {
+            Ok(()) => tracing::info!("metrics are served at {at} from now on"),
+            Err((at, e)) => self.put_off(at, &e, "as before", now),
+        }
+    }
+
+    /// Applies what differs, and says what it was. What cannot be had stays as it is, and is tried again by [`InForce::turn`].
+    pub(super) fn take_up(&mut self, mut new: Settings, now: Instant) -> Vec<Change> {
+        let old = self.shared.get();
+        if new.metrics_at == old.metrics_at {
+            self.owed = None;
+        } else if let Err((at, e)) = self.listen(new.metrics_at) {
+            // Who reloads is told, whatever was said before.
+            self.owed = None;
+            self.put_off(at, &e, "it stays as it is", now);
+            new.metrics_at = old.metrics_at;
         }
         let changes = old.changes(&new);
         changes.iter().for_each(|change| tracing::info!("{change}"));
@@ -223,13 +303,18 @@ pub(super) mod tests {
         assert!(back[4].starts_with("cache-size is not set from now on"), "{back:?}");
     }
 
+    fn begin(dir: &tempfile::TempDir, shared: &Shared, now: Instant) -> InForce {
+        InForce::begin(shared.clone(), Registry::default(), RunDir::at(dir.path()), now)
+    }
+
     #[test]
     fn metrics_move_to_another_port_while_the_daemon_runs_and_stay_where_they_are_if_that_is_taken() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Instant::now());
         let (first, second) = (free_port(), free_port());
         let shared = Shared::new(Settings { metrics_at: Some(first), ..settings() });
-        let mut in_force = InForce::begin(shared.clone(), Registry::default()).unwrap();
+        let mut in_force = begin(&dir, &shared, now);
         assert!(serves(first) && !serves(second));
-        assert_eq!(in_force.take_up(Settings { metrics_at: Some(second), ..settings() }).len(), 1);
+        assert_eq!(in_force.take_up(Settings { metrics_at: Some(second), ..settings() }, now).len(), 1);
         assert!(serves(second) && !serves(first));
         assert_eq!(shared.get().metrics_at, Some(second));
 
@@ -237,15 +322,72 @@ pub(super) mod tests {
         let at = taken.local_addr().unwrap();
         // Another setting of the same file counts all the same.
         let both = Settings { metrics_at: Some(at), log: "warn".into(), ..settings() };
-        assert_eq!(in_force.take_up(both.clone()).len(), 1);
+        assert_eq!(in_force.take_up(both.clone(), now).len(), 1);
         assert!(serves(second));
         assert_eq!((shared.get().metrics_at, shared.get().log), (Some(second), "warn".to_owned()));
         drop(taken);
-        assert_eq!(in_force.take_up(both).len(), 1);
+        assert_eq!(in_force.take_up(both, now).len(), 1);
         assert!(serves(at) && !serves(second));
 
-        in_force.take_up(settings());
+        in_force.take_up(settings(), now);
         assert!(!serves(at));
-        assert_eq!(InForce::begin(shared, Registry::default()).unwrap().take_up(settings()), []);
+        assert_eq!(begin(&dir, &shared, now).take_up(settings(), now), []);
+    }
+
+    #[test]
+    fn a_port_that_is_taken_keeps_no_daemon_from_beginning_and_is_had_as_soon_as_it_is_free() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Instant::now());
+        let run = RunDir::at(dir.path());
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = taken.local_addr().unwrap();
+        let shared = Shared::new(Settings { metrics_at: Some(at), ..settings() });
+        let mut in_force = begin(&dir, &shared, now);
+        assert_eq!((shared.get().metrics_at, run.metrics_at()), (None, None));
+        let said = in_force.owed.as_ref().unwrap().why.clone();
+        assert!(said.contains("in use"), "{said}");
+        in_force.turn(now + PORT_AGAIN);
+        assert_eq!(in_force.owed.as_ref().unwrap().next, now + PORT_AGAIN * 2);
+        drop(taken);
+        in_force.turn(now + PORT_AGAIN * 2 - Duration::from_millis(1));
+        assert!(!serves(at));
+        in_force.turn(now + PORT_AGAIN * 2);
+        assert!(serves(at) && in_force.owed.is_none());
+        assert_eq!((shared.get().metrics_at, run.metrics_at()), (Some(at), Some(at)));
+        // Nothing has changed for a reload.
+        assert_eq!(in_force.take_up(Settings { metrics_at: Some(at), ..settings() }, now), []);
+        assert!(serves(at));
+
+        // After a reload that could not have it: the same, and the old one serves until then.
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = taken.local_addr().unwrap();
+        assert_eq!(in_force.take_up(Settings { metrics_at: Some(other), ..settings() }, now), []);
+        drop(taken);
+        in_force.turn(now + PORT_AGAIN);
+        assert!(serves(other) && !serves(at));
+        // What is wanted no more is not tried again.
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        in_force.take_up(Settings { metrics_at: Some(taken.local_addr().unwrap()), ..settings() }, now);
+        in_force.take_up(Settings { metrics_at: Some(other), ..settings() }, now);
+        assert!(in_force.owed.is_none());
+    }
+
+    #[test]
+    fn a_port_of_the_running_daemon_s_metrics_counts_as_free_and_one_of_anybody_else_s_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::at(dir.path());
+        let shared = Shared::new(Settings { metrics_at: Some(free_port()), ..settings() });
+        let at = shared.get().metrics_at.unwrap();
+        try_port(at, &run).unwrap();
+        let in_force = begin(&dir, &shared, Instant::now());
+        // An earlier daemon has left the note, and another program has the port.
+        assert_eq!(try_port(at, &run).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let _lock = run.lock().unwrap().unwrap();
+        try_port(at, &run).unwrap();
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = taken.local_addr().unwrap();
+        let e = try_port(other, &run).unwrap_err();
+        assert!(port_advice(other, &e).contains(&other.port().to_string()));
+        drop(in_force);
+        try_port(at, &run).unwrap();
     }
 }

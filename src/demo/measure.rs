@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Disk, Result, Steps, disk::cdb16};
+use super::{Disk, Measured, Result, Steps, disk::cdb16};
 use crate::{image::Format, peer::kernel::Data, units::BlockSize};
 
 const BLOCK: usize = 4096;
@@ -61,6 +61,16 @@ pub(super) fn table(steps: &mut Steps<'_>, dir: &Path, capacity: u64, time: Dura
         let mut base: Option<[f64; LOADS.len()]> = None;
         for (name, (disk, mut figures)) in ["off", "type 1"].into_iter().zip(disks) {
             let iops = figures.each_ref().map(Figures::iops);
+            for (i, (write, depth)) in LOADS.into_iter().enumerate() {
+                steps.report.measured.push(Measured {
+                    format: format.to_string(),
+                    pi: if name == "off" { "off" } else { "type1" },
+                    operation: if write { "write" } else { "read" },
+                    depth,
+                    per_second: iops[i],
+                    median_us: figures[i].median().as_secs_f64() * 1e6,
+                });
+            }
             let cells: Vec<String> = (0..LOADS.len())
                 .map(|i| {
                     let ratio = base.map(|off| format!("{:>3.0} %", iops[i] / off[i] * 100.0));

@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use serde::Serialize;
+
 use crate::{image::Format, units::BlockSize};
 use disk::Disk;
 
@@ -62,9 +64,46 @@ pub enum DemoError {
 
 type Result<T> = std::result::Result<T, DemoError>;
 
+/// What the demo has shown. A step that was not as it must be ends it with an error, so each that stands here was.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// In their order.
+    pub steps: Vec<Step>,
+    /// 4 KiB at random, in memory: figures to compare with each other.
+    pub measured: Vec<Measured>,
+}
+
+/// A step that was as it must be.
+#[derive(Debug, Serialize)]
+pub struct Step {
+    /// What it is a part of.
+    pub title: String,
+    /// What was tried, and came true.
+    pub step: String,
+}
+
+/// A disk under a load.
+#[derive(Debug, Serialize)]
+pub struct Measured {
+    /// `raw`, `qcow2`.
+    pub format: String,
+    /// `off`, `type1`.
+    pub pi: &'static str,
+    /// `read`, `write`.
+    pub operation: &'static str,
+    /// Commands under way.
+    pub depth: usize,
+    /// Commands a second.
+    pub per_second: f64,
+    /// The median latency, in microseconds.
+    pub median_us: f64,
+}
+
 /// Says a step's outcome, or fails with it.
 struct Steps<'a> {
     out: &'a mut dyn Write,
+    title: String,
+    report: Report,
 }
 
 impl Steps<'_> {
@@ -74,6 +113,7 @@ impl Steps<'_> {
     }
 
     fn title(&mut self, text: &str) -> Result<()> {
+        text.clone_into(&mut self.title);
         self.line(format!("\n{text}"))
     }
 
@@ -86,6 +126,7 @@ impl Steps<'_> {
                 found: short(&found),
             });
         }
+        self.report.steps.push(Step { title: self.title.clone(), step: step.to_owned() });
         self.line(format!("  ok  {step}"))
     }
 }
@@ -106,13 +147,13 @@ fn pattern(seed: u64, n: usize) -> Vec<u8> {
     (0..n * 512).map(|_| next()).collect()
 }
 
-/// Runs the demo and writes what happens. Needs no root, no module and no package, and leaves nothing behind.
+/// Runs the demo, writes what happens, and gives it back. Needs no root, no module and no package, and leaves nothing behind.
 ///
 /// # Errors
 /// The first step that was not as it must be.
-pub fn run(out: &mut dyn Write) -> Result<()> {
+pub fn run(out: &mut dyn Write) -> Result<Report> {
     let dir = Folder::new()?;
-    let mut steps = Steps { out };
+    let mut steps = Steps { out, title: String::new(), report: Report::default() };
     steps.line(
         "tcmu-dif on an embedded kernel: the LUN's threads, images and protection are the daemon's own;",
     )?;
@@ -121,7 +162,8 @@ pub fn run(out: &mut dyn Write) -> Result<()> {
         one_format(&mut steps, &dir.0, format)?;
     }
     measure::table(&mut steps, &dir.0, CAPACITY, MEASURE)?;
-    steps.line("\nEverything was as it must be.")
+    steps.line("\nEverything was as it must be.")?;
+    Ok(steps.report)
 }
 
 fn one_format(steps: &mut Steps<'_>, dir: &std::path::Path, format: Format) -> Result<()> {

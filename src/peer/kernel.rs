@@ -128,6 +128,19 @@ struct Pending {
     dif_iovecs: Vec<(u64, usize)>,
 }
 
+/// What a device of the embedded kernel consists of.
+#[derive(Debug)]
+pub struct Descriptors {
+    /// The mailbox, the ring and the data area.
+    pub memory: File,
+    /// Bytes of it.
+    pub len: usize,
+    /// Rung when entries have come.
+    pub doorbell: OwnedFd,
+    /// Written to when commands have ended.
+    pub kick: OwnedFd,
+}
+
 /// An embedded kernel with one device.
 pub struct Kernel {
     map: Rc<Mapping>,
@@ -185,12 +198,21 @@ impl Kernel {
     /// # Errors
     /// If the process is out of descriptors.
     pub fn device(&self) -> io::Result<Device> {
-        Ok(Device::embedded(
-            self.memory.try_clone()?,
-            self.map.len(),
-            self.to_handler.try_clone()?,
-            self.from_handler.try_clone()?,
-        ))
+        let Descriptors { memory, len, doorbell, kick } = self.descriptors()?;
+        Ok(Device::embedded(memory, len, doorbell, kick))
+    }
+
+    /// The same for a handler in another process, which makes its [`Device::embedded`] of them.
+    ///
+    /// # Errors
+    /// If the process is out of descriptors.
+    pub fn descriptors(&self) -> io::Result<Descriptors> {
+        Ok(Descriptors {
+            memory: self.memory.try_clone()?,
+            len: self.map.len(),
+            doorbell: self.to_handler.try_clone()?,
+            kick: self.from_handler.try_clone()?,
+        })
     }
 
     /// This kernel as it is now, with memory of its own: what a handler would find that came after a crash.
