@@ -68,8 +68,8 @@ pub enum DaemonError {
 }
 
 /// Runs until SIGTERM or SIGINT; SIGHUP takes up what `reread` says is set by now (nothing, if that makes no sense), tries again at once what failed, and
-/// looks anew at what is declared. `admin` does what is asked over QMP; `beside` begins what has threads of its own, and what it gives is kept until the
-/// daemon stops. To be called on the main thread, before any other is started.
+/// looks anew at what is declared. `admin` does what is asked over QMP; `beside` begins what has threads of its own, once the LUNs are up, and what it gives is
+/// kept until the daemon stops. To be called on the main thread, before any other is started.
 ///
 /// # Errors
 /// What keeps it from beginning; later failures are logged, and it goes on.
@@ -102,6 +102,15 @@ pub fn run<B>(
     let in_configfs =
         move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
     let registry = Registry::with_host(admin);
+    let mut devices =
+        Devices::new(host, run.clone(), uio, Arc::new(replies), registry.clone(), in_configfs);
+    let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
+    for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
+        let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);
+        registered.map_err(|e| DaemonError::Io("epoll", e))?;
+    }
+    // Initiators wait for their LUNs since the daemon before has ended: these come first.
+    look(&mut devices, false);
     let socket = run.path().join(SOCKET);
     // Dropped after the LUNs have stopped.
     let _server = Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
@@ -110,21 +119,14 @@ pub fn run<B>(
     let mut in_force = InForce::begin(settings, registry.clone(), run.clone(), Instant::now());
     let socket = run.path().join(trace::SOCKET);
     let _trace = trace::Server::listen(&socket, registry.clone()).map_err(|e| DaemonError::Run(socket, e))?;
-    let mut devices = Devices::new(host, run, uio, Arc::new(replies), registry.clone(), in_configfs);
-    let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
-    for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
-        let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);
-        registered.map_err(|e| DaemonError::Io("epoll", e))?;
-    }
     let others = move || family.listeners().is_some_and(|sockets| sockets > 1);
     let mut rivals = Beside::new(configfs);
     rivals.turn(others());
-    look(&mut devices, false);
-    let _beside = beside();
     let mut manager = Manager::from_env(Instant::now());
     let declaring = Declaring::new(Box::new(declared));
     declaring.begin();
     manager.begin(Instant::now(), declaring.is_at_work(), &devices.standings());
+    let (mut beside, mut _kept) = (Some(beside), None);
 
     let mut ready = Ready::with_capacity(8);
     let mut looked = Instant::now();
@@ -173,6 +175,12 @@ pub fn run<B>(
             looked = now;
         }
         manager.turn(now, declaring.is_at_work(), &devices.standings());
+        // It has its own work at the start, and no initiator waits for that.
+        if !manager.is_starting()
+            && let Some(begin) = beside.take()
+        {
+            _kept = Some(begin());
+        }
     }
 }
 

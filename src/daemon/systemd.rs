@@ -57,6 +57,11 @@ impl Manager {
         self.turn(now, declaring, standings);
     }
 
+    /// Whether READY has not been told yet.
+    pub fn is_starting(&self) -> bool {
+        self.starting.is_some()
+    }
+
     /// To be called whenever the loop turns: tells what has changed, and feeds the watchdog when that is due and deserved.
     pub fn turn(&mut self, now: Instant, declaring: bool, standings: &[Standing]) {
         let status = in_words(standings);
