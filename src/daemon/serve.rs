@@ -102,8 +102,7 @@ pub fn run<B>(
     let in_configfs =
         move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
     let registry = Registry::with_host(admin);
-    let mut devices =
-        Devices::new(host, run.clone(), uio, Arc::new(replies), registry.clone(), in_configfs);
+    let mut devices = Devices::new(host, run.clone(), uio, Arc::new(replies), registry.clone(), in_configfs);
     let mut poll = Poll::new().map_err(|e| DaemonError::Io("epoll", e))?;
     for (fd, token) in [(events.as_raw_fd(), NETLINK), (signals.as_raw_fd(), SIGNALS)] {
         let registered = poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE);
