@@ -96,8 +96,8 @@ fn the_daemon_is_there_before_those_who_use_its_disks_and_after_what_it_needs() 
 #[track_caller]
 fn of_service(unit: &str, setting: &str) -> String {
     let service = unit.split("\n[").find_map(|s| s.strip_prefix("Service]")).expect("a section [Service]");
-    let lines = service.lines().filter_map(|l| l.strip_prefix(setting)?.strip_prefix('='));
-    lines.last().unwrap_or_else(|| panic!("{setting}= is not set")).trim().to_owned()
+    let mut lines = service.lines().filter_map(|l| l.strip_prefix(setting)?.strip_prefix('='));
+    lines.next_back().unwrap_or_else(|| panic!("{setting}= is not set")).trim().to_owned()
 }
 
 /// Seconds of a time as the unit has them: 30s, 3min, 500ms.
