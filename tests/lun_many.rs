@@ -88,9 +88,10 @@ fn make_room() {
     let needed = (MANY * 24 + 64) as u64;
     // None is no limit.
     if current.is_some_and(|soft| soft < needed) {
+        let hard = maximum.unwrap_or(u64::MAX);
         assert!(
-            maximum.is_none_or(|hard| hard >= needed),
-            "{MANY} LUNs need {needed} descriptors, and this process may have {maximum:?}; next: raise the hard limit (ulimit -Hn {needed}, as root)"
+            hard >= needed,
+            "{MANY} LUNs need {needed} descriptors, and this process may have {hard}; next: raise the hard limit (ulimit -Hn {needed}, as root)"
         );
         setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     }
