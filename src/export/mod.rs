@@ -165,7 +165,7 @@ impl Exports {
             Address::Unix(path) => Place::Unix(path.clone()),
             Address::Loopback(at) => Place::Tcp { host: at.ip().to_string(), port: at.port() },
         };
-        Some(uri::of(&place, export))
+        Some(uri::of(&place, export, false))
     }
 
     /// Exports a LUN.
