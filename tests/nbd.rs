@@ -29,6 +29,8 @@ mod servers;
 mod support;
 #[path = "nbd/tls.rs"]
 mod tls;
+#[path = "nbd/tls_export.rs"]
+mod tls_export;
 #[path = "nbd/volume.rs"]
 mod volume;
 #[path = "qcow2/work.rs"]
