@@ -15,6 +15,7 @@ pub mod host;
 pub mod images;
 pub mod luns;
 pub mod order;
+pub mod way;
 
 pub use error::Refusal;
 
