@@ -25,5 +25,6 @@ pub mod scsi;
 pub mod storage;
 pub mod sync;
 pub mod sys;
+pub mod tls;
 pub mod units;
 pub mod volume;

@@ -195,6 +195,13 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
         ("daemon --check --log =", &["--log", "="]),
         ("daemon --check --log inof,debug", &["--log", "inof"]),
         ("daemon --check --config log.toml", &["log.toml", "line 1", "warnn", "error, warn, info"]),
+        ("export vm1 --listen 0.0.0.0:10809", &["--listen", "0.0.0.0:10809", "others", "--tls-certificates"]),
+        ("export vm1 --listen localhost", &["--listen", "localhost"]),
+        ("handover vm1 --to b:1", &["--to", "b:1", "tls://HOST:PORT"]),
+        ("handover vm1 --to tls://b", &["--to", "tls://b", "no port"]),
+        ("handover vm1 --to tls://b:1", &["--tls-certificates", "a CA for handovers alone"]),
+        ("handover vm1 --to unix:/x --tls-certificates /y", &["--tls-certificates", "/y", "no TLS"]),
+        ("receive --listen tls://127.0.0.1:1", &["--tls-certificates", "a CA for handovers alone"]),
     ] {
         refused(&images, words, 2, parts);
     }
@@ -258,6 +265,23 @@ fn images_that_are_made_and_resized_are_told_as_json_too() {
     let grown = json("image resize --json json.qcow2 +1M");
     assert_eq!((&grown["before"], &grown["virtual-size"]), (&(1 << 20).into(), &(2 << 20).into()));
     assert_eq!(json("image resize json.qcow2 3M --json")["virtual-size"], 3 << 20);
+}
+
+#[test]
+fn certificates_that_are_not_there_are_named_with_what_is_needed() {
+    let images = Images::new();
+    for (words, role) in [
+        ("receive --listen tls://127.0.0.1:1 --tls-certificates none", "server"),
+        ("image info nbds://localhost:1/?tls-certificates=/nonexistent/none", "client"),
+        ("create vm1 --image nbds://localhost:1/?tls-certificates=/nonexistent/none", "client"),
+    ] {
+        refused(
+            &images,
+            words,
+            1,
+            &["none", "cannot be used", &format!("{role}-cert.pem and {role}-key.pem")],
+        );
+    }
 }
 
 #[test]

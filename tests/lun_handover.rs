@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::{
+    io::{Read, Write},
+    net::TcpListener,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
@@ -12,6 +14,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tcmu_dif::{
+    admin::way::{Address, Certificates, Connection},
     handover::{self, Destination, Failure, Identity, Source, State, Thawed},
     image::{
         create::create_raw,
@@ -35,6 +38,10 @@ use tcmu_dif::{
     sys::{self, backend_from_env},
     units::{BlockSize, Blocks},
 };
+
+#[path = "common/certificates.rs"]
+#[allow(dead_code)] // Others use more of it.
+mod certificates;
 
 const SIZE: u64 = 4 << 20;
 const SERIAL: &str = "one-serial-for-both";
@@ -305,9 +312,20 @@ impl Destination for Taking {
 
 /// Hands the LUN over; whether it went.
 fn hand_over(from: &mut Side, to: &mut Side, fault: Fault) -> bool {
+    let (here, there) = UnixStream::pair().unwrap();
+    hand_over_by(from, to, fault, here, there)
+}
+
+/// The same by a connection that is there.
+fn hand_over_by<C: Read + Write + Send + 'static>(
+    from: &mut Side,
+    to: &mut Side,
+    fault: Fault,
+    mut here: C,
+    mut there: C,
+) -> bool {
     from.offer_device();
     to.new_device();
-    let (mut here, mut there) = UnixStream::pair().unwrap();
     let mut taking = Taking { host: to.host.clone(), fault };
     let other = thread::spawn(move || {
         if fault != Fault::Answer {
@@ -435,4 +453,33 @@ fn a_lun_whose_image_another_host_has_taken_fails_and_writes_nothing_more() {
     a.offer_device();
     let e = a.host().start().unwrap_err();
     assert!(e.next_step().unwrap().contains("image owner --take-over"), "{:?}", e.next_step());
+}
+
+#[test]
+fn over_tls_a_lun_goes_with_what_it_has_and_who_has_no_certificate_takes_nothing() {
+    let (dir, mut a, mut b) = pair();
+    assert_eq!(a.status(&[0; 6]), 2, "a power on");
+    assert_eq!(a.write(0, 0x11), 0);
+    let names = a.names();
+    let pki = certificates::Ca::new("handovers").directory(&dir.path().join("pki"));
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address: Address = format!("tls://127.0.0.1:{port}").parse().unwrap();
+    let with = |dir: &Path| Certificates { dir: dir.to_owned(), hostname: None };
+    let listener = Arc::new(address.listen(Some(&with(&pki))).unwrap());
+    let connected = || -> (Connection, Connection) {
+        let listening = listener.clone();
+        let there = thread::spawn(move || listening.accept().unwrap());
+        // A stranger first, whom nobody hears.
+        let others = certificates::Ca::new("others").directory(&dir.path().join("others"));
+        address.connect(Some(&with(&others))).map(drop).unwrap_err();
+        (address.connect(Some(&with(&pki))).unwrap(), there.join().unwrap())
+    };
+    // It fails once there, and the source serves on.
+    let (here, there) = connected();
+    assert!(!hand_over_by(&mut a, &mut b, Fault::Prepare, here, there));
+    assert_eq!(a.blocks(0), [0x11; 4096]);
+    let (here, there) = connected();
+    assert!(hand_over_by(&mut a, &mut b, Fault::None, here, there));
+    assert_eq!((b.status(&[0; 6]), b.blocks(0), b.names()), (0, vec![0x11; 4096], names));
+    b.host().stop().unwrap();
 }

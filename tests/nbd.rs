@@ -1,8 +1,11 @@
-//! NBD, from outside: exports of qemu-nbd, nbdkit and a server of our own as volumes and LUNs, with servers that fail, lie, die and come back;
+//! NBD, from outside, in the clear and over TLS: exports of qemu-nbd, nbdkit and a server of our own as volumes and LUNs, with servers that fail, lie, die and come back;
 //! and LUNs as exports, read by QEMU and libnbd. `TCMU_DIF_SCALE` (quick, default, full) sets how long.
 #![allow(clippy::unwrap_used)] // A test may panic.
 #![allow(missing_docs)]
 
+#[path = "common/certificates.rs"]
+#[allow(dead_code)] // The tests of TLS itself use more of it.
+mod certificates;
 #[path = "nbd/export.rs"]
 mod export;
 #[path = "nbd/fake.rs"]
@@ -24,6 +27,10 @@ mod servers;
 #[path = "qcow2/support.rs"]
 #[allow(dead_code)]
 mod support;
+#[path = "nbd/tls.rs"]
+mod tls;
+#[path = "nbd/tls_export.rs"]
+mod tls_export;
 #[path = "nbd/volume.rs"]
 mod volume;
 #[path = "qcow2/work.rs"]

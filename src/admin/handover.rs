@@ -1,19 +1,10 @@
 //! LUNs that go to another host and come from one: the two sides of [`crate::handover`], over the kernel, the daemon and the image that are really there.
 
 use std::{
-    fmt,
-    io::{self, Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    io,
     path::{Path, PathBuf},
-    str::FromStr,
-    time::Duration,
 };
 
-use rustix::{
-    fs::{Mode, fchmod},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
-    process::geteuid,
-};
 use serde_json::Value;
 
 use super::{
@@ -21,6 +12,7 @@ use super::{
     luns::refused,
     order::{ExportOrder, Order},
     require_root,
+    way::{Address, Certificates, Connection},
 };
 use crate::{
     control::Registry,
@@ -42,120 +34,9 @@ use crate::{
         throttle,
     },
     pi::{Counters, protected::sidecar_path},
-    sys::socket,
+    tls::TlsError,
     units::BlockSize,
 };
-
-/// How long one side waits for the other. The kernel gives the commands of a frozen LUN up after a minute and a half.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Where the other side is: a Unix socket of this host. What goes over it is neither encrypted nor signed, and whoever may connect may have LUNs made, so
-/// it is root's alone; to another host it goes through a tunnel that root has made.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Address(PathBuf);
-
-/// How a tunnel is made.
-const TUNNEL: &str = "only Unix sockets of this host are used, because there is no TLS: give unix:/PATH; to another host a tunnel leads, made by root: \
-                      ssh -N -L /run/tcmu-dif/there.sock:/run/tcmu-dif/receive.sock HOST";
-
-impl FromStr for Address {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Address, String> {
-        let path = PathBuf::from(text.strip_prefix("unix:").ok_or(TUNNEL)?);
-        if path.is_absolute() {
-            Ok(Address(path))
-        } else {
-            Err("the path of a socket is absolute: unix:/PATH".into())
-        }
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "unix:{}", self.0.display())
-    }
-}
-
-/// A connection to the other side.
-#[derive(Debug)]
-pub struct Connection(UnixStream);
-
-impl Connection {
-    fn of(stream: UnixStream) -> io::Result<Connection> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Connection(stream))
-    }
-}
-
-impl Read for Connection {
-    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        self.0.read(to)
-    }
-}
-
-impl Write for Connection {
-    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        self.0.write(from)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
-}
-
-impl Address {
-    /// Connects.
-    ///
-    /// # Errors
-    /// The socket's.
-    pub fn connect(&self) -> io::Result<Connection> {
-        Connection::of(UnixStream::connect(&self.0)?)
-    }
-
-    /// Listens.
-    ///
-    /// # Errors
-    /// The socket's; one that is there is not replaced.
-    pub fn listen(&self) -> io::Result<Listener> {
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-        // What bind makes has no more permissions than this.
-        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-        bind(&socket, &SocketAddrUnix::new(&self.0)?)?;
-        let listener = Listener(UnixListener::from(socket), self.0.clone());
-        listen(&listener.0, 4)?;
-        Ok(listener)
-    }
-}
-
-/// Where a destination listens; the socket goes with it.
-#[derive(Debug)]
-pub struct Listener(UnixListener, PathBuf);
-
-impl Listener {
-    /// The next source. One that is not this process's user, or root, is sent away.
-    ///
-    /// # Errors
-    /// The socket's.
-    pub fn accept(&self) -> io::Result<Connection> {
-        loop {
-            let (stream, _) = self.0.accept()?;
-            let peer = socket::peer(&stream)?;
-            if peer.uid == 0 || peer.uid == geteuid().as_raw() {
-                return Connection::of(stream);
-            }
-            tracing::warn!(uid = peer.uid, "sent away: LUNs are handed over by root alone");
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // Gone already, if somebody has removed it.
-        let _ = std::fs::remove_file(&self.1);
-    }
-}
 
 fn failed(e: &Refusal) -> Failure {
     let reason = if e.value.is_empty() || e.reason.starts_with(&e.value) {
@@ -325,14 +206,25 @@ impl Source for Going<'_> {
 }
 
 impl Admin {
-    /// Hands a LUN of the daemon's over to whoever receives there.
+    /// Hands a LUN of the daemon's over to whoever receives there; with TLS, if the certificate shows that it is that host.
     ///
     /// # Errors
     /// Which step failed; the LUN serves here then, or the words say why it does not.
-    pub fn hand_over(&self, luns: &Registry, name: &Name, to: &Address) -> Result<Given, Refusal> {
-        let mut connection = to.connect().map_err(|e| {
-            Refusal::from("handover", to, &e)
-                .then("have the other host listen: tcmu-dif receive --listen ADDRESS")
+    pub fn hand_over(
+        &self,
+        luns: &Registry,
+        name: &Name,
+        to: &Address,
+        with: Option<&Certificates>,
+    ) -> Result<Given, Refusal> {
+        let mut connection = to.connect(with).map_err(|e| match TlsError::of(&e) {
+            Some(tls) => Refusal::new("handover", to, tls.why.clone()).then(tls.next.clone()),
+            None => Refusal::from("handover", to, &e).then(match to {
+                Address::Unix(_) => "have the other host listen: tcmu-dif receive --listen ADDRESS",
+                Address::Tls { .. } => {
+                    "have the other host listen: tcmu-dif receive --listen tls://ADDRESS:PORT; the daemon's unit has to permit the way there: docs/nbd.md"
+                }
+            }),
         })?;
         tracing::info!(lun = %name, %to, "is handed over");
         let mut going = Going { admin: self, luns, name: name.clone(), known: None };
@@ -495,35 +387,5 @@ impl Destination for Coming<'_> {
             tracing::warn!(lun = %order.name, "its write cache could not be turned off, as it was: {}", chain(&e));
         }
         serde_json::to_value(&made).map_err(|e| Failure::new(e.to_string()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_is_a_unix_socket_and_all_else_is_refused_with_the_way_there() {
-        assert_eq!("unix:/run/a.sock".parse::<Address>().unwrap().to_string(), "unix:/run/a.sock");
-        for wrong in ["tls://host:1", "host:1", "127.0.0.1:1", "/run/a.sock", ""] {
-            assert!(wrong.parse::<Address>().unwrap_err().contains("ssh -N -L"), "{wrong}");
-        }
-        assert!("unix:a.sock".parse::<Address>().unwrap_err().contains("absolute"));
-    }
-
-    #[test]
-    fn the_socket_is_its_owners_alone_is_not_replaced_and_goes_with_its_listener() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let address: Address = format!("unix:{}/r.sock", dir.path().display()).parse().unwrap();
-        let listener = address.listen().unwrap();
-        assert_eq!(address.0.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(address.listen().unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        let mut here = address.connect().unwrap();
-        here.write_all(b"a").unwrap();
-        let mut there = listener.accept().unwrap();
-        assert_eq!(there.read(&mut [0; 4]).unwrap(), 1);
-        drop(listener);
-        assert!(!address.0.exists());
     }
 }

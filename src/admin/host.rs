@@ -1,14 +1,18 @@
 //! What those who ask over QMP want of the daemon itself: LUNs made and taken down, the kernel's part of a resize, and its end.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::{Map, Value, json};
 
-use super::{Admin, Refusal, handover::Address, order::Words};
+use super::{
+    Admin, Refusal,
+    order::Words,
+    way::{Address, Certificates},
+};
 use crate::{
     control::{
-        Host, Registry,
+        Host, Registry, To,
         qmp::{Class, Error},
     },
     daemon::resize::{ResizeError, resize},
@@ -51,9 +55,13 @@ impl Host for Admin {
         serde_json::to_value(&gone).map_err(|e| Error::generic(e.to_string()))
     }
 
-    fn hand_over(&self, luns: &Registry, device: &str, to: &str) -> Result<Value, Error> {
-        let to: Address = to.parse().map_err(|why| Error::generic(format!("uri: {to}: {why}")))?;
-        let given = Admin::hand_over(self, luns, &name_of(device)?, &to).map_err(|e| told(&e))?;
+    fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>) -> Result<Value, Error> {
+        let To { uri, certificates, hostname } = to;
+        let to: Address = uri.parse().map_err(|why| Error::generic(format!("uri: {uri}: {why}")))?;
+        let with = Certificates::of(&to, certificates.map(PathBuf::from), hostname.map(str::to_owned))
+            .map_err(|why| Error::generic(format!("tls-certificates: {why}")))?;
+        let given =
+            Admin::hand_over(self, luns, &name_of(device)?, &to, with.as_ref()).map_err(|e| told(&e))?;
         Ok(json!({
             "device": device, "uri": to.to_string(), "answered": given.made.is_some(),
             "left": given.left.map(|left| left.reason),

@@ -16,6 +16,7 @@ pub mod images;
 pub mod luns;
 pub mod order;
 mod owed;
+pub mod way;
 
 pub use error::Refusal;
 

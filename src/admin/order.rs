@@ -459,11 +459,15 @@ mod tests {
         // What the kernel keeps is read back as it was.
         let text = made.dev_config().unwrap();
         assert_eq!(DeviceConfig::parse(text.strip_prefix("dif/").unwrap()), Ok(made));
+        let uri_tls = "nbds://store.example.com/vm1?tls-certificates=/etc/pki/x&tls-hostname=store";
+        let text = config(uri_tls, "").unwrap().dev_config().unwrap();
+        let read = DeviceConfig::parse(text.strip_prefix("dif/").unwrap()).unwrap();
+        assert_eq!(read.image.to_str(), Some(uri_tls));
         for (image, more, word) in [
             (uri, "size = 512", "made by its server"),
             (uri, "format = \"qcow2\"", "as raw"),
             (uri, "pi = \"type1\"", "no place beside"),
-            ("nbds://x/", "", "TLS"),
+            ("nbds://x/?tls-psk-file=/y", "", "pre-shared keys"),
             ("nbd+unix:///", "", "socket"),
             ("nbd://x/?retains=2M", "", "retains"),
         ] {

@@ -68,7 +68,7 @@ pub enum Command {
     /// Given limits replace all that there were. They hold at once, also for commands that wait, and outlive a restart of the daemon,
     /// until the LUN is deleted.
     Throttle(Throttle),
-    /// Let programs of this host read a LUN over NBD while it is in use, or end that
+    /// Let programs of this host, or with TLS of others, read a LUN over NBD while it is in use, or end that
     Export(super::export_args::Export),
     /// Make images and look at them
     #[command(subcommand)]

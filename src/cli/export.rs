@@ -25,6 +25,14 @@ pub fn run(cli: &Cli, args: &Export) -> Done {
         let said = error::from_client("export", name, &e);
         if matches!(e, ClientError::Refused(_)) { said.then(next) } else { said }
     };
+    if let Some(at) = args.listen.filter(|at| !at.ip().is_loopback() && args.tls_certificates.is_none()) {
+        return Err(CliError::usage(
+            "--listen",
+            at,
+            "others can reach that address, and without TLS read the disk",
+        )
+        .then("give --tls-certificates DIR too, or listen on 127.0.0.1:PORT"));
+    }
     let mut client =
         Client::connect(&cli.run_dir.join(SOCKET)).map_err(|e| error::from_client("export", name, &e))?;
     if args.end {
@@ -65,16 +73,40 @@ fn listen(client: &mut Client, cli: &Cli, args: &Export) -> Result<(), CliError>
         }
         None => cli.run_dir.join(NBD_SOCKET),
     };
-    let address = json!({ "type": "unix", "data": { "path": path.to_string_lossy() } });
-    match client.execute("nbd-server-start", words(json!({ "addr": address }))) {
+    let (option, value, address) = match args.listen {
+        Some(at) => {
+            let data = json!({ "host": at.ip().to_string(), "port": at.port().to_string() });
+            ("--listen", at.to_string(), json!({ "type": "inet", "data": data }))
+        }
+        None => {
+            let data = json!({ "path": path.to_string_lossy() });
+            ("--socket", path.display().to_string(), json!({ "type": "unix", "data": data }))
+        }
+    };
+    let mut order = json!({ "addr": address });
+    if let Some(dir) = &args.tls_certificates {
+        let dir =
+            std::path::absolute(dir).map_err(|e| CliError::from("--tls-certificates", dir.display(), &e))?;
+        order["tls-certificates"] = json!(dir.to_string_lossy());
+    }
+    let asked = [
+        ("--listen", args.listen.map(|at| at.to_string())),
+        ("--socket", args.socket.as_ref().map(|path| path.display().to_string())),
+        ("--tls-certificates", args.tls_certificates.as_ref().map(|dir| dir.display().to_string())),
+    ];
+    match client.execute("nbd-server-start", words(order)) {
         Ok(_) => Ok(()),
-        Err(ClientError::Refused(why)) if why.to_string().contains("already running") => match args.socket {
-            None => Ok(()),
-            Some(_) => {
-                Err(CliError::new("--socket", path.display(), "the daemon's NBD server is running already")
-                    .then("leave --socket out"))
+        Err(ClientError::Refused(why)) if why.to_string().contains("already running") => {
+            match asked.iter().find_map(|(option, value)| Some((*option, value.as_ref()?))) {
+                None => Ok(()),
+                Some((option, value)) => {
+                    Err(CliError::new(option, value, "the daemon's NBD server is running already")
+                        .then(format!("leave {option} out, which has it listen as it does; or end it first: nbd-server-stop over QMP")))
+                }
             }
-        },
-        Err(e) => Err(error::from_client("--socket", &path.display().to_string(), &e)),
+        }
+        Err(e @ ClientError::Refused(_)) => Err(error::from_client(option, &value, &e)
+            .then("see what a server needs: docs/nbd.md, A LUN as an export")),
+        Err(e) => Err(error::from_client(option, &value, &e)),
     }
 }

@@ -1,6 +1,6 @@
 //! The words of `tcmu-dif export`.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
@@ -16,6 +16,12 @@ pub struct Export {
     /// Where the daemon's NBD server listens, if it does not yet; nbd.sock in the daemon's directory if not given
     #[arg(long, value_name = "PATH", conflicts_with = "end")]
     pub socket: Option<PathBuf>,
+    /// Where it listens instead: an address of this host and a port. Without certificates a loopback address
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["end", "socket"])]
+    pub listen: Option<SocketAddr>,
+    /// Serve clients with TLS alone, that show a certificate: the directory of ca-cert.pem, server-cert.pem and server-key.pem
+    #[arg(long, value_name = "DIR", conflicts_with = "end")]
+    pub tls_certificates: Option<PathBuf>,
     /// The name that clients ask for; the LUN's if not given
     #[arg(long = "as", value_name = "NAME", conflicts_with = "end")]
     pub export_name: Option<String>,

@@ -1,6 +1,6 @@
 //! `tcmu-dif handover` and `tcmu-dif receive`: a LUN goes from one host to another.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use serde_json::{Map, Value};
 
@@ -12,21 +12,45 @@ use super::{
     output,
 };
 use crate::{
-    admin::require_root,
+    admin::{
+        require_root,
+        way::{Address, Certificates},
+    },
     control::{SOCKET, client::Client},
+    tls::TlsError,
 };
 
 /// How long the daemon may take: it waits for the other side, and for two LUNs.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// The certificates that go with an address.
+fn certificates(
+    address: &Address,
+    dir: Option<&PathBuf>,
+    hostname: Option<&String>,
+) -> Result<Option<Certificates>, CliError> {
+    let dir =
+        dir.map(std::path::absolute).transpose().map_err(|e| CliError::from("--tls-certificates", "", &e))?;
+    let shown = dir.as_ref().map(|d| d.display().to_string()).unwrap_or_default();
+    Certificates::of(address, dir, hostname.cloned()).map_err(|why| {
+        CliError::usage("--tls-certificates", shown, why)
+            .then("with tls:// give --tls-certificates DIR, and with unix: nothing: docs/handover.md")
+    })
+}
+
 /// Runs `handover`: the daemon does it.
 pub fn give(cli: &Cli, args: &Handover) -> Done {
     let name = args.name.as_str();
     let failed = |e| error::from_client("handover", name, &e);
+    let with = certificates(&args.to, args.tls_certificates.as_ref(), args.tls_hostname.as_ref())?;
     let mut client = Client::connect(&cli.run_dir.join(SOCKET)).map_err(failed)?;
     client.wait_for(PATIENCE).map_err(failed)?;
-    let arguments =
+    let mut arguments =
         Map::from_iter([("device".to_owned(), name.into()), ("uri".to_owned(), args.to.to_string().into())]);
+    if let Some(Certificates { dir, hostname }) = with {
+        arguments.insert("tls-certificates".to_owned(), dir.to_string_lossy().into());
+        hostname.into_iter().for_each(|name| drop(arguments.insert("tls-hostname".to_owned(), name.into())));
+    }
     let given = client.execute("migrate", arguments).map_err(failed)?;
     if args.json.json {
         return output::json(&given);
@@ -44,11 +68,16 @@ pub fn give(cli: &Cli, args: &Handover) -> Done {
 /// Runs `receive`.
 pub fn take(cli: &Cli, args: &Receive) -> Done {
     require_root("receive")?;
-    let listener = args.listen.listen().map_err(|e| {
+    let with = certificates(&args.listen, args.tls_certificates.as_ref(), None)?;
+    let listener = args.listen.listen(with.as_ref()).map_err(|e| {
+        if let Some(tls) = TlsError::of(&e) {
+            return CliError::new("--tls-certificates", "", tls.why.clone()).then(tls.next.clone());
+        }
         let next = match e.kind() {
             std::io::ErrorKind::AddrInUse => {
                 "choose another address; or, if nobody listens there any more, remove the socket"
             }
+            _ if with.is_some() => "listen on an address of this host's, or on tls://0.0.0.0:PORT",
             _ => "listen in a folder that is there, as unix:/run/tcmu-dif/receive.sock",
         };
         CliError::from("--listen", &args.listen, &e).then(next)

@@ -1,9 +1,11 @@
 //! The words of `tcmu-dif handover` and `receive`.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::args::Json;
-use crate::{admin::handover::Address, kernel::names::Name};
+use crate::{admin::way::Address, kernel::names::Name};
 
 /// `handover`.
 #[derive(Debug, Args)]
@@ -11,9 +13,15 @@ pub struct Handover {
     /// The LUN's name
     #[arg(value_parser = Name::new)]
     pub name: Name,
-    /// Where the other host's tcmu-dif receive listens: unix:/PATH, which a tunnel leads there (ssh -L)
+    /// Where the other host's tcmu-dif receive listens: tls://HOST:PORT; or unix:/PATH, which a tunnel leads there (ssh -L)
     #[arg(long, value_name = "ADDRESS")]
     pub to: Address,
+    /// With tls://: the directory of ca-cert.pem, client-cert.pem and client-key.pem
+    #[arg(long, value_name = "DIR")]
+    pub tls_certificates: Option<PathBuf>,
+    /// With tls://: the name in the other host's certificate, if it is not HOST
+    #[arg(long, value_name = "NAME")]
+    pub tls_hostname: Option<String>,
     /// As always.
     #[command(flatten)]
     pub json: Json,
@@ -22,9 +30,12 @@ pub struct Handover {
 /// `receive`.
 #[derive(Debug, Args)]
 pub struct Receive {
-    /// Where to listen: unix:/PATH, to which a tunnel leads from the other host (ssh -L there)
+    /// Where to listen: tls://ADDRESS:PORT; or unix:/PATH, to which a tunnel leads from the other host (ssh -L there)
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Address,
+    /// With tls://: the directory of ca-cert.pem, server-cert.pem and server-key.pem. Whoever has a certificate of that CA may have LUNs made here
+    #[arg(long, value_name = "DIR")]
+    pub tls_certificates: Option<PathBuf>,
     /// Receive one LUN under this name, which it does not have elsewhere; its exports get names of their own
     #[arg(long, value_name = "NAME", value_parser = Name::new, requires = "once")]
     pub name: Option<Name>,

@@ -223,15 +223,7 @@ static COMMANDS: &[Command] = &[
         run: luns::del,
         after: None,
     },
-    Command {
-        name: "migrate",
-        args: &[has("device", Type::Str), has("uri", Type::Str)],
-        returns: Type::Object(&types::LUN_MIGRATED),
-        help: "as QEMU's, of one LUN: hands it over to `tcmu-dif receive`, which listens at `uri` (`unix:/PATH`), and answers when it \
-               serves there and is gone here. If a step fails it serves here as before, and the error says which",
-        run: luns::migrate,
-        after: None,
-    },
+    luns::MIGRATE,
     export::SERVER_ADD,
     export::SERVER_REMOVE,
     export::SERVER_START,

@@ -63,16 +63,27 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Why it is there still.
     fn del(&self, device: &str, force: bool) -> Result<Value, qmp::Error>;
-    /// Hands a LUN over to another host's daemon, which listens at that address, and tells what came of it.
+    /// Hands a LUN over to another host's daemon, and tells what came of it.
     ///
     /// # Errors
     /// Why it is here still.
-    fn hand_over(&self, luns: &Registry, device: &str, to: &str) -> Result<Value, qmp::Error> {
+    fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>) -> Result<Value, qmp::Error> {
         let _ = (luns, to);
         Err(qmp::Error::generic(format!("there is no daemon here that could hand LUN '{device}' over")))
     }
     /// Begins to end the daemon, as SIGTERM does.
     fn quit(&self);
+}
+
+/// Where a LUN goes to, as a client says it.
+#[derive(Debug, Clone, Copy)]
+pub struct To<'a> {
+    /// Where the other side listens.
+    pub uri: &'a str,
+    /// The directory of certificates, with TLS.
+    pub certificates: Option<&'a str>,
+    /// The name that the other side's certificate has, if it is another than the host's.
+    pub hostname: Option<&'a str>,
 }
 
 /// One who can take a LUN out of service for a while: its commands wait.

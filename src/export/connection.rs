@@ -5,6 +5,7 @@
 
 use std::{
     io::{self, Read, Write},
+    path::Path,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -15,6 +16,7 @@ use std::{
 use super::{
     Export, Shared,
     server::{PATIENCE, Socket},
+    wire::Wire,
 };
 use crate::{
     lun::LunError,
@@ -51,25 +53,34 @@ fn broken(e: Broken) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, e)
 }
 
-fn array<const N: usize>(from: &mut Socket) -> io::Result<[u8; N]> {
+fn array<const N: usize>(from: &mut Wire) -> io::Result<[u8; N]> {
     let mut out = [0; N];
     from.read_exact(&mut out)?;
     Ok(out)
 }
 
-/// Serves a client to its end.
+/// Serves a client to its end; one without TLS not at all, if there are certificates.
 ///
 /// # Errors
 /// Why it has ended, if it did not say goodbye.
-pub(super) fn serve(shared: &Shared, client: u64, socket: &Socket) -> io::Result<()> {
-    let mut socket = socket.try_clone()?;
+pub(super) fn serve(
+    shared: &Shared,
+    client: u64,
+    socket: &Socket,
+    certificates: Option<&Path>,
+) -> io::Result<()> {
     socket.write_within(Some(PATIENCE))?;
     // Of each message; those of a client that sends byte after byte are few.
     socket.read_within(Some(PATIENCE))?;
-    let Some(agreed) = shake_hands(shared, client, &mut socket)? else { return Ok(()) };
-    socket.read_within(None)?;
+    let mut wire = Wire::Plain(socket.try_clone()?);
+    let Some(agreed) = shake_hands(shared, client, &mut wire, certificates)? else {
+        wire.say_goodbye();
+        return Ok(());
+    };
+    wire.read_within(None)?;
     tracing::info!(export = %agreed.export.name, lun = %agreed.export.device, "an NBD client has come");
-    let served = transmit(&agreed, &mut socket);
+    let served = transmit(&agreed, &mut wire, socket);
+    wire.say_goodbye();
     tracing::info!(export = %agreed.export.name, lun = %agreed.export.device, "an NBD client has gone");
     served
 }
@@ -101,7 +112,12 @@ fn flags(export: &Export) -> u16 {
     }
 }
 
-fn shake_hands(shared: &Shared, client: u64, socket: &mut Socket) -> io::Result<Option<Agreed>> {
+fn shake_hands(
+    shared: &Shared,
+    client: u64,
+    socket: &mut Wire,
+    certificates: Option<&Path>,
+) -> io::Result<Option<Agreed>> {
     socket.write_all(&handshake::greeting(flag::FIXED_NEWSTYLE | flag::NO_ZEROES))?;
     let theirs = u32::from_be_bytes(array(socket)?);
     if theirs & !u32::from(flag::FIXED_NEWSTYLE | flag::NO_ZEROES) != 0 {
@@ -116,8 +132,23 @@ fn shake_hands(shared: &Shared, client: u64, socket: &mut Socket) -> io::Result<
         }
         let mut data = vec![0; len as usize];
         socket.read_exact(&mut data)?;
+        let waits_for_tls = certificates.is_some() && !socket.has_tls();
         let mut say = |kind: u32, data: &[u8]| socket.write_all(&handshake::answer(number, kind, data));
         match number {
+            option::STARTTLS if !data.is_empty() => say(answer::ERR_INVALID, b"this option has no data")?,
+            option::STARTTLS => match certificates {
+                None => say(answer::ERR_POLICY, b"this server has no certificates for TLS")?,
+                Some(_) if !waits_for_tls => say(answer::ERR_INVALID, b"TLS has begun already")?,
+                Some(dir) => {
+                    say(answer::ACK, &[])?;
+                    socket.start_tls(dir)?;
+                }
+            },
+            // proto.md, FORCEDTLS: without it nothing is told, and an old client hears nothing at all.
+            option::EXPORT_NAME if waits_for_tls => return Ok(None),
+            _ if waits_for_tls && number != option::ABORT => {
+                say(answer::ERR_TLS_REQD, b"this server wants TLS first")?;
+            }
             option::ABORT => {
                 say(answer::ACK, &[])?;
                 return Ok(None);
@@ -216,18 +247,18 @@ fn begun(shared: &Shared, agreed: Agreed) -> Option<Agreed> {
 /// A request and the data of a write.
 type Work = (Request, Vec<u8>);
 
-fn transmit(agreed: &Agreed, socket: &mut Socket) -> io::Result<()> {
-    let out = Mutex::new(socket.try_clone()?);
+fn transmit(agreed: &Agreed, wire: &mut Wire, socket: &Socket) -> io::Result<()> {
+    let out = Mutex::new(wire.writer()?);
     let over = AtomicBool::new(false);
     // A request is read when one of those that work can take it soon.
     let (give, take) = sync_channel::<Work>(1);
     let take = Mutex::new(take);
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {
-            scope.spawn(|| work(agreed, &take, &out, &over));
+            scope.spawn(|| work(agreed, &take, &out, socket, &over));
         }
         let read = loop {
-            let request = match next(agreed, socket) {
+            let request = match next(agreed, wire) {
                 Ok(Some(work)) => work,
                 Ok(None) => break Ok(()),
                 Err(e) => break Err(e),
@@ -243,7 +274,7 @@ fn transmit(agreed: &Agreed, socket: &mut Socket) -> io::Result<()> {
 }
 
 /// The next request with its data; `None` if the client goes.
-fn next(agreed: &Agreed, socket: &mut Socket) -> io::Result<Option<Work>> {
+fn next(agreed: &Agreed, socket: &mut Wire) -> io::Result<Option<Work>> {
     let request = Request::parse(&array::<LEN>(socket)?).map_err(broken)?;
     if request.kind == command::DISCONNECT {
         return Ok(None);
@@ -261,7 +292,13 @@ fn next(agreed: &Agreed, socket: &mut Socket) -> io::Result<Option<Work>> {
     Ok(Some((request, data)))
 }
 
-fn work(agreed: &Agreed, take: &Mutex<Receiver<Work>>, out: &Mutex<Socket>, over: &AtomicBool) {
+fn work(
+    agreed: &Agreed,
+    take: &Mutex<Receiver<Work>>,
+    out: &Mutex<Box<dyn Write + Send>>,
+    socket: &Socket,
+    over: &AtomicBool,
+) {
     loop {
         let next = take.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((request, data)) = next else { return };
@@ -269,8 +306,8 @@ fn work(agreed: &Agreed, take: &Mutex<Receiver<Work>>, out: &Mutex<Socket>, over
             Ok(done) => done.to_bytes(&request, agreed.structured),
             Err(refused) => refused.to_bytes(&request, agreed.structured),
         };
-        let mut socket = out.lock().unwrap_or_else(PoisonError::into_inner);
-        if socket.write_all(&reply).is_err() {
+        let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
+        if out.write_all(&reply).is_err() {
             over.store(true, Ordering::Release);
             // Whoever reads from it is woken.
             socket.end();

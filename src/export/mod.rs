@@ -1,11 +1,12 @@
 //! LUNs exported over NBD, for what reads disks and is no SCSI initiator: backup programs, `nbdcopy`, `qemu-img`.
 //!
-//! One server, as QEMU has it: on a Unix socket that its owner alone may use, or on a loopback address, since there is no TLS. An export is a
+//! One server, as QEMU has it: on a Unix socket that its owner alone may use, on a loopback address, or with TLS on any. An export is a
 //! name for a LUN; what a client asks for is done by the LUN's own thread, through the SCSI target, so protection information is verified on the way, and
 //! made for what is written. Called by `control`.
 
 mod connection;
 mod server;
+mod wire;
 
 use std::{
     collections::BTreeMap,
@@ -18,6 +19,7 @@ use std::{
 use crate::{
     lun::Remote,
     nbd::uri::{self, Place},
+    tls::{self, TlsError},
 };
 use server::{Clients, Server};
 
@@ -29,23 +31,26 @@ const MAX_CLIENTS: usize = 32;
 pub enum Address {
     /// A Unix socket.
     Unix(PathBuf),
-    /// A loopback address.
-    Loopback(SocketAddr),
+    /// An address of this host's: one that nobody else reaches, unless the server has TLS.
+    Inet(SocketAddr),
 }
 
 impl Address {
-    /// The address of a host and a port.
+    /// The address of a host and a port. Without TLS it has to be a loopback address, so that nobody else's host reads a disk.
     ///
     /// # Errors
-    /// In words; so that nobody else's host reads a disk, hosts other than this one are.
-    pub fn inet(host: &str, port: &str) -> Result<Address, ExportError> {
+    /// In words.
+    pub fn inet(host: &str, port: &str, tls: bool) -> Result<Address, ExportError> {
         let port = port.parse().map_err(|_| ExportError::Address(format!("'{port}' is no port")))?;
         let ip: Option<IpAddr> =
             if host == "localhost" { "127.0.0.1".parse().ok() } else { host.parse().ok() };
-        match ip.filter(IpAddr::is_loopback) {
-            Some(ip) => Ok(Address::Loopback(SocketAddr::new(ip, port))),
-            None => Err(ExportError::Address(format!(
-                "'{host}' is no loopback address, and there is no TLS: use 127.0.0.1, ::1 or a Unix socket, and a tunnel from there"
+        match ip {
+            Some(ip) if tls || ip.is_loopback() => Ok(Address::Inet(SocketAddr::new(ip, port))),
+            None if tls => Err(ExportError::Address(format!(
+                "'{host}' is no address: give one of this host's, or 0.0.0.0 or :: for all of them"
+            ))),
+            _ => Err(ExportError::Address(format!(
+                "'{host}' is no loopback address, and there is no TLS: use 127.0.0.1, ::1 or a Unix socket, or give tls-certificates"
             ))),
         }
     }
@@ -74,6 +79,9 @@ pub enum ExportError {
     /// An address that is none, or that a server may not have.
     #[error("{0}")]
     Address(String),
+    /// There is no TLS, as was asked for.
+    #[error("no TLS: {}", .0.in_one_line())]
+    Tls(#[from] TlsError),
     /// There is a server.
     #[error("NBD server already running")]
     Running,
@@ -131,17 +139,26 @@ impl Exports {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Listens.
+    /// Listens; with a directory of certificates for clients with TLS alone.
     ///
     /// # Errors
-    /// That there is a server, or what the socket says.
-    pub fn start(&self, address: Address, max_clients: Option<usize>) -> Result<(), ExportError> {
+    /// That there is a server, what is wrong with the certificates, or what the socket says.
+    pub fn start(
+        &self,
+        address: Address,
+        max_clients: Option<usize>,
+        certificates: Option<PathBuf>,
+    ) -> Result<(), ExportError> {
         let mut state = self.state();
         if state.server.is_some() {
             return Err(ExportError::Running);
         }
+        if let Some(dir) = &certificates {
+            // Read again for each client; what is wrong with them now is better told now.
+            tls::Server::read(dir)?;
+        }
         let most = max_clients.filter(|n| *n > 0).unwrap_or(MAX_CLIENTS);
-        state.server = Some(Server::listen(address, most, Arc::downgrade(&self.0))?);
+        state.server = Some(Server::listen(address, most, certificates, Arc::downgrade(&self.0))?);
         Ok(())
     }
 
@@ -161,11 +178,13 @@ impl Exports {
 
     /// Where clients find an export; the port is the real one, if none was asked for.
     pub fn uri(&self, export: &str) -> Option<String> {
-        let place = match self.state().server.as_ref()?.address() {
+        let state = self.state();
+        let server = state.server.as_ref()?;
+        let place = match server.address() {
             Address::Unix(path) => Place::Unix(path.clone()),
-            Address::Loopback(at) => Place::Tcp { host: at.ip().to_string(), port: at.port() },
+            Address::Inet(at) => Place::Tcp { host: at.ip().to_string(), port: at.port() },
         };
-        Some(uri::of(&place, export))
+        Some(uri::of(&place, export, server.has_tls()))
     }
 
     /// Exports a LUN.
@@ -252,10 +271,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_this_host_is_an_address() {
+    fn without_tls_only_this_host_is_an_address_and_with_it_others_are() {
         for (host, port) in [("127.0.0.1", "10809"), ("localhost", "0"), ("::1", "1"), ("127.9.9.9", "65535")]
         {
-            assert!(Address::inet(host, port).is_ok(), "{host}:{port}");
+            assert!(Address::inet(host, port, false).is_ok(), "{host}:{port}");
+            assert!(Address::inet(host, port, true).is_ok(), "{host}:{port}");
         }
         for (host, port) in [
             ("0.0.0.0", "1"),
@@ -266,7 +286,12 @@ mod tests {
             ("127.0.0.1", "x"),
             ("127.0.0.1", "70000"),
         ] {
-            assert!(matches!(Address::inet(host, port), Err(ExportError::Address(_))), "{host}:{port}");
+            assert!(
+                matches!(Address::inet(host, port, false), Err(ExportError::Address(_))),
+                "{host}:{port}"
+            );
+            let is_address = host.parse::<IpAddr>().is_ok() && port == "1";
+            assert_eq!(Address::inet(host, port, true).is_ok(), is_address, "{host}:{port}");
         }
     }
 
@@ -284,8 +309,11 @@ mod tests {
         };
         assert!(matches!(exports.add(export("a", "a")), Err(ExportError::NotRunning)));
         let socket = dir.path().join("nbd.sock");
-        exports.start(Address::Unix(socket.clone()), None).unwrap();
-        assert!(matches!(exports.start(Address::Unix(socket.clone()), None), Err(ExportError::Running)));
+        exports.start(Address::Unix(socket.clone()), None, None).unwrap();
+        assert!(matches!(
+            exports.start(Address::Unix(socket.clone()), None, None),
+            Err(ExportError::Running)
+        ));
         exports.add(export("a", "a")).unwrap();
         assert!(matches!(exports.add(export("a", "b")), Err(ExportError::IdInUse(_))));
         assert!(matches!(exports.add(export("b", "a")), Err(ExportError::NameInUse(_))));
@@ -295,6 +323,6 @@ mod tests {
         assert_eq!(exports.stop().unwrap(), ["b"]);
         assert!(matches!(exports.stop(), Err(ExportError::NotRunning)));
         assert!(!socket.exists(), "the socket is gone with the server");
-        exports.start(Address::Unix(socket), None).unwrap();
+        exports.start(Address::Unix(socket), None, None).unwrap();
     }
 }

@@ -10,7 +10,7 @@ use std::{
             net::{UnixListener, UnixStream},
         },
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError, Weak},
     thread::JoinHandle,
     time::Duration,
@@ -22,6 +22,7 @@ use rustix::{
 };
 
 use super::{Address, Shared, connection};
+use crate::tls::TlsError;
 
 /// How long a client may take for one message of the handshake, and to take a reply.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -176,25 +177,38 @@ impl Listener {
 /// Listens for as long as it lives.
 pub(super) struct Server {
     address: Address,
+    tls: bool,
     listener: Listener,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    pub fn listen(address: Address, most: usize, shared: Weak<Shared>) -> io::Result<Server> {
+    /// Listens; each client's certificates are looked at with those of the directory, if there is one.
+    pub fn listen(
+        address: Address,
+        most: usize,
+        certificates: Option<PathBuf>,
+        shared: Weak<Shared>,
+    ) -> io::Result<Server> {
+        let tls = certificates.is_some();
         let (listener, address) = match address {
             Address::Unix(path) => (Listener::Unix(unix(&path)?), Address::Unix(path)),
-            Address::Loopback(at) => {
+            Address::Inet(at) => {
                 let listener = TcpListener::bind(at)?;
                 let at = listener.local_addr()?;
-                (Listener::Tcp(listener), Address::Loopback(at))
+                (Listener::Tcp(listener), Address::Inet(at))
             }
         };
         let accepting = listener.try_clone()?;
         let thread = std::thread::Builder::new()
             .name("nbd".into())
-            .spawn(move || accept(&accepting, most, &shared))?;
-        Ok(Server { address, listener, thread: Some(thread) })
+            .spawn(move || accept(&accepting, most, certificates.as_deref(), &shared))?;
+        Ok(Server { address, tls, listener, thread: Some(thread) })
+    }
+
+    /// Clients without TLS are not served.
+    pub fn has_tls(&self) -> bool {
+        self.tls
     }
 
     pub fn address(&self) -> &Address {
@@ -233,7 +247,7 @@ fn unix(path: &Path) -> io::Result<UnixListener> {
     Ok(UnixListener::from(socket))
 }
 
-fn accept(listener: &Listener, most: usize, shared: &Weak<Shared>) {
+fn accept(listener: &Listener, most: usize, certificates: Option<&Path>, shared: &Weak<Shared>) {
     loop {
         let socket = match listener.accept() {
             Ok(socket) => socket,
@@ -255,13 +269,16 @@ fn accept(listener: &Listener, most: usize, shared: &Weak<Shared>) {
             socket.end();
             continue;
         };
-        let serving = shared.clone();
+        let (serving, certificates) = (shared.clone(), certificates.map(Path::to_owned));
         let thread = std::thread::Builder::new().name("nbd-client".into()).spawn(move || {
-            let served = connection::serve(&serving, client, &socket);
+            let served = connection::serve(&serving, client, &socket, certificates.as_deref());
             socket.end();
             serving.clients.leave(client);
-            if let Err(e) = served {
-                tracing::debug!("an NBD client is gone: {e}");
+            match served.as_ref().map_err(|e| (e, TlsError::of(e))) {
+                // It had come as far as to show who it is.
+                Err((_, Some(e))) => tracing::warn!("an NBD client is sent away: {}", e.in_one_line()),
+                Err((e, None)) => tracing::debug!("an NBD client is gone: {e}"),
+                Ok(()) => {}
             }
         });
         if let Err(error) = thread {

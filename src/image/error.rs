@@ -8,7 +8,10 @@ use super::{
     owner::OwnerError,
     qcow2::HeaderError,
 };
-use crate::volume::{IoError, IoErrorKind};
+use crate::{
+    tls::TlsError,
+    volume::{IoError, IoErrorKind},
+};
 
 /// The longest chain of backing files that is followed, the image itself included.
 pub const MAX_CHAIN: usize = 64;
@@ -87,6 +90,8 @@ pub enum OpenErrorKind {
     Unreachable,
     /// Its NBD server will not serve it, or not as a LUN needs it.
     ServerRefuses(String),
+    /// There is no TLS with its NBD server.
+    Tls(TlsError),
     /// It is an NBD export, which this is not there for.
     NotForNbd(&'static str),
     /// Reading it failed.
@@ -240,6 +245,7 @@ impl OpenError {
             OpenErrorKind::Uri(_) => {
                 "write it as nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=/PATH".to_owned()
             }
+            OpenErrorKind::Tls(e) => e.next.clone(),
             OpenErrorKind::Unreachable | OpenErrorKind::ServerRefuses(_) => {
                 format!("see what the server has: nbdinfo --list '{path}'")
             }
@@ -296,6 +302,7 @@ impl fmt::Display for OpenErrorKind {
                 )
             }
             OpenErrorKind::Uri(why) => write!(f, "is no NBD URI that can be used: {why}"),
+            OpenErrorKind::Tls(e) => write!(f, "there is no TLS with its NBD server: {e}"),
             OpenErrorKind::Unreachable => f.write_str("its NBD server does not answer"),
             OpenErrorKind::ServerRefuses(why) => write!(f, "cannot be used: {why}"),
             OpenErrorKind::NotForNbd(why) => write!(f, "is an NBD export, and {why}"),

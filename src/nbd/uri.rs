@@ -1,4 +1,5 @@
-//! NBD URIs (the NBD project's `doc/uri.md`): `nbd://host:port/export`, `nbd+unix:///export?socket=/path`, and the same with TLS.
+//! NBD URIs (the NBD project's `doc/uri.md`): `nbd://host:port/export`, `nbd+unix:///export?socket=/path`, and the same with TLS: `nbds://`,
+//! `nbds+unix://`.
 //!
 //! What the specification has and is not implemented is refused by name, and so are words that nobody knows: a setting with a slip of the pen
 //! must not go unnoticed. Words of ours in the query: `reconnect`, `timeout`, `connections`, `retain`.
@@ -27,6 +28,15 @@ pub enum Place {
     Unix(PathBuf),
 }
 
+/// What is said of TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Tls {
+    /// The directory of certificates, if it is another than the usual one.
+    pub certificates: Option<PathBuf>,
+    /// The name that the server's certificate has, if it is another than the host's.
+    pub hostname: Option<String>,
+}
+
 /// A parsed URI.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uri {
@@ -34,6 +44,8 @@ pub struct Uri {
     pub place: Place,
     /// The export; empty for the server's default.
     pub export: String,
+    /// With TLS, and then with nothing else.
+    pub tls: Option<Tls>,
     /// How long commands wait for a server that is away before they fail.
     pub reconnect: Duration,
     /// How long a server may take for one command before its connection is given up.
@@ -72,13 +84,8 @@ impl Uri {
     pub fn parse(text: &str) -> Result<Uri, UriError> {
         let Some((scheme, rest)) = text.split_once("://").filter(|(scheme, _)| SCHEMES.contains(scheme))
         else {
-            return wrong("an NBD URI begins with nbd:// or nbd+unix://");
+            return wrong("an NBD URI begins with nbd://, nbd+unix://, nbds:// or nbds+unix://");
         };
-        if scheme.starts_with("nbds") {
-            return wrong(
-                "TLS is not implemented: go through a tunnel on this host (stunnel, ssh -L), and name its end here",
-            );
-        }
         if rest.contains('#') {
             return wrong("an NBD URI has no part after #");
         }
@@ -87,6 +94,7 @@ impl Uri {
         let mut uri = Uri {
             place: Place::Unix(PathBuf::new()),
             export: string(path)?,
+            tls: scheme.starts_with("nbds").then(Tls::default),
             reconnect: Duration::from_secs(60),
             timeout: Duration::from_secs(60),
             connections: 1,
@@ -121,16 +129,24 @@ impl Uri {
                     Ok(bytes @ 0x10_0000..=0x1_0000_0000) => uri.retain = bytes,
                     _ => return wrong(format!("retain is a size from 1M to 4G, and not '{value}'")),
                 },
-                _ if key.starts_with("tls-") => return wrong(format!("{key}: TLS is not implemented")),
+                _ if key.starts_with("tls-") => match &mut uri.tls {
+                    Some(tls) => tls.take(key, value)?,
+                    None => return wrong(format!("{key} goes with nbds:// or nbds+unix://")),
+                },
                 _ => return wrong(format!("'{key}' is not known")),
             }
         }
+        if authority.contains('@') {
+            return wrong(
+                "a user goes with pre-shared keys, which are not implemented: TLS is with certificates",
+            );
+        }
         uri.place = match (scheme, socket) {
-            ("nbd", None) => tcp(authority)?,
-            ("nbd", Some(_)) => return wrong("a socket goes with nbd+unix://"),
-            (_, None) => return wrong("nbd+unix:// needs ?socket=/path"),
+            ("nbd" | "nbds", None) => tcp(authority)?,
+            ("nbd" | "nbds", Some(_)) => return wrong(format!("a socket goes with {scheme}+unix://")),
+            (_, None) => return wrong(format!("{scheme}:// needs ?socket=/path")),
             (_, Some(_)) if !authority.is_empty() => {
-                return wrong(format!("nbd+unix:// has three slashes and no host '{authority}'"));
+                return wrong(format!("{scheme}:// has three slashes and no host '{authority}'"));
             }
             (_, Some(path)) if !path.is_absolute() => {
                 return wrong(format!("the socket '{}' is not an absolute path", path.display()));
@@ -141,26 +157,67 @@ impl Uri {
     }
 }
 
-impl fmt::Display for Uri {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&of(&self.place, &self.export))
+impl Tls {
+    fn take(&mut self, key: &str, value: &str) -> Result<(), UriError> {
+        match key {
+            "tls-certificates" => {
+                let dir = PathBuf::from(OsString::from_vec(decode(value)?));
+                if !dir.is_absolute() {
+                    return wrong(format!("{key}: '{}' is not an absolute path", dir.display()));
+                }
+                self.certificates = Some(dir);
+                Ok(())
+            }
+            "tls-hostname" => match string(value)? {
+                name if name.is_empty() => wrong(format!("{key} is empty")),
+                name => {
+                    self.hostname = Some(name);
+                    Ok(())
+                }
+            },
+            // Nothing else is done.
+            "tls-type" if value == "x509" => Ok(()),
+            "tls-type" | "tls-psk-file" => wrong(format!(
+                "{key}={value}: TLS is with certificates (x509); pre-shared keys are not implemented"
+            )),
+            "tls-verify-peer" => {
+                wrong(format!("{key}: the server's certificate is always verified; leave it out"))
+            }
+            _ => wrong(format!("'{key}' is not known")),
+        }
     }
 }
 
-/// The URI of an export at that place.
-pub fn of(place: &Place, export: &str) -> String {
-    let export = encode(export.as_bytes());
+impl Uri {
+    /// The name that the server's certificate has to have: of a Unix socket it is this host's.
+    pub fn tls_name<'a>(&'a self, tls: &'a Tls) -> &'a str {
+        match (&tls.hostname, &self.place) {
+            (Some(name), _) => name,
+            (None, Place::Tcp { host, .. }) => host,
+            (None, Place::Unix(_)) => "localhost",
+        }
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&of(&self.place, &self.export, self.tls.is_some()))
+    }
+}
+
+/// The URI of an export at that place, with TLS or without.
+pub fn of(place: &Place, export: &str, tls: bool) -> String {
+    let (export, s) = (encode(export.as_bytes()), if tls { "s" } else { "" });
     match place {
-        Place::Tcp { host, port } if host.contains(':') => format!("nbd://[{host}]:{port}/{export}"),
-        Place::Tcp { host, port } => format!("nbd://{host}:{port}/{export}"),
-        Place::Unix(path) => format!("nbd+unix:///{export}?socket={}", encode(path.as_os_str().as_bytes())),
+        Place::Tcp { host, port } if host.contains(':') => format!("nbd{s}://[{host}]:{port}/{export}"),
+        Place::Tcp { host, port } => format!("nbd{s}://{host}:{port}/{export}"),
+        Place::Unix(path) => {
+            format!("nbd{s}+unix:///{export}?socket={}", encode(path.as_os_str().as_bytes()))
+        }
     }
 }
 
 fn tcp(authority: &str) -> Result<Place, UriError> {
-    if authority.contains('@') {
-        return wrong("there are no users without TLS");
-    }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {
             Some((host, "")) => (host, None),
@@ -256,6 +313,22 @@ mod tests {
             (uri.reconnect.as_secs(), uri.timeout.as_secs(), uri.connections, uri.retain),
             (5, 7, 4, 1 << 20)
         );
+        let uri =
+            Uri::parse("nbds://store.example.com/vm1?tls-certificates=/etc/pki/a%20b&tls-hostname=store")
+                .unwrap();
+        let tls = uri.tls.clone().unwrap();
+        assert_eq!(tls.certificates.as_deref(), Some(Path::new("/etc/pki/a b")));
+        assert_eq!((uri.place.clone(), uri.tls_name(&tls)), (tcp("store.example.com", 10809), "store"));
+        assert_eq!(uri.to_string(), "nbds://store.example.com:10809/vm1");
+        for (text, name) in [
+            ("nbds://h/?tls-type=x509", "h"),
+            ("nbds://[::1]", "::1"),
+            ("nbds+unix:///?socket=/x", "localhost"),
+        ] {
+            let uri = Uri::parse(text).unwrap();
+            assert_eq!(uri.tls_name(uri.tls.as_ref().unwrap()), name);
+            assert!(is_uri(Path::new(text)));
+        }
         assert!(!is_uri(Path::new("/nbd://x")) && !is_uri(Path::new("http://x")));
     }
 
@@ -263,16 +336,24 @@ mod tests {
     fn what_is_wrong_or_not_there_is_named() {
         for (text, word) in [
             ("http://x", "begins with"),
-            ("nbds://x", "TLS"),
-            ("nbds+unix:///?socket=/x", "TLS"),
-            ("nbd://x?tls-certificates=/x", "tls-certificates"),
+            ("nbd://x?tls-certificates=/x", "tls-certificates goes with nbds"),
+            ("nbd+unix:///?socket=/x&tls-hostname=y", "tls-hostname goes with nbds"),
+            ("nbds://x?tls-certificates=x", "absolute"),
+            ("nbds://x?tls-hostname=", "empty"),
+            ("nbds://x?tls-psk-file=/x", "pre-shared keys are not implemented"),
+            ("nbds://x?tls-type=psk", "pre-shared keys are not implemented"),
+            ("nbds://x?tls-verify-peer=false", "always verified"),
+            ("nbds://x?tls-colour=red", "tls-colour"),
+            ("nbds+unix:///", "nbds+unix:// needs ?socket"),
+            ("nbds://x?socket=/x", "nbds+unix"),
             ("nbd://x?socket=/x", "nbd+unix"),
             ("nbd+unix:///", "socket"),
             ("nbd+unix://x/?socket=/x", "three slashes"),
             ("nbd+unix:///?socket=x", "absolute"),
             ("nbd://x:0", "port"),
             ("nbd://x:70000", "port"),
-            ("nbd://u@x", "users"),
+            ("nbd://u@x", "user"),
+            ("nbds://u@x", "user"),
             ("nbd://a%2Fb", "name of a host"),
             ("nbd://[a%5D]", "name of a host"),
             ("nbd://x/?colour=red", "colour"),
@@ -292,17 +373,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_printed_is_parsed_back(host in "[a-z.]{1,20}|::1", port in 1..u16::MAX, export in "\\PC{0,20}", unix: bool) {
+        fn what_is_printed_is_parsed_back(host in "[a-z.]{1,20}|::1", port in 1..u16::MAX, export in "\\PC{0,20}", unix: bool, tls: bool) {
             let place = match unix {
                 true => Place::Unix(format!("/{export}").into()),
                 false => Place::Tcp { host, port },
             };
-            let uri = Uri { place, export, ..Uri::parse("nbd://x").unwrap() };
+            let uri = Uri { place, export, tls: tls.then(Tls::default), ..Uri::parse("nbd://x").unwrap() };
             prop_assert_eq!(Uri::parse(&uri.to_string()), Ok(uri));
         }
 
         #[test]
-        fn any_text_is_parsed_or_refused(text in "(nbd|nbd\\+unix)://\\PC{0,60}") {
+        fn any_text_is_parsed_or_refused(text in "(nbd|nbds)(\\+unix)?://\\PC{0,60}") {
             let _ = Uri::parse(&text);
         }
     }

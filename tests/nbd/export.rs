@@ -29,7 +29,7 @@ use crate::{
     work::{Work, read_disk},
 };
 
-fn socket(rig: &Rig) -> PathBuf {
+pub fn socket(rig: &Rig) -> PathBuf {
     rig.dir.path().join("nbd.sock")
 }
 
@@ -38,19 +38,19 @@ fn start(rig: &Rig, talk: &mut Talk) {
     talk.get("nbd-server-start", json!({ "addr": addr }));
 }
 
-fn add(talk: &mut Talk, writable: bool) {
+pub fn add(talk: &mut Talk, writable: bool) {
     talk.get(
         "block-export-add",
         json!({ "type": "nbd", "id": "e1", "node-name": "vm1", "writable": writable }),
     );
 }
 
-fn uri(talk: &mut Talk) -> String {
+pub fn uri(talk: &mut Talk) -> String {
     talk.get("query-block-exports", json!({}))[0]["uri"].as_str().unwrap().to_owned()
 }
 
 /// A LUN of 8 MiB with protection, of which a quarter is written, and its content.
-fn written(rig: &Rig) -> (Guest, Vec<u8>) {
+pub fn written(rig: &Rig) -> (Guest, Vec<u8>) {
     let mut guest = rig.protected("vm1", 8 * MIB);
     let mut model = vec![0; 8 << 20];
     let mut rng = Rng::new(3);

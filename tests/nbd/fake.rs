@@ -214,6 +214,11 @@ fn readable(client: &UnixStream) -> bool {
 pub fn shake_hands(client: &mut UnixStream, told: Export, sizes: BlockSizes) -> io::Result<()> {
     client.write_all(&handshake::greeting(3))?;
     client.read_exact(&mut [0; 4])?;
+    agree(client, told, sizes)
+}
+
+/// The same after the greeting.
+pub fn agree(client: &mut (impl Read + Write), told: Export, sizes: BlockSizes) -> io::Result<()> {
     loop {
         let mut head = [0; OPTION_HEAD_LEN];
         client.read_exact(&mut head)?;

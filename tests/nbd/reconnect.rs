@@ -26,7 +26,7 @@ use crate::{
 const SIZE: u64 = 2 << 20;
 const MOMENT: Duration = Duration::from_millis(10);
 
-async fn work(image: &Image, model: &Model, seed: u64, operations: u64) {
+pub async fn work(image: &Image, model: &Model, seed: u64, operations: u64) {
     let work = Work {
         volume: image,
         model,

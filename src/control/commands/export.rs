@@ -15,10 +15,15 @@ use crate::{
 
 pub(super) const SERVER_START: Command = Command {
     name: "nbd-server-start",
-    args: &[has("addr", Type::Object(&types::SOCKET_ADDRESS)), may("max-connections", Type::Int)],
+    args: &[
+        has("addr", Type::Object(&types::SOCKET_ADDRESS)),
+        may("max-connections", Type::Int),
+        may("tls-certificates", Type::Str),
+    ],
     returns: NOTHING,
-    help: "as in QEMU: an NBD server on a Unix socket, which its owner alone may use, or on a loopback address; there is no TLS, so any other address is \
-           refused. `max-connections` is 32 if it is left out or 0. Gone with the daemon",
+    help: "as in QEMU: an NBD server on a Unix socket, which its owner alone may use, or on a loopback address; with `tls-certificates`, the directory that \
+           QEMU's `tls-creds-x509` has as its `dir`, on any address of the host's, and for clients alone that do TLS and show a certificate of its CA. \
+           `max-connections` is 32 if it is left out or 0. Gone with the daemon",
     run: start,
     after: None,
 };
@@ -122,12 +127,16 @@ fn start(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
         let missing = || Error::generic(format!("Parameter 'addr.data.{name}' is missing"));
         args.within_two("addr", "data", name).ok_or_else(missing)
     };
+    let certificates = args.maybe_text("tls-certificates").map(std::path::PathBuf::from);
+    if let Some(dir) = certificates.as_ref().filter(|dir| !dir.is_absolute()) {
+        return Err(Error::generic(format!("tls-certificates: '{}' is not an absolute path", dir.display())));
+    }
     let address = match args.within("addr", "type") {
         Some("unix") => Address::Unix(member("path")?.into()),
-        _ => Address::inet(member("host")?, member("port")?).map_err(refused)?,
+        _ => Address::inet(member("host")?, member("port")?, certificates.is_some()).map_err(refused)?,
     };
     let most = args.maybe_number("max-connections").and_then(|n| usize::try_from(n).ok());
-    luns.exports().start(address, most).map_err(refused)?;
+    luns.exports().start(address, most, certificates).map_err(refused)?;
     done()
 }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    channel::Channel,
     link::{Link, LinkError, Receiving, Terms},
     session::{CallError, GRACE, Inner, say_goodbye},
 };
@@ -20,7 +21,7 @@ use crate::{
     },
     sys::{
         exec::{race, race_all},
-        io::{Io, net::Stream},
+        io::Io,
     },
 };
 
@@ -135,9 +136,9 @@ async fn serve(inner: &Inner, links: &mut [(Link, Terms)]) -> LinkError {
     let error = {
         let mut parts: Vec<Pin<Box<dyn Future<Output = LinkError> + '_>>> = vec![Box::pin(watch(inner))];
         for (i, (link, terms)) in links.iter_mut().enumerate() {
-            let (mut receiving, stream) = link.split();
+            let (mut receiving, channel) = link.split();
             let (allocation, structured) = (terms.allocation, receiving.structured());
-            parts.push(Box::pin(send(inner, i, stream, allocation, structured)));
+            parts.push(Box::pin(send(inner, i, channel, allocation, structured)));
             parts.push(Box::pin(async move {
                 loop {
                     if let Err(e) = receive(inner, i, &mut receiving).await {
@@ -156,13 +157,13 @@ async fn serve(inner: &Inner, links: &mut [(Link, Terms)]) -> LinkError {
 async fn send(
     inner: &Inner,
     link: usize,
-    stream: &Stream,
+    channel: &Channel,
     allocation: Option<u32>,
     structured: bool,
 ) -> LinkError {
     loop {
         let next = poll_fn(|cx| inner.poll_next(link, allocation, structured, cx)).await;
-        if let Err(e) = stream.send(&next).await {
+        if let Err(e) = channel.send(&next).await {
             return e.into();
         }
     }

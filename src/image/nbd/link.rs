@@ -1,7 +1,8 @@
 //! One connection to a server: the handshake, and messages in and out. Called by the session.
 
-use std::{io, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
+use super::channel::{Channel, Secure};
 use crate::{
     nbd::{
         BASE_ALLOCATION, Broken, answer, command, export, flag,
@@ -16,6 +17,7 @@ use crate::{
         io::{Io, net::Stream},
         mem::{Buffer, Sg},
     },
+    tls::{self, TlsError},
 };
 
 /// How long a connection and its handshake may take.
@@ -33,7 +35,10 @@ const BUFFER: usize = 1024;
 pub(super) enum LinkError {
     /// The host has no address, or nobody is there, or the connection ended.
     #[error("{0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
+    /// There is no TLS with it.
+    #[error("{0}")]
+    Tls(TlsError),
     /// It sent what it may not.
     #[error("the server broke the protocol: {0}")]
     Broken(#[from] Broken),
@@ -49,6 +54,15 @@ pub(super) enum LinkError {
     /// It says that it goes.
     #[error("the server is shutting down")]
     ShuttingDown,
+}
+
+impl From<io::Error> for LinkError {
+    fn from(e: io::Error) -> LinkError {
+        match TlsError::of(&e) {
+            Some(tls) => LinkError::Tls(tls.clone()),
+            None => LinkError::Io(e),
+        }
+    }
 }
 
 /// What was agreed on.
@@ -96,7 +110,7 @@ impl Terms {
 
 /// A connection after its handshake.
 pub(super) struct Link {
-    stream: Stream,
+    channel: Channel,
     buffer: Buffer,
     /// What of the buffer was received and is not used yet.
     unread: std::ops::Range<usize>,
@@ -117,18 +131,33 @@ impl Link {
     }
 
     async fn shake_hands(io: &Io, uri: &Uri) -> Result<(Link, Terms), LinkError> {
+        // Looked at before there is a connection, and anew for each.
+        let certificates = match &uri.tls {
+            None => None,
+            Some(tls) => {
+                let dir = tls.certificates.clone().unwrap_or_else(|| PathBuf::from(tls::DIRECTORY));
+                let name = uri.tls_name(tls).to_owned();
+                let read = io.blocking(move || tls::Client::read(&dir, &name)).await?;
+                Some(read.map_err(LinkError::Tls)?)
+            }
+        };
         let stream = match &uri.place {
             Place::Unix(path) => Stream::unix(io, path).await?,
             Place::Tcp { host, port } => tcp(io, host, *port).await?,
         };
-        let mut link = Link { stream, buffer: Buffer::zeroed(BUFFER), unread: 0..0, structured: false };
+        let channel = Channel::Plain(stream);
+        let mut link = Link { channel, buffer: Buffer::zeroed(BUFFER), unread: 0..0, structured: false };
         let flags = handshake::parse_greeting(&link.array::<GREETING_LEN>().await?)?;
         if flags & flag::FIXED_NEWSTYLE == 0 {
             return Err(LinkError::Refused("the server does not speak fixed newstyle NBD".into()));
         }
         let ours = flags & (flag::FIXED_NEWSTYLE | flag::NO_ZEROES);
         link.send(&u32::from(ours).to_be_bytes()).await?;
-        link.structured = link.ask(option::STRUCTURED_REPLY, &[], |_, _| Ok(())).await?.is_ok();
+        if let Some(certificates) = certificates {
+            link = link.start_tls(&certificates).await?;
+        }
+        let asked = link.ask(option::STRUCTURED_REPLY, &[], |_, _| Ok(())).await;
+        link.structured = asked.map_err(|e| link.first_of_tls(e))?.is_ok();
         let mut allocation = None;
         if link.structured {
             let wanted = handshake::contexts(&uri.export, &[BASE_ALLOCATION]);
@@ -159,6 +188,39 @@ impl Link {
         };
         let terms = Terms { export, sizes, structured: link.structured, allocation };
         Ok((link, terms))
+    }
+
+    /// Has everything encrypted from here on; a server that will not is not spoken to.
+    async fn start_tls(mut self, with: &tls::Client) -> Result<Link, LinkError> {
+        if let Err((kind, words)) = self.ask(option::STARTTLS, &[], |_, _| Ok(())).await? {
+            let why = if words.is_empty() { format!("error {}", kind & !answer::ERROR) } else { words };
+            return Err(LinkError::Tls(TlsError::new(
+                format!("the server does no TLS ({why}), and without it nothing is sent"),
+                "have the server do TLS; or, where the way there is safe, name it nbd:// and not nbds://",
+            )));
+        }
+        // Nothing that came in the clear counts as if it had come over TLS.
+        if !self.unread.is_empty() {
+            return Err(Broken::new("it goes on in the clear when TLS is to begin").into());
+        }
+        let Link { channel: Channel::Plain(stream), buffer, unread, structured } = self else {
+            return Err(Broken::new("TLS has begun already").into());
+        };
+        let channel = Channel::Tls(Box::new(Secure::begin(stream, with).await?));
+        Ok(Link { channel, buffer, unread, structured })
+    }
+
+    /// What a server that does not take our certificate does, since with TLS 1.3 it sees it when the handshake is over here: it hangs up.
+    fn first_of_tls(&self, e: LinkError) -> LinkError {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        match (&self.channel, e) {
+            (Channel::Tls(secure), LinkError::Io(e))
+                if matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof) =>
+            {
+                LinkError::Tls(tls::hung_up(secure.session().dir()))
+            }
+            (_, e) => e,
+        }
     }
 
     /// Sends an option and hands its answers on, up to the last: ACK, or an error with the server's words.
@@ -198,7 +260,7 @@ impl Link {
     }
 
     async fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.send(&Buffer::from_slice(bytes).sg()).await
+        self.channel.send(&Buffer::from_slice(bytes).sg()).await
     }
 
     async fn array<const N: usize>(&mut self) -> io::Result<[u8; N]> {
@@ -213,7 +275,7 @@ impl Link {
 
     fn receiving(&mut self) -> Receiving<'_> {
         Receiving {
-            stream: &self.stream,
+            channel: &self.channel,
             buffer: &self.buffer,
             unread: &mut self.unread,
             structured: self.structured,
@@ -221,23 +283,21 @@ impl Link {
     }
 
     /// The two directions of the connection, to be used side by side.
-    pub fn split(&mut self) -> (Receiving<'_>, &Stream) {
-        let Link { stream, buffer, unread, structured } = self;
-        (Receiving { stream, buffer, unread, structured: *structured }, stream)
+    pub fn split(&mut self) -> (Receiving<'_>, &Channel) {
+        let Link { channel, buffer, unread, structured } = self;
+        (Receiving { channel, buffer, unread, structured: *structured }, channel)
     }
 
     /// Says that nothing more comes, as far as that goes without waiting.
     pub fn say_goodbye(&self) {
         let request = Request { flags: 0, kind: command::DISCONNECT, cookie: 0, offset: 0, length: 0 };
-        // A server that is gone needs no goodbye.
-        let _ = self.stream.try_send(&Buffer::from_slice(&request.to_bytes()).sg());
-        self.stream.shut_down();
+        self.channel.end_with(&Buffer::from_slice(&request.to_bytes()).sg());
     }
 }
 
 /// The receiving direction.
 pub(super) struct Receiving<'a> {
-    stream: &'a Stream,
+    channel: &'a Channel,
     buffer: &'a Buffer,
     unread: &'a mut std::ops::Range<usize>,
     structured: bool,
@@ -282,7 +342,7 @@ impl Receiving<'_> {
             if done == out.len() {
                 return Ok(());
             }
-            match self.stream.receive(&self.buffer.sg()).await? {
+            match self.channel.receive(&self.buffer.sg()).await? {
                 0 => {
                     return Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,
@@ -315,7 +375,7 @@ impl Receiving<'_> {
         if n == to.len() {
             return Ok(());
         }
-        self.stream.receive_all(&to.slice(n, to.len() - n)).await
+        self.channel.receive_all(&to.slice(n, to.len() - n)).await
     }
 
     /// Receives so many bytes and forgets them.
@@ -351,7 +411,7 @@ async fn tcp(io: &Io, host: &str, port: u16) -> io::Result<Stream> {
 fn refusal(name: &str, kind: u32, words: &str) -> String {
     let what = match kind {
         answer::ERR_UNKNOWN => format!("the server has no export '{name}'"),
-        answer::ERR_TLS_REQD => "the server wants TLS, which is not implemented".to_owned(),
+        answer::ERR_TLS_REQD => "the server wants TLS: name it nbds:// (or nbds+unix://)".to_owned(),
         answer::ERR_POLICY => format!("the server does not permit the use of '{name}'"),
         answer::ERR_BLOCK_SIZE_REQD => "the server refuses our block sizes".to_owned(),
         other => format!("the server refuses the export '{name}' (error {})", other & !answer::ERROR),

@@ -1,10 +1,11 @@
-//! An NBD export as a volume: what `nbd://` and `nbd+unix://` name. See `docs/nbd.md`.
+//! An NBD export as a volume: what `nbd://` and `nbd+unix://` name, and with TLS `nbds://` and `nbds+unix://`. See `docs/nbd.md`.
 //!
 //! A command becomes one request, or as many as the server's limits ask for; data go straight between the socket and the caller's
 //! memory. [`session`] keeps the promises of a volume across a server that goes and comes back. What a server with blocks larger than a
 //! LUN's cannot do at once (a part of its block) is read, changed and written under a range lock. There are no locks against others: NBD has none. Called by
 //! `image/open`.
 
+mod channel;
 mod driver;
 mod link;
 mod retained;
@@ -73,6 +74,7 @@ impl Nbd {
         let uri = Uri::parse(text).map_err(|e| refuse(e.to_string()))?;
         let session = Session::open(io, uri, path.to_owned()).await.map_err(|e| match e {
             LinkError::Refused(why) => OpenError::new(path, OpenErrorKind::ServerRefuses(why)),
+            LinkError::Tls(e) => OpenError::new(path, OpenErrorKind::Tls(e)),
             e => OpenError::new(path, OpenErrorKind::Unreachable).source(e),
         })?;
         let terms = session.inner.terms;

@@ -60,7 +60,7 @@ fn commands_pass_in_their_order_at_the_rate() {
     assert_eq!(passed.last().unwrap().0, SECOND * 19 / 10);
     let counts = c.throttle.get().counts;
     assert_eq!((counts.delayed, counts.waiting), (19, 0));
-    assert_eq!(counts.waited, (1..20).map(|i| SECOND * i / 10).sum());
+    assert_eq!(counts.waited, (1..20).map(|i| SECOND * i / 10).sum::<Duration>());
 }
 
 #[test]

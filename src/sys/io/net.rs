@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, IoSlice},
     net::SocketAddr,
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
@@ -14,8 +14,8 @@ use std::{
 };
 
 use rustix::net::{
-    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto, shutdown,
-    socket_with, sockopt,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags,
+    SocketType, connect, ipproto, recv, sendmsg, shutdown, socket_with, sockopt,
 };
 
 use smallvec::SmallVec;
@@ -72,6 +72,22 @@ impl Stream {
         Ok(stream)
     }
 
+    /// Waits until there is something to receive, or the end.
+    ///
+    /// # Errors
+    /// What poll(2) says.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.ready(libc::POLLIN).await
+    }
+
+    /// Waits until the socket takes something.
+    ///
+    /// # Errors
+    /// What poll(2) says.
+    pub async fn writable(&self) -> io::Result<()> {
+        self.ready(libc::POLLOUT).await
+    }
+
     async fn ready(&self, events: i16) -> io::Result<()> {
         self.io.start(Request::Poll { events }, Some(&self.file), &Sg::new()).await.map(drop)
     }
@@ -121,6 +137,24 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// Receives what is there, into memory of the caller's own; 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// What recv(2) says; EAGAIN if there is nothing.
+    pub fn try_receive_bytes(&self, to: &mut [u8]) -> io::Result<usize> {
+        Ok(recv(&self.file, to, RecvFlags::DONTWAIT)?.0)
+    }
+
+    /// Sends what the socket takes of that without waiting, and gives how much that was.
+    ///
+    /// # Errors
+    /// What sendmsg(2) says; EAGAIN if it takes nothing.
+    pub fn try_send_bytes(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        let from = &from[..from.len().min(IOV_MAX)];
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(sendmsg(&self.file, from, &mut SendAncillaryBuffer::default(), flags)?)
     }
 
     /// Ends the stream in both directions: whoever waits for it is woken.
