@@ -94,11 +94,9 @@ fn throttled(run: &mut Run<'_>) -> Result<()> {
     let free = iops(guest, &device, small)?;
     let mut told = vec![format!("{free:.0} IOPS without limits")];
     ensure!(free > 400.0, "{free} IOPS without limits: too slow to tell anything of them");
-    for (limits, how, wanted) in [
-        ("iops=200", small, 200.0),
-        ("iops=100", small, 100.0),
-        ("bps=2M", "--rw=randread --bs=16k", 128.0),
-    ] {
+    for (limits, how, wanted) in
+        [("iops=200", small, 200.0), ("iops=100", small, 100.0), ("bps=2M", "--rw=randread --bs=16k", 128.0)]
+    {
         guest.sh(&format!("tcmu-dif throttle slow {limits}"))?;
         let got = iops(guest, &device, how)?;
         told.push(format!("{got:.0} with {limits}"));
