@@ -267,7 +267,8 @@ fn bits_that_change_on_the_way_end_connections_and_are_never_data() {
         });
         Ok(())
     });
-    let uri = secure(&uri, &pki);
+    // A length that has become larger is waited for, up to the timeout.
+    let uri = PathBuf::from(format!("{}&timeout=2", secure(&uri, &pki).display()));
     sys::run(async move |io| {
         let image = attach(&io, &uri).await;
         calm.store(0, Ordering::SeqCst);
