@@ -26,7 +26,7 @@ use tcmu_dif::{
     },
     pi::{
         Exposure, PiMode, PiType,
-        protected::{Protected, Protection, sidecar_path},
+        protected::{Protected, Protection, Recheck, sidecar_path},
         store::{ImageFormat, NewSidecar, Stamp},
         tools,
     },
@@ -250,6 +250,7 @@ fn protection(path: &Path) -> Protection {
         block_size: BlockSize::B512,
         read_only: false,
         found: Stamp::of(path).unwrap(),
+        recheck: Recheck::First,
     }
 }
 

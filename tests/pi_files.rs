@@ -9,7 +9,7 @@ use std::{
 
 use tcmu_dif::{
     pi::{
-        PiMode, PiOpenErrorKind, PiType, Protected, Protection,
+        PiMode, PiOpenErrorKind, PiType, Protected, Protection, Recheck,
         chain::Beneath,
         store::{ImageFormat, NewSidecar, Stamp, StoreError, default_path},
         tools,
@@ -122,6 +122,7 @@ fn protection(at: &Place) -> Protection {
         block_size: BlockSize::B4096,
         read_only: false,
         found: Stamp::of(&at.image).unwrap(),
+        recheck: Recheck::First,
     }
 }
 

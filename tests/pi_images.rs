@@ -11,7 +11,7 @@ use tcmu_dif::{
         qcow2::CreateOptions,
     },
     pi::{
-        PiMode, PiOpenError, PiOpenErrorKind, PiType, Protected, Protection,
+        PiMode, PiOpenError, PiOpenErrorKind, PiType, Protected, Protection, Recheck,
         chain::Beneath,
         store::{ImageFormat, NewSidecar, Stamp, default_path},
         tools,
@@ -36,6 +36,7 @@ async fn attach(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenError> {
         block_size: BlockSize::B512,
         read_only: false,
         found: Stamp { size: stamp.size, mtime: stamp.mtime },
+        recheck: Recheck::First,
     };
     Protected::open(io, image, &how).await
 }
@@ -180,6 +181,7 @@ async fn attach_chain(io: &Io, path: &Path) -> Result<Protected<Image>, PiOpenEr
         block_size: BlockSize::B512,
         read_only: false,
         found: Stamp { size: stamp.size, mtime: stamp.mtime },
+        recheck: Recheck::First,
     };
     let beneath = Beneath::open(io, &files[1..], BlockSize::B512, cluster).await?;
     Ok(Protected::open(io, image, &how).await?.over(beneath))

@@ -277,7 +277,8 @@ mod tests {
     #[test]
     fn a_disk_is_not_taken_for_unused_where_processes_are_hidden() {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places { sysfs: dir.path().into(), proc: dir.path().join("proc"), dev: dir.path().into() };
+        let places =
+            Places { sysfs: dir.path().into(), proc: dir.path().join("proc"), dev: dir.path().into() };
         fs::create_dir_all(places.proc.join("42/fd")).unwrap();
         let disk = Disk { address: "2:0:1:0".into(), block: Some("sdb".into()), sg: None };
         let refused = places.users_of(&disk).unwrap_err().to_string();

@@ -9,7 +9,7 @@ use tcmu_dif::{
         open::{OpenOptions, open},
     },
     pi::{
-        Exposure, PiType, Protected, Protection, Transfer, Tuple,
+        Exposure, PiType, Protected, Protection, Recheck, Transfer, Tuple,
         store::{ImageFormat, NewSidecar, Stamp, default_path},
         tools,
     },
@@ -100,6 +100,7 @@ impl Pi {
             block_size: size,
             read_only: false,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
+            recheck: Recheck::First,
         };
         let volume = Rc::new(Protected::open(io, image, &how).await.unwrap());
         let mut config = TargetConfig::new(size, "serial-1");

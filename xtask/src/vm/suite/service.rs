@@ -45,7 +45,8 @@ pub const TESTS: &[Test] = &[
     },
 ];
 
-const DECLARED: &str = "image = \"/scratch/vm1.qcow2\"\npi = \"type1\"\ncpus = \"0-1\"\nexport = [\"loopback\"]\n";
+const DECLARED: &str =
+    "image = \"/scratch/vm1.qcow2\"\npi = \"type1\"\ncpus = \"0-1\"\nexport = [\"loopback\"]\n";
 
 /// Runs fio again and again on the LUN, with its own verification, until /tmp/enough is there; /tmp/load.txt ends with the rounds that
 /// passed, and /tmp/lat.* say when each command ended.
