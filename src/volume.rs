@@ -85,6 +85,15 @@ pub enum PiType {
     Type3,
 }
 
+/// The tuples that a volume keeps, whoever sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtRest {
+    /// Their type.
+    pub kind: PiType,
+    /// Application tags, and what else of a tuple is not defined by its block, are initiators'; otherwise all of it was made here.
+    pub initiators: bool,
+}
+
 /// What the application tag of a block is compared with.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum AppTags {
@@ -186,6 +195,16 @@ pub trait Volume {
         None
     }
 
+    /// The tuples that are kept, whoever sees them.
+    fn at_rest(&self) -> Option<AtRest> {
+        None
+    }
+
+    /// As [`Volume::read`], and gives what tuples are kept of the blocks, for whoever takes them along.
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        self.read(at, to).await.map(|()| None)
+    }
+
     /// As [`Volume::read`], with the tuples of the blocks, one after another; checked as told, and by nothing else.
     /// A block without protection information has the escape, all ones.
     ///
@@ -284,6 +303,14 @@ impl<V: Volume> Volume for Rc<V> {
 
     fn protection(&self) -> Option<PiType> {
         (**self).protection()
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        (**self).at_rest()
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        (**self).read_along(at, to).await
     }
 
     async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {

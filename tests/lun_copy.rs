@@ -345,6 +345,27 @@ fn a_bad_block_is_never_copied_and_a_write_protected_lun_is_never_written() {
 }
 
 #[test]
+fn between_luns_that_are_protected_alike_no_guard_is_made_anew() {
+    let world = World::new();
+    let mut a = world.disk("a", Kind { pi: true, ..RAW });
+    let mut b = world.disk("b", Kind { pi: true, qcow2: true, ..RAW });
+    let data = noise(21, 5 * MIB);
+    a.write(0, &data);
+    let units = [unit(&a), unit(&b)];
+    let there = list(1, &units, &[segment(0, 1, 10240, 0, 4096, false), segment(1, 1, 2048, 4096, 1, false)]);
+    assert_eq!(a.copy(&there).key_asc_ascq(), GOOD);
+    let seen = b.lun.as_ref().unwrap().stats().unwrap().pi.unwrap();
+    assert_eq!((seen.generated, seen.guard_errors), (0, 0));
+    assert!(seen.verified >= 12288, "{seen:?}");
+    assert!(b.read(2 * MIB, 5 * MIB) == data && b.read(512, MIB) == data[..MIB as usize]);
+    // A block that has no tuple gets one, as from a write.
+    assert_eq!(b.copy(&list(1, &units, &[segment(0, 1, 8, 20000, 0, false)])).key_asc_ascq(), GOOD);
+    assert_eq!(b.lun.as_ref().unwrap().stats().unwrap().pi.unwrap().generated, 8);
+    a.stop();
+    b.stop();
+}
+
+#[test]
 fn two_luns_that_copy_to_each_other_at_once_both_come_to_an_end() {
     let world = World::new();
     let (mut a, mut b) = (world.disk("a", RAW), world.disk("b", Kind { qcow2: true, ..RAW }));

@@ -20,7 +20,9 @@ use crate::{
     sync::Notify,
     sys::mem::Sg,
     units::ByteOffset,
-    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
+    volume::{
+        AtRest, Extent, IoError, IoErrorKind, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags,
+    },
 };
 
 /// What a command goes to.
@@ -364,6 +366,14 @@ impl<S: Side> Volume for Front<S> {
 
     fn protection(&self) -> Option<PiType> {
         self.layer.borrow().volume.protection()
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        self.layer.borrow().volume.at_rest()
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        through!(self, read_along(at, to))
     }
 
     async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {

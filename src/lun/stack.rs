@@ -17,7 +17,7 @@ use crate::{
     },
     sys::{exec::boxed, io::Io, mem::Sg},
     units::{BlockSize, ByteOffset},
-    volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
+    volume::{AtRest, Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
 };
 
 /// The layers of a LUN below SCSI.
@@ -194,6 +194,14 @@ impl Volume for Stack {
 
     async fn close(&self) -> Result<()> {
         layers!(self, v => v.close().await)
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        layers!(self, v => v.at_rest())
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        layers!(self, v => v.read_along(at, to).await)
     }
 
     fn protection(&self) -> Option<PiType> {

@@ -8,7 +8,7 @@ use std::{future::Future, pin::Pin, rc::Rc};
 use super::sense::Failure;
 use crate::{
     units::{BlockSize, Lba},
-    volume::ExtentKind,
+    volume::{AtRest, ExtentKind},
 };
 
 /// A designation descriptor of a logical unit (SPC-4 7.8.6.1).
@@ -20,6 +20,17 @@ pub struct Designator {
     pub kind: u8,
     /// DESIGNATOR.
     pub value: Vec<u8>,
+}
+
+/// Tuples that go with blocks from one logical unit to another, as they were verified where the blocks come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Along {
+    /// Whose they are, and of which type.
+    pub at_rest: AtRest,
+    /// Of the blocks that they belong to.
+    pub block_size: BlockSize,
+    /// Eight bytes a block.
+    pub tuples: Vec<u8>,
 }
 
 /// What a logical unit is asked to do for a copy.
@@ -34,12 +45,14 @@ pub enum Errand {
         /// How many.
         blocks: u64,
     },
-    /// Write whole blocks, with protection information made for them.
+    /// Write whole blocks, with the protection information that comes along, or with some made for them.
     Write {
         /// The first.
         lba: Lba,
         /// What they are to hold.
         data: Vec<u8>,
+        /// Their tuples. Of use where blocks are as large and protected in the same way.
+        along: Option<Along>,
     },
     /// Bring every write that was answered to stable storage.
     Flush,
@@ -71,8 +84,8 @@ pub enum Answer {
         /// How many it has.
         blocks: u64,
     },
-    /// To [`Errand::Read`].
-    Data(Vec<u8>),
+    /// To [`Errand::Read`]: the blocks, and their tuples if it keeps some.
+    Data(Vec<u8>, Option<Along>),
     /// To [`Errand::Write`], [`Errand::Flush`] and [`Errand::Zero`].
     Written,
     /// To [`Errand::Map`]: runs of bytes from the first block on, and what they hold.

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Command, Failure, Once, Outcome, Target, rw::CHUNK};
+use super::{Command, Failure, Once, Outcome, Target, along::plain_cdb, rw::CHUNK};
 use crate::{
     scsi::{
         cdb::Cdb,
@@ -211,19 +211,19 @@ impl<V: Volume> Target<V> {
                 let asked = self.asked(plain_cdb(&mut [0; 16]), lba)?;
                 let _pass = self.gate.pass(lba.0, blocks).await;
                 let to = Buffer::zeroed(len as usize).sg();
-                // Whatever DPICZ says: what is copied gets new protection information, so what it had is checked.
-                self.fetch(at, &to, &asked, asked.field.on_medium(false), 0).await?;
-                Ok(Answer::Data(to.to_vec()))
+                let along = self.fetch_along(at, &to, &asked).await?;
+                Ok(Answer::Data(to.to_vec(), along))
             }
-            Errand::Write { lba, data } => {
+            Errand::Write { lba, data, along } => {
                 self.is_writable()?;
                 let blocks = data.len() as u64 >> self.block_size.shift();
                 let (at, _) = self.place(lba, blocks)?;
-                let asked = self.asked_to_write(plain_cdb(&mut [0; 16]), lba)?;
+                let from = Buffer::from_slice(&data).sg();
+                drop(data);
                 {
                     let _pass = self.gate.pass(lba.0, blocks).await;
-                    let from = Buffer::from_slice(&data).sg();
-                    self.store(at, &from, None, self.write_flags(false), &asked, 0).await?;
+                    let taken = self.taken_along(lba, &from, along)?;
+                    self.store_along(at, &from, taken).await?;
                 }
                 if self.is_time_for_space() {
                     self.look_at_space().await;
@@ -315,7 +315,7 @@ impl<V: Volume> Target<V> {
         };
         let (block_size, blocks) = match self.ask(other.as_ref(), Errand::Describe).await {
             Ok(Answer::Described { block_size, blocks }) => (block_size, blocks),
-            Ok(Answer::Data(_) | Answer::Written | Answer::Mapped(_)) => {
+            Ok(Answer::Data(..) | Answer::Written | Answer::Mapped(_)) => {
                 return Err(undone(Undone::Unreachable, segment, byte));
             }
             Err(e) => return Err(undone(e, segment, byte)),
@@ -349,12 +349,13 @@ impl<V: Volume> Target<V> {
             let (source, destination) = (&m.source, &m.destination);
             let lba = Lba((m.from + at) >> source.block_size.shift());
             let read = Errand::Read { lba, blocks: n >> source.block_size.shift() };
-            let data = match self.ask(source.other.as_ref(), read).await {
-                Ok(Answer::Data(data)) if data.len() as u64 == n => data,
+            let (data, along) = match self.ask(source.other.as_ref(), read).await {
+                Ok(Answer::Data(data, along)) if data.len() as u64 == n => (data, along),
                 Ok(_) => return Err(undone(Undone::Unreachable, m.number, field::SOURCE)),
                 Err(e) => return Err(undone(e, m.number, field::SOURCE)),
             };
-            let write = Errand::Write { lba: Lba((m.to + at) >> destination.block_size.shift()), data };
+            let lba = Lba((m.to + at) >> destination.block_size.shift());
+            let write = Errand::Write { lba, data, along };
             match self.ask(destination.other.as_ref(), write).await {
                 Ok(Answer::Written) => {}
                 Ok(_) => return Err(undone(Undone::Unreachable, m.number, field::DESTINATION)),
@@ -408,12 +409,6 @@ impl<V: Volume> Target<V> {
         }
         self.reply(command, &out, u64::from(cdb.u32(10)))
     }
-}
-
-/// The CDB of READ (16) or WRITE (16) as far as protection looks at it: without a protection field.
-fn plain_cdb(bytes: &mut [u8; 16]) -> Cdb<'_> {
-    bytes[0] = 0x88;
-    Cdb::whole(bytes)
 }
 
 /// Where one segment writes what one reads, a copy that was cut off and is begun again would read what it has written: such a list is

@@ -5,6 +5,7 @@
 //! Any number of commands may be in execution; SCSI orders them no more than the initiator's task attributes ask, which the
 //! kernel keeps.
 
+mod along;
 mod compare;
 pub mod continued;
 mod copy;
