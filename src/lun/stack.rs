@@ -17,7 +17,10 @@ use crate::{
     },
     sys::{exec::boxed, io::Io, mem::Sg},
     units::{BlockSize, ByteOffset},
-    volume::{AtRest, Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
+    volume::{
+        AtRest, Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags,
+        loan::{Loan, Moved, Place},
+    },
 };
 
 /// The layers of a LUN below SCSI.
@@ -194,6 +197,26 @@ impl Volume for Stack {
 
     async fn close(&self) -> Result<()> {
         layers!(self, v => v.close().await)
+    }
+
+    // What the kernel moves nobody has verified, so what is protected is read and written.
+    async fn lend_blocks<T>(
+        &self,
+        at: ByteOffset,
+        len: u64,
+        with: impl AsyncFnOnce(Option<Place>) -> T,
+    ) -> T {
+        match self {
+            Stack::Plain(v) => v.lend_blocks(at, len, with).await,
+            Stack::Protected(_) => with(None).await,
+        }
+    }
+
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        match self {
+            Stack::Plain(v) => v.take_blocks(at, loan).await,
+            Stack::Protected(_) => Moved::Never,
+        }
     }
 
     fn at_rest(&self) -> Option<AtRest> {

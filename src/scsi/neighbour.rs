@@ -8,7 +8,10 @@ use std::{future::Future, pin::Pin, rc::Rc};
 use super::sense::Failure;
 use crate::{
     units::{BlockSize, Lba},
-    volume::{AtRest, ExtentKind},
+    volume::{
+        AtRest, ExtentKind,
+        loan::{Loan, Moved},
+    },
 };
 
 /// A designation descriptor of a logical unit (SPC-4 7.8.6.1).
@@ -54,6 +57,20 @@ pub enum Errand {
         /// Their tuples. Of use where blocks are as large and protected in the same way.
         along: Option<Along>,
     },
+    /// Lend blocks for the kernel to copy them. Only a neighbour is asked: what it lends it keeps in place until the loan is dropped.
+    Lend {
+        /// The first.
+        lba: Lba,
+        /// How many.
+        blocks: u64,
+    },
+    /// Have the kernel copy what is lent, without waiting for anybody.
+    Take {
+        /// The first block to be written.
+        lba: Lba,
+        /// What it is to hold.
+        loan: Loan,
+    },
     /// Bring every write that was answered to stable storage.
     Flush,
     /// Make blocks zeros; without `may_unmap` their space is kept.
@@ -86,6 +103,10 @@ pub enum Answer {
     },
     /// To [`Errand::Read`]: the blocks, and their tuples if it keeps some.
     Data(Vec<u8>, Option<Along>),
+    /// To [`Errand::Lend`]; nothing if it has none that the kernel could copy.
+    Lent(Option<Loan>),
+    /// To [`Errand::Take`].
+    Moved(Moved),
     /// To [`Errand::Write`], [`Errand::Flush`] and [`Errand::Zero`].
     Written,
     /// To [`Errand::Map`]: runs of bytes from the first block on, and what they hold.

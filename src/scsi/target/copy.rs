@@ -2,9 +2,12 @@
 //! place of the same, without passing through the initiator.
 //!
 //! The unit that gets the command is the copy manager. It reads and writes by errands ([`Errand`]), to itself too, one at a time and
-//! [`CHUNK`] bytes at most; it holds nothing while it waits, so copies in both directions cannot wait for each other. All segments are
+//! [`CHUNK`] bytes at most; it holds nothing while it waits, so copies in both directions cannot wait for each other. Where the kernel can move
+//! the blocks by itself, it does ([`by_kernel`]). All segments are
 //! checked before the first block is moved. A segment that overlaps itself ends as if all of it had been read first; the segments of
 //! a list are done one after another.
+
+mod by_kernel;
 
 use std::{
     cell::{Cell, RefCell},
@@ -23,7 +26,7 @@ use crate::{
     },
     sys::mem::Buffer,
     units::{BlockSize, Lba},
-    volume::Volume,
+    volume::{Volume, loan::Moved},
 };
 
 /// How long a copy may take. The kernel gives a command up some time later, and would not know what became of it.
@@ -152,6 +155,11 @@ struct Move {
 }
 
 impl Move {
+    /// Whether it has blocks that are both read and written.
+    fn overlaps_itself(&self) -> bool {
+        self.source.is_same(&self.destination) && self.from.abs_diff(self.to) < self.len
+    }
+
     /// Whether it writes to what the other reads.
     fn writes_what_reads(&self, other: &Move) -> bool {
         self.destination.is_same(&other.source)
@@ -230,6 +238,9 @@ impl<V: Volume> Target<V> {
                 }
                 Ok(Answer::Written)
             }
+            // Whoever lends has to hold what it lends: [`Target::lend`].
+            Errand::Lend { .. } => Ok(Answer::Lent(None)),
+            Errand::Take { lba, loan } => self.take(lba, loan).await.map(Answer::Moved),
             Errand::Flush => {
                 self.volume.flush().await.map_err(|e| self.failure(e))?;
                 Ok(Answer::Written)
@@ -315,9 +326,7 @@ impl<V: Volume> Target<V> {
         };
         let (block_size, blocks) = match self.ask(other.as_ref(), Errand::Describe).await {
             Ok(Answer::Described { block_size, blocks }) => (block_size, blocks),
-            Ok(Answer::Data(..) | Answer::Written | Answer::Mapped(_)) => {
-                return Err(undone(Undone::Unreachable, segment, byte));
-            }
+            Ok(_) => return Err(undone(Undone::Unreachable, segment, byte)),
             Err(e) => return Err(undone(e, segment, byte)),
         };
         if u64::from(unit.block_length) != block_size.bytes() {
@@ -337,6 +346,7 @@ impl<V: Volume> Target<V> {
 
     async fn execute_move(&self, m: &Move, running: &Running<'_>) -> Result<(), Sense> {
         let backwards = m.source.is_same(&m.destination) && m.from < m.to;
+        let mut by_kernel = !m.overlaps_itself();
         let mut done = 0;
         while done < m.len {
             if running.started.elapsed() > PATIENCE
@@ -346,6 +356,15 @@ impl<V: Volume> Target<V> {
             }
             let n = (m.len - done).min(CHUNK);
             let at = if backwards { m.len - done - n } else { done };
+            if by_kernel {
+                let moved = self.move_by_kernel(m, at, n).await?;
+                by_kernel = moved != Moved::Never;
+                if moved == Moved::Done {
+                    done += n;
+                    running.change(|r| r.bytes += n);
+                    continue;
+                }
+            }
             let (source, destination) = (&m.source, &m.destination);
             let lba = Lba((m.from + at) >> source.block_size.shift());
             let read = Errand::Read { lba, blocks: n >> source.block_size.shift() };

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // A test may panic.
 
+mod by_kernel;
+
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -10,6 +12,7 @@ use std::{
 use tcmu_dif::{
     image::{
         create::{create_qcow2, create_raw},
+        direct::CacheMode,
         qcow2::CreateOptions,
     },
     lun::{LunHandle, LunParams, Neighbourhood, config::DeviceConfig, start},
@@ -48,10 +51,17 @@ struct Kind {
     block: BlockSize,
     group: Option<&'static str>,
     read_only: bool,
+    cache: CacheMode,
 }
 
-const RAW: Kind =
-    Kind { qcow2: false, pi: false, block: BlockSize::B512, group: Some("g"), read_only: false };
+const RAW: Kind = Kind {
+    qcow2: false,
+    pi: false,
+    block: BlockSize::B512,
+    group: Some("g"),
+    read_only: false,
+    cache: CacheMode::Writeback,
+};
 
 impl World {
     fn new() -> World {
@@ -67,6 +77,7 @@ impl World {
         config.pi = kind.pi.then_some(PiType::Type1);
         config.copy_group = kind.group.map(str::to_owned);
         config.read_only = kind.read_only;
+        config.cache = kind.cache;
         let lun = start(LunParams {
             name: serial.into(),
             config,
@@ -133,6 +144,11 @@ impl Disk {
 
     fn stop(&mut self) {
         self.lun.take().unwrap().stop().unwrap();
+    }
+
+    /// Bytes that the kernel has moved here.
+    fn moved_by_kernel(&self) -> u64 {
+        self.lun.as_ref().unwrap().stats().unwrap().moved_by_kernel.unwrap_or(0)
     }
 
     /// RECEIVE COPY RESULTS with that service action.
