@@ -5,10 +5,13 @@
 //! be in flight: a volume keeps its own state consistent. Callers give ranges that lie inside [`Limits::capacity`] and
 //! are aligned to [`Limits::alignment`]; a volume still checks, and answers [`IoErrorKind::OutOfRange`].
 
+pub mod loan;
+
 use std::{fmt, io, path::PathBuf, rc::Rc};
 
 use serde::{Deserialize, Serialize};
 
+use self::loan::{Loan, Moved, Place};
 use crate::{
     sys::mem::Sg,
     units::{ByteOffset, Lba},
@@ -83,6 +86,15 @@ pub enum PiType {
     /// The reference tag is not defined; checking is off if the application tag is FFFFh and the reference tag
     /// FFFFFFFFh.
     Type3,
+}
+
+/// The tuples that a volume keeps, whoever sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AtRest {
+    /// Their type.
+    pub kind: PiType,
+    /// Application tags, and what else of a tuple is not defined by its block, are initiators'; otherwise all of it was made here.
+    pub initiators: bool,
 }
 
 /// What the application tag of a block is compared with.
@@ -186,6 +198,27 @@ pub trait Volume {
         None
     }
 
+    /// The tuples that are kept, whoever sees them.
+    fn at_rest(&self) -> Option<AtRest> {
+        None
+    }
+
+    /// As [`Volume::read`], and gives what tuples are kept of the blocks, for whoever takes them along.
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        self.read(at, to).await.map(|()| None)
+    }
+
+    /// Calls `with` with where the bytes lie as they are, if the kernel may copy them from there, and keeps them there until it ends.
+    async fn lend_blocks<T>(&self, _: ByteOffset, _: u64, with: impl AsyncFnOnce(Option<Place>) -> T) -> T {
+        with(None).await
+    }
+
+    /// Has the kernel copy what is lent to `at`. Waits for nobody but the kernel; what fails is for a write to tell.
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        let _ = (at, loan);
+        Moved::Never
+    }
+
     /// As [`Volume::read`], with the tuples of the blocks, one after another; checked as told, and by nothing else.
     /// A block without protection information has the escape, all ones.
     ///
@@ -220,7 +253,6 @@ pub trait Volume {
     async fn close(&self) -> Result<()>;
 }
 
-/// A volume that several owners on one thread share.
 /// Bytes of a map that are asked for first; sixteen times as many each time after that.
 const FIRST_LOOK: u64 = 256 << 10;
 /// Data are not followed further than this: whoever reads them reads them in pieces.
@@ -245,6 +277,7 @@ pub async fn first_run<V: Volume>(volume: &V, at: ByteOffset, len: u64) -> Resul
     }
 }
 
+/// A volume that several owners on one thread share.
 impl<V: Volume> Volume for Rc<V> {
     fn limits(&self) -> Limits {
         (**self).limits()
@@ -284,6 +317,27 @@ impl<V: Volume> Volume for Rc<V> {
 
     fn protection(&self) -> Option<PiType> {
         (**self).protection()
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        (**self).at_rest()
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        (**self).read_along(at, to).await
+    }
+
+    async fn lend_blocks<T>(
+        &self,
+        at: ByteOffset,
+        len: u64,
+        with: impl AsyncFnOnce(Option<Place>) -> T,
+    ) -> T {
+        (**self).lend_blocks(at, len, with).await
+    }
+
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        (**self).take_blocks(at, loan).await
     }
 
     async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {

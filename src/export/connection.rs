@@ -421,7 +421,7 @@ fn execute(agreed: &Agreed, request: &Request, data: &[u8]) -> Result<Done, Refu
             let mut out = Vec::with_capacity(len as usize);
             for (done, n) in pieces {
                 match order(agreed, Errand::Read { lba: lba(at + done), blocks: blocks(n) })? {
-                    Answer::Data(data) if data.len() as u64 == n => out.extend(data),
+                    Answer::Data(data, _) if data.len() as u64 == n => out.extend(data),
                     _ => return Err(Refused(error::EIO, "the LUN gave something else".into())),
                 }
             }
@@ -430,7 +430,7 @@ fn execute(agreed: &Agreed, request: &Request, data: &[u8]) -> Result<Done, Refu
         command::WRITE => {
             for (done, n) in pieces {
                 let data = data[done as usize..(done + n) as usize].to_vec();
-                order(agreed, Errand::Write { lba: lba(at + done), data })?;
+                order(agreed, Errand::Write { lba: lba(at + done), data, along: None })?;
             }
         }
         command::WRITE_ZEROES | command::TRIM => {

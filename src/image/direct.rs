@@ -89,6 +89,11 @@ impl Ways {
         self.direct.as_ref().map_or(1, |direct| direct.offset as u32)
     }
 
+    /// Whether some of it goes past the cache.
+    pub fn goes_past(&self) -> bool {
+        self.direct.is_some()
+    }
+
     /// The file, for all that is no transfer.
     pub fn file(&self) -> &Rc<File> {
         &self.cached

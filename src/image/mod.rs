@@ -6,6 +6,7 @@
 pub mod create;
 pub mod direct;
 pub mod error;
+mod kernel_copy;
 pub mod lock;
 pub mod nbd;
 pub mod null;
@@ -34,7 +35,10 @@ use serde::Serialize;
 use crate::{
     sys::mem::Sg,
     units::ByteOffset,
-    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
+    volume::{
+        Extent, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags,
+        loan::{Loan, Moved, Place},
+    },
 };
 use lock::{ImageLock, LockError, LockMode};
 
@@ -384,6 +388,25 @@ impl Volume for Image {
             Driver::Null(v) => v.write(at, from, flags).await,
             Driver::Qcow2(v) => v.write(at, from, flags).await,
             Driver::Nbd(v) => Box::pin(v.write(at, from, flags)).await,
+        }
+    }
+
+    async fn lend_blocks<T>(
+        &self,
+        at: ByteOffset,
+        len: u64,
+        with: impl AsyncFnOnce(Option<Place>) -> T,
+    ) -> T {
+        match &self.driver {
+            Driver::Raw(v) => v.lend_blocks(at, len, with).await,
+            Driver::Null(_) | Driver::Qcow2(_) | Driver::Nbd(_) => with(None).await,
+        }
+    }
+
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        match &self.driver {
+            Driver::Raw(v) => v.take_blocks(at, loan).await,
+            Driver::Null(_) | Driver::Qcow2(_) | Driver::Nbd(_) => Moved::Never,
         }
     }
 

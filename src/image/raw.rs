@@ -26,7 +26,10 @@ use crate::{
         mem::{Buffer, Sg},
     },
     units::ByteOffset,
-    volume::{Extent, ExtentKind, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
+    volume::{
+        Extent, ExtentKind, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags,
+        loan::{Loan, Moved, Place},
+    },
 };
 
 /// Whether those bytes, at the start of a file, would make it a qcow2 image.
@@ -51,7 +54,7 @@ const MAX_EXTENTS: usize = 4096;
 
 /// A raw image.
 pub struct Raw {
-    io: Io,
+    pub(super) io: Io,
     ways: Ways,
     /// The same open file, for calls that run on another thread.
     shared: Arc<File>,
@@ -111,7 +114,7 @@ impl Raw {
     }
 
     /// Checks that a range may be worked on, and counts the work. `None`: there is nothing to do.
-    fn begin(&self, op: IoOp, at: ByteOffset, len: u64) -> Result<Option<Busy<'_>>> {
+    pub(super) fn begin(&self, op: IoOp, at: ByteOffset, len: u64) -> Result<Option<Busy<'_>>> {
         if self.failed.get() {
             return Err(self.error(IoErrorKind::Failed, op).at(at));
         }
@@ -127,6 +130,16 @@ impl Raw {
         }
         self.under_way.set(self.under_way.get() + 1);
         Ok(Some(Busy(self)))
+    }
+
+    /// The file, if it is one and all that is read and written there goes through the page cache.
+    pub(super) fn copyable(&self) -> Option<Arc<File>> {
+        (!self.block_device && !self.ways.goes_past()).then(|| self.shared.clone())
+    }
+
+    /// Whether what is written there has to be looked at first.
+    pub(super) fn refuses_first_bytes(&self, at: ByteOffset) -> bool {
+        self.probed && at.0 == 0
     }
 
     fn error(&self, kind: IoErrorKind, op: IoOp) -> IoError {
@@ -207,7 +220,7 @@ impl Raw {
 }
 
 /// Counts one operation under way.
-struct Busy<'a>(&'a Raw);
+pub(super) struct Busy<'a>(&'a Raw);
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
@@ -260,6 +273,19 @@ impl Volume for Raw {
             return Err(e);
         }
         Err(Box::pin(self.failed_durable_write(at, from, e)).await)
+    }
+
+    async fn lend_blocks<T>(
+        &self,
+        at: ByteOffset,
+        len: u64,
+        with: impl AsyncFnOnce(Option<Place>) -> T,
+    ) -> T {
+        self.lend_place(at, len, with).await
+    }
+
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        self.take_place(at, loan).await
     }
 
     async fn flush(&self) -> Result<()> {

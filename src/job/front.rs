@@ -20,7 +20,10 @@ use crate::{
     sync::Notify,
     sys::mem::Sg,
     units::ByteOffset,
-    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
+    volume::{
+        AtRest, Extent, IoError, IoErrorKind, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags,
+        loan::{Loan, Moved, Place},
+    },
 };
 
 /// What a command goes to.
@@ -364,6 +367,38 @@ impl<S: Side> Volume for Front<S> {
 
     fn protection(&self) -> Option<PiType> {
         self.layer.borrow().volume.protection()
+    }
+
+    /// A job that is attached has to see what is read, and what is written.
+    async fn lend_blocks<T>(
+        &self,
+        at: ByteOffset,
+        len: u64,
+        with: impl AsyncFnOnce(Option<Place>) -> T,
+    ) -> T {
+        let layer = self.hold().await;
+        match &layer.mirror {
+            None => layer.volume.lend_blocks(at, len, with).await,
+            Some(_) => with(None).await,
+        }
+    }
+
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        // Whoever lends waits for this, and this for nobody.
+        if self.closed.get() || self.mirror().is_some() {
+            return Moved::NotThese;
+        }
+        let layer = self.hold().await;
+        let _changing = self.bitmaps.changing(at.0, loan.len());
+        layer.volume.take_blocks(at, loan).await
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        self.layer.borrow().volume.at_rest()
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        through!(self, read_along(at, to))
     }
 
     async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {

@@ -19,7 +19,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Poll, Waker},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -204,22 +204,33 @@ impl Calls {
         if self.0.hung_up.get() {
             return Err(Undone::Unreachable);
         }
+        let place = self.place();
+        door.send(Message::Errand(errand, place.way_back()));
+        let mut too_long = pin!(self.0.io.sleep(PATIENCE));
+        poll_fn(|cx| match place.poll(cx) {
+            Poll::Ready(outcome) => Poll::Ready(outcome),
+            Poll::Pending => too_long.as_mut().poll(cx).map(|()| Err(Undone::Unreachable)),
+        })
+        .await
+    }
+
+    /// Hands a way back to somebody, and waits until it is dropped, wherever that is; or until nobody is waited for any more.
+    pub(super) async fn until_dropped(&self, hand: impl FnOnce(Return)) {
+        if self.0.hung_up.get() {
+            return;
+        }
+        let place = self.place();
+        hand(place.way_back());
+        // Whoever drops it says that nobody answers.
+        let _ = poll_fn(|cx| place.poll(cx)).await;
+    }
+
+    /// A place for one who waits.
+    fn place(&self) -> Place<'_> {
         let ticket = self.0.next.get();
         self.0.next.set(ticket + 1);
         self.0.waiting.borrow_mut().insert(ticket, Waiting::default());
-        let _place = Place { calls: &self, ticket };
-        door.send(Message::Errand(errand, Return { to: self.0.own.clone(), ticket, given: false }));
-        let mut too_long = pin!(self.0.io.sleep(PATIENCE));
-        poll_fn(|cx| {
-            if let Some(waiting) = self.0.waiting.borrow_mut().get_mut(&ticket) {
-                if let Some(outcome) = waiting.outcome.take() {
-                    return Poll::Ready(outcome);
-                }
-                waiting.waker = Some(cx.waker().clone());
-            }
-            too_long.as_mut().poll(cx).map(|()| Err(Undone::Unreachable))
-        })
-        .await
+        Place { calls: self, ticket }
     }
 }
 
@@ -229,9 +240,27 @@ struct Place<'a> {
     ticket: u64,
 }
 
+impl Place<'_> {
+    fn way_back(&self) -> Return {
+        Return { to: self.calls.0.own.clone(), ticket: self.ticket, given: false }
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<Outcome> {
+        if let Some(waiting) = self.calls.0.waiting.borrow_mut().get_mut(&self.ticket) {
+            if let Some(outcome) = waiting.outcome.take() {
+                return Poll::Ready(outcome);
+            }
+            waiting.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.calls.0.waiting.borrow_mut().remove(&self.ticket);
+        // An answer that nobody took may have a way back itself: it is dropped when the list is free.
+        let left = self.calls.0.waiting.borrow_mut().remove(&self.ticket);
+        drop(left);
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
     jobs::{self, Jobs},
     measured::Measures,
     moved::Moves,
-    neighbours::{Calls, Membership},
+    neighbours::{Calls, Membership, Return},
     recheck::Rechecker,
     saved_pages::{self, SavedPagesFile},
     scrub::{self, Scrub, ScrubStatus, Scrubber},
@@ -33,12 +33,17 @@ use crate::{
     job::{bitmaps::KeptBitmap, front::Front},
     pi::{Counters, Exposure},
     ring::{Command, Completion, Once},
-    scsi::{self, Status, Target, TargetConfig, continued::SETTLE, neighbour::Undone},
+    scsi::{
+        self, Status, Target, TargetConfig,
+        continued::SETTLE,
+        neighbour::{Answer, Errand, Undone},
+    },
     sync::Notify,
     sys::{
         exec::{join, race},
         io::Io,
     },
+    units::Lba,
     volume::Volume,
 };
 
@@ -212,6 +217,7 @@ impl Lun {
             counted: self.counted.borrow().clone(),
             traffic: self.traffic.get(),
             throttle: Some(self.throttle.get()).filter(|t| *t != throttle::Throttled::default()),
+            moved_by_kernel: Some(self.target.moved_by_kernel()).filter(|bytes| *bytes > 0),
             measured: self.measures.get(),
             formatted_with: stack.protection(),
             scrub: self.scrubber.last().map(ScrubSummary::from),
@@ -254,6 +260,23 @@ impl Lun {
         self.throttle.set(limits, Instant::now());
         info!(%limits, "limits");
         self.limits_file.as_ref().map_or(Ok(()), |file| file.save(limits, false))
+    }
+
+    /// Lends blocks to another LUN, and holds them until they are given back. At the end of this LUN they are taken back, given or not.
+    async fn lend(&self, (lba, blocks): (Lba, u64), back: Return) {
+        let mut back = Some(back);
+        let lent = self.target.lend(lba, blocks, async |loan| match (loan, back.take()) {
+            (Some(loan), Some(back)) => {
+                let hand = |home| back.give(Ok(Answer::Lent(Some(loan.with_way_back(home)))));
+                self.calls.until_dropped(hand).await;
+            }
+            (None, Some(back)) => back.give(Ok(Answer::Lent(None))),
+            (_, None) => {}
+        });
+        let lent = lent.await;
+        if let (Err(failure), Some(back)) = (lent, back) {
+            back.give(Err(Undone::Failed(failure)));
+        }
     }
 
     /// Write-back to write-through: what was acknowledged before is flushed too.
@@ -440,6 +463,9 @@ impl Service for Lun {
                     Some(_) => self.events.scrub(&[JobStatus::Created, JobStatus::Running]),
                     None => {}
                 }
+            }
+            Message::Errand(Errand::Lend { lba, blocks }, back) => {
+                Box::pin(self.lend((lba, blocks), back)).await;
             }
             Message::Errand(errand, back) => {
                 back.give(self.target.run_errand(errand).await.map_err(Undone::Failed));

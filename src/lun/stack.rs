@@ -17,7 +17,10 @@ use crate::{
     },
     sys::{exec::boxed, io::Io, mem::Sg},
     units::{BlockSize, ByteOffset},
-    volume::{Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags},
+    volume::{
+        AtRest, Extent, IoError, IoOp, Limits, PiType, Result, TupleCheck, Volume, WriteFlags,
+        loan::{Loan, Moved, Place},
+    },
 };
 
 /// The layers of a LUN below SCSI.
@@ -194,6 +197,34 @@ impl Volume for Stack {
 
     async fn close(&self) -> Result<()> {
         layers!(self, v => v.close().await)
+    }
+
+    // What the kernel moves nobody has verified, so what is protected is read and written.
+    async fn lend_blocks<T>(
+        &self,
+        at: ByteOffset,
+        len: u64,
+        with: impl AsyncFnOnce(Option<Place>) -> T,
+    ) -> T {
+        match self {
+            Stack::Plain(v) => v.lend_blocks(at, len, with).await,
+            Stack::Protected(_) => with(None).await,
+        }
+    }
+
+    async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
+        match self {
+            Stack::Plain(v) => v.take_blocks(at, loan).await,
+            Stack::Protected(_) => Moved::Never,
+        }
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        layers!(self, v => v.at_rest())
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        layers!(self, v => v.read_along(at, to).await)
     }
 
     fn protection(&self) -> Option<PiType> {

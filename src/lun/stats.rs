@@ -76,6 +76,9 @@ pub struct Stats {
     /// Limits and what they have come to, if there are any or were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub throttle: Option<Throttled>,
+    /// Bytes that copies have brought here and the kernel has moved from file to file, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moved_by_kernel: Option<u64>,
     /// How long commands took, and with what sense they failed.
     #[serde(skip)]
     pub measured: Measured,

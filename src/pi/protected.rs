@@ -54,7 +54,7 @@ use crate::{
     sync::{AsyncMutex, RangeLock},
     sys::{exec::join, io::Io, mem::Sg},
     units::{BlockSize, Blocks, ByteOffset, Lba},
-    volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, TupleCheck, Volume, WriteFlags},
+    volume::{AtRest, Extent, IoError, IoErrorKind, IoOp, Limits, Result, TupleCheck, Volume, WriteFlags},
 };
 
 /// How an image is protected.
@@ -405,21 +405,16 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     }
 
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
-        let (lba, tuples) = self.get(at, to).await?;
-        let mut seen = self.counters.get();
-        let mut wrong = None;
-        let checked = self.checker().verify_all(to, lba, &tuples, |m| {
-            // What a crash has left in doubt cannot be rechecked by one who may not write.
-            let in_doubt = self.read_only && self.sidecar.is_marked(m.lba);
-            if !in_doubt {
-                wrong = wrong.or(Some(m));
-            }
-            in_doubt
-        });
-        seen.verified += checked.verified;
-        seen.unprotected += checked.unprotected;
-        self.counters.set(seen);
-        wrong.map_or(Ok(()), |m| Err(self.mismatch(at, m)))
+        self.read_and_check(at, to).await.map(drop)
+    }
+
+    async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        self.read_and_check(at, to).await.map(Some)
+    }
+
+    fn at_rest(&self) -> Option<AtRest> {
+        let Checker { kind, tags, .. } = self.checker();
+        Some(AtRest { kind, initiators: tags == Exposure::Initiator })
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {

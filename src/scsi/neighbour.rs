@@ -8,7 +8,10 @@ use std::{future::Future, pin::Pin, rc::Rc};
 use super::sense::Failure;
 use crate::{
     units::{BlockSize, Lba},
-    volume::ExtentKind,
+    volume::{
+        AtRest, ExtentKind,
+        loan::{Loan, Moved},
+    },
 };
 
 /// A designation descriptor of a logical unit (SPC-4 7.8.6.1).
@@ -20,6 +23,17 @@ pub struct Designator {
     pub kind: u8,
     /// DESIGNATOR.
     pub value: Vec<u8>,
+}
+
+/// Tuples that go with blocks from one logical unit to another, as they were verified where the blocks come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Along {
+    /// Whose they are, and of which type.
+    pub at_rest: AtRest,
+    /// Of the blocks that they belong to.
+    pub block_size: BlockSize,
+    /// Eight bytes a block.
+    pub tuples: Vec<u8>,
 }
 
 /// What a logical unit is asked to do for a copy.
@@ -34,12 +48,28 @@ pub enum Errand {
         /// How many.
         blocks: u64,
     },
-    /// Write whole blocks, with protection information made for them.
+    /// Write whole blocks, with the protection information that comes along, or with some made for them.
     Write {
         /// The first.
         lba: Lba,
         /// What they are to hold.
         data: Vec<u8>,
+        /// Their tuples. Of use where blocks are as large and protected in the same way.
+        along: Option<Along>,
+    },
+    /// Lend blocks for the kernel to copy them. Only a neighbour is asked: what it lends it keeps in place until the loan is dropped.
+    Lend {
+        /// The first.
+        lba: Lba,
+        /// How many.
+        blocks: u64,
+    },
+    /// Have the kernel copy what is lent, without waiting for anybody.
+    Take {
+        /// The first block to be written.
+        lba: Lba,
+        /// What it is to hold.
+        loan: Loan,
     },
     /// Bring every write that was answered to stable storage.
     Flush,
@@ -71,8 +101,12 @@ pub enum Answer {
         /// How many it has.
         blocks: u64,
     },
-    /// To [`Errand::Read`].
-    Data(Vec<u8>),
+    /// To [`Errand::Read`]: the blocks, and their tuples if it keeps some.
+    Data(Vec<u8>, Option<Along>),
+    /// To [`Errand::Lend`]; nothing if it has none that the kernel could copy.
+    Lent(Option<Loan>),
+    /// To [`Errand::Take`].
+    Moved(Moved),
     /// To [`Errand::Write`], [`Errand::Flush`] and [`Errand::Zero`].
     Written,
     /// To [`Errand::Map`]: runs of bytes from the first block on, and what they hold.

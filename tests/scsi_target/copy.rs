@@ -25,7 +25,7 @@ fn list(id: u8, blocks: u16, from: u64, to: u64) -> Vec<u8> {
     out
 }
 
-fn xcopy(len: usize) -> Vec<u8> {
+pub fn xcopy(len: usize) -> Vec<u8> {
     let mut cdb = vec![0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     cdb.extend((len as u32).to_be_bytes());
     cdb.extend([0, 0]);

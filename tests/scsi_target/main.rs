@@ -4,6 +4,7 @@
 mod atomic;
 mod compare;
 mod copy;
+mod copy_along;
 mod erase;
 mod memory;
 mod modes;

@@ -53,7 +53,7 @@ impl Dice {
 pub struct Pi {
     dir: tempfile::TempDir,
     io: Io,
-    pub target: Target<Rc<Protected<Image>>>,
+    pub target: Rc<Target<Rc<Protected<Image>>>>,
     pub volume: Rc<Protected<Image>>,
     pub size: BlockSize,
     pub transfer: Transfer,
@@ -73,6 +73,17 @@ fn path(dir: &tempfile::TempDir) -> PathBuf {
 
 impl Pi {
     pub async fn new(io: &Io, kind: PiType, size: BlockSize, transfer: Transfer) -> Pi {
+        Pi::beside(io, kind, size, (transfer, Exposure::Initiator), |_| {}).await
+    }
+
+    /// One of several, with what else its configuration says.
+    pub async fn beside(
+        io: &Io,
+        kind: PiType,
+        size: BlockSize,
+        seen: (Transfer, Exposure),
+        configure: impl FnOnce(&mut TargetConfig),
+    ) -> Pi {
         let dir = tempfile::tempdir().unwrap();
         create_raw(io, &path(&dir), BLOCKS * size.bytes()).await.unwrap();
         let new = NewSidecar {
@@ -84,10 +95,17 @@ impl Pi {
             stamp: Stamp::of(&path(&dir)).unwrap(),
         };
         tools::create(io, &path(&dir), &default_path(&path(&dir)), new).await.unwrap();
-        Pi::open(io, dir, kind, size, transfer).await
+        Pi::open(io, dir, kind, size, seen, configure).await
     }
 
-    async fn open(io: &Io, dir: tempfile::TempDir, kind: PiType, size: BlockSize, transfer: Transfer) -> Pi {
+    async fn open(
+        io: &Io,
+        dir: tempfile::TempDir,
+        kind: PiType,
+        size: BlockSize,
+        (transfer, exposure): (Transfer, Exposure),
+        configure: impl FnOnce(&mut TargetConfig),
+    ) -> Pi {
         let options = OpenOptions::default();
         let image = open(io, &path(&dir), &options).await.unwrap();
         let stamp = image.stamp().unwrap();
@@ -96,7 +114,7 @@ impl Pi {
             image: path(&dir),
             sidecar: default_path(&path(&dir)),
             kind,
-            exposure: Exposure::Initiator,
+            exposure,
             block_size: size,
             read_only: false,
             found: Stamp { size: stamp.size, mtime: stamp.mtime },
@@ -105,8 +123,9 @@ impl Pi {
         let volume = Rc::new(Protected::open(io, image, &how).await.unwrap());
         let mut config = TargetConfig::new(size, "serial-1");
         config.power_on = false;
-        config.transfer = Some(transfer);
-        let target = Target::new(config, volume.clone());
+        config.transfer = (exposure == Exposure::Initiator).then_some(transfer);
+        configure(&mut config);
+        let target = Rc::new(Target::new(config, volume.clone()));
         let dice = RefCell::new(Dice(1));
         Pi { dir, io: io.clone(), target, volume, size, transfer, dice }
     }
@@ -116,7 +135,7 @@ impl Pi {
         self.volume.close().await.unwrap();
         let Pi { dir, io, target, volume, size, transfer, .. } = self;
         drop((target, volume));
-        Pi::open(&io, dir, kind, size, transfer).await
+        Pi::open(&io, dir, kind, size, (transfer, Exposure::Initiator), |_| {}).await
     }
 
     pub fn image(&self) -> PathBuf {

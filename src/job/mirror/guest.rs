@@ -147,6 +147,17 @@ impl<S: Side> Mirror<S> {
         }
     }
 
+    /// As [`crate::volume::Volume::read_along`].
+    pub(in crate::job) async fn read_along(&self, at: ByteOffset, to: &Sg) -> Result<Option<Vec<u8>>> {
+        let _guest = self.guest();
+        match self.source.read_along(at, to).await {
+            Err(e) if self.may_mend(&e) && self.mend(at.0, to.len() as u64).await => {
+                self.source.read_along(at, to).await
+            }
+            done => done,
+        }
+    }
+
     /// As [`crate::volume::Volume::read_with_tuples`].
     pub(in crate::job) async fn read_with_tuples(
         &self,

@@ -2,9 +2,12 @@
 //! place of the same, without passing through the initiator.
 //!
 //! The unit that gets the command is the copy manager. It reads and writes by errands ([`Errand`]), to itself too, one at a time and
-//! [`CHUNK`] bytes at most; it holds nothing while it waits, so copies in both directions cannot wait for each other. All segments are
+//! [`CHUNK`] bytes at most; it holds nothing while it waits, so copies in both directions cannot wait for each other. Where the kernel can move
+//! the blocks by itself, it does ([`by_kernel`]). All segments are
 //! checked before the first block is moved. A segment that overlaps itself ends as if all of it had been read first; the segments of
 //! a list are done one after another.
+
+mod by_kernel;
 
 use std::{
     cell::{Cell, RefCell},
@@ -13,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Command, Failure, Once, Outcome, Target, rw::CHUNK};
+use super::{Command, Failure, Once, Outcome, Target, along::plain_cdb, rw::CHUNK};
 use crate::{
     scsi::{
         cdb::Cdb,
@@ -23,7 +26,7 @@ use crate::{
     },
     sys::mem::Buffer,
     units::{BlockSize, Lba},
-    volume::Volume,
+    volume::{Volume, loan::Moved},
 };
 
 /// How long a copy may take. The kernel gives a command up some time later, and would not know what became of it.
@@ -152,6 +155,11 @@ struct Move {
 }
 
 impl Move {
+    /// Whether it has blocks that are both read and written.
+    fn overlaps_itself(&self) -> bool {
+        self.source.is_same(&self.destination) && self.from.abs_diff(self.to) < self.len
+    }
+
     /// Whether it writes to what the other reads.
     fn writes_what_reads(&self, other: &Move) -> bool {
         self.destination.is_same(&other.source)
@@ -211,25 +219,28 @@ impl<V: Volume> Target<V> {
                 let asked = self.asked(plain_cdb(&mut [0; 16]), lba)?;
                 let _pass = self.gate.pass(lba.0, blocks).await;
                 let to = Buffer::zeroed(len as usize).sg();
-                // Whatever DPICZ says: what is copied gets new protection information, so what it had is checked.
-                self.fetch(at, &to, &asked, asked.field.on_medium(false), 0).await?;
-                Ok(Answer::Data(to.to_vec()))
+                let along = self.fetch_along(at, &to, &asked).await?;
+                Ok(Answer::Data(to.to_vec(), along))
             }
-            Errand::Write { lba, data } => {
+            Errand::Write { lba, data, along } => {
                 self.is_writable()?;
                 let blocks = data.len() as u64 >> self.block_size.shift();
                 let (at, _) = self.place(lba, blocks)?;
-                let asked = self.asked_to_write(plain_cdb(&mut [0; 16]), lba)?;
+                let from = Buffer::from_slice(&data).sg();
+                drop(data);
                 {
                     let _pass = self.gate.pass(lba.0, blocks).await;
-                    let from = Buffer::from_slice(&data).sg();
-                    self.store(at, &from, None, self.write_flags(false), &asked, 0).await?;
+                    let taken = self.taken_along(lba, &from, along)?;
+                    self.store_along(at, &from, taken).await?;
                 }
                 if self.is_time_for_space() {
                     self.look_at_space().await;
                 }
                 Ok(Answer::Written)
             }
+            // Whoever lends has to hold what it lends: [`Target::lend`].
+            Errand::Lend { .. } => Ok(Answer::Lent(None)),
+            Errand::Take { lba, loan } => self.take(lba, loan).await.map(Answer::Moved),
             Errand::Flush => {
                 self.volume.flush().await.map_err(|e| self.failure(e))?;
                 Ok(Answer::Written)
@@ -315,9 +326,7 @@ impl<V: Volume> Target<V> {
         };
         let (block_size, blocks) = match self.ask(other.as_ref(), Errand::Describe).await {
             Ok(Answer::Described { block_size, blocks }) => (block_size, blocks),
-            Ok(Answer::Data(_) | Answer::Written | Answer::Mapped(_)) => {
-                return Err(undone(Undone::Unreachable, segment, byte));
-            }
+            Ok(_) => return Err(undone(Undone::Unreachable, segment, byte)),
             Err(e) => return Err(undone(e, segment, byte)),
         };
         if u64::from(unit.block_length) != block_size.bytes() {
@@ -337,6 +346,7 @@ impl<V: Volume> Target<V> {
 
     async fn execute_move(&self, m: &Move, running: &Running<'_>) -> Result<(), Sense> {
         let backwards = m.source.is_same(&m.destination) && m.from < m.to;
+        let mut by_kernel = !m.overlaps_itself();
         let mut done = 0;
         while done < m.len {
             if running.started.elapsed() > PATIENCE
@@ -346,15 +356,25 @@ impl<V: Volume> Target<V> {
             }
             let n = (m.len - done).min(CHUNK);
             let at = if backwards { m.len - done - n } else { done };
+            if by_kernel {
+                let moved = self.move_by_kernel(m, at, n).await?;
+                by_kernel = moved != Moved::Never;
+                if moved == Moved::Done {
+                    done += n;
+                    running.change(|r| r.bytes += n);
+                    continue;
+                }
+            }
             let (source, destination) = (&m.source, &m.destination);
             let lba = Lba((m.from + at) >> source.block_size.shift());
             let read = Errand::Read { lba, blocks: n >> source.block_size.shift() };
-            let data = match self.ask(source.other.as_ref(), read).await {
-                Ok(Answer::Data(data)) if data.len() as u64 == n => data,
+            let (data, along) = match self.ask(source.other.as_ref(), read).await {
+                Ok(Answer::Data(data, along)) if data.len() as u64 == n => (data, along),
                 Ok(_) => return Err(undone(Undone::Unreachable, m.number, field::SOURCE)),
                 Err(e) => return Err(undone(e, m.number, field::SOURCE)),
             };
-            let write = Errand::Write { lba: Lba((m.to + at) >> destination.block_size.shift()), data };
+            let lba = Lba((m.to + at) >> destination.block_size.shift());
+            let write = Errand::Write { lba, data, along };
             match self.ask(destination.other.as_ref(), write).await {
                 Ok(Answer::Written) => {}
                 Ok(_) => return Err(undone(Undone::Unreachable, m.number, field::DESTINATION)),
@@ -408,12 +428,6 @@ impl<V: Volume> Target<V> {
         }
         self.reply(command, &out, u64::from(cdb.u32(10)))
     }
-}
-
-/// The CDB of READ (16) or WRITE (16) as far as protection looks at it: without a protection field.
-fn plain_cdb(bytes: &mut [u8; 16]) -> Cdb<'_> {
-    bytes[0] = 0x88;
-    Cdb::whole(bytes)
 }
 
 /// Where one segment writes what one reads, a copy that was cut off and is begun again would read what it has written: such a list is

@@ -36,6 +36,14 @@ impl Gate {
         Pass::Ranged { guard: Box::pin(self.lock.shared(start, len)).await }
     }
 
+    /// The same for one who may not wait: nothing, while anybody holds any block.
+    pub fn pass_at_once(&self) -> Option<Pass<'_>> {
+        self.lock.is_idle().then(|| {
+            self.counted.set(self.counted.get() + 1);
+            Pass::Counted(self)
+        })
+    }
+
     /// Waits until nobody works on any of these blocks, and keeps everybody off them until the guard is dropped.
     pub async fn hold(&self, start: u64, len: u64) -> RangeGuard {
         let guard = self.lock.exclusive(start, len).await;

@@ -5,6 +5,7 @@
 //! Any number of commands may be in execution; SCSI orders them no more than the initiator's task attributes ask, which the
 //! kernel keeps.
 
+mod along;
 mod compare;
 pub mod continued;
 mod copy;
@@ -190,6 +191,7 @@ pub struct Target<V: Volume> {
     on_failure: Option<OnFailure>,
     neighbours: Option<Rc<dyn Neighbours>>,
     copies: copy::Copies,
+    moved_by_kernel: Cell<u64>,
     attentions: RefCell<VecDeque<Asc>>,
     keeping: Keeping,
     gate: Gate,
@@ -245,6 +247,7 @@ impl<V: Volume> Target<V> {
             on_failure: config.on_failure,
             neighbours: config.neighbours,
             copies: copy::Copies::default(),
+            moved_by_kernel: Cell::default(),
             saved_settings: Cell::new(settings),
             attentions: RefCell::new(attentions),
             keeping: Keeping::new(config.keeper, config.write_cache),

@@ -71,7 +71,7 @@ impl Asked {
     }
 
     /// Gives tuples made for the blocks from `lba` on, `ahead` blocks into the command, the tags that are expected of them.
-    fn put_tags(&self, lba: Lba, ahead: u64, made: &mut [u8]) {
+    pub(super) fn put_tags(&self, lba: Lba, ahead: u64, made: &mut [u8]) {
         for (i, slot) in made.as_chunks_mut::<TUPLE_LEN>().0.iter_mut().enumerate() {
             let mut tuple = Tuple::from_bytes(*slot);
             if let Some((tag, mask)) = self.app.of(Lba(lba.0 + i as u64)) {
@@ -97,7 +97,7 @@ impl<V: Volume> Target<V> {
         self.counters.get()
     }
 
-    fn count(&self, change: impl FnOnce(&mut Counters)) {
+    pub(super) fn count(&self, change: impl FnOnce(&mut Counters)) {
         let mut counters = self.counters.get();
         change(&mut counters);
         self.counters.set(counters);

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // A test may panic.
 
+mod by_kernel;
+
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -10,6 +12,7 @@ use std::{
 use tcmu_dif::{
     image::{
         create::{create_qcow2, create_raw},
+        direct::CacheMode,
         qcow2::CreateOptions,
     },
     lun::{LunHandle, LunParams, Neighbourhood, config::DeviceConfig, start},
@@ -48,10 +51,17 @@ struct Kind {
     block: BlockSize,
     group: Option<&'static str>,
     read_only: bool,
+    cache: CacheMode,
 }
 
-const RAW: Kind =
-    Kind { qcow2: false, pi: false, block: BlockSize::B512, group: Some("g"), read_only: false };
+const RAW: Kind = Kind {
+    qcow2: false,
+    pi: false,
+    block: BlockSize::B512,
+    group: Some("g"),
+    read_only: false,
+    cache: CacheMode::Writeback,
+};
 
 impl World {
     fn new() -> World {
@@ -67,6 +77,7 @@ impl World {
         config.pi = kind.pi.then_some(PiType::Type1);
         config.copy_group = kind.group.map(str::to_owned);
         config.read_only = kind.read_only;
+        config.cache = kind.cache;
         let lun = start(LunParams {
             name: serial.into(),
             config,
@@ -133,6 +144,11 @@ impl Disk {
 
     fn stop(&mut self) {
         self.lun.take().unwrap().stop().unwrap();
+    }
+
+    /// Bytes that the kernel has moved here.
+    fn moved_by_kernel(&self) -> u64 {
+        self.lun.as_ref().unwrap().stats().unwrap().moved_by_kernel.unwrap_or(0)
     }
 
     /// RECEIVE COPY RESULTS with that service action.
@@ -342,6 +358,27 @@ fn a_bad_block_is_never_copied_and_a_write_protected_lun_is_never_written() {
     for disk in [&mut a, &mut b, &mut c] {
         disk.stop();
     }
+}
+
+#[test]
+fn between_luns_that_are_protected_alike_no_guard_is_made_anew() {
+    let world = World::new();
+    let mut a = world.disk("a", Kind { pi: true, ..RAW });
+    let mut b = world.disk("b", Kind { pi: true, qcow2: true, ..RAW });
+    let data = noise(21, 5 * MIB);
+    a.write(0, &data);
+    let units = [unit(&a), unit(&b)];
+    let there = list(1, &units, &[segment(0, 1, 10240, 0, 4096, false), segment(1, 1, 2048, 4096, 1, false)]);
+    assert_eq!(a.copy(&there).key_asc_ascq(), GOOD);
+    let seen = b.lun.as_ref().unwrap().stats().unwrap().pi.unwrap();
+    assert_eq!((seen.generated, seen.guard_errors), (0, 0));
+    assert!(seen.verified >= 12288, "{seen:?}");
+    assert!(b.read(2 * MIB, 5 * MIB) == data && b.read(512, MIB) == data[..MIB as usize]);
+    // A block that has no tuple gets one, as from a write.
+    assert_eq!(b.copy(&list(1, &units, &[segment(0, 1, 8, 20000, 0, false)])).key_asc_ascq(), GOOD);
+    assert_eq!(b.lun.as_ref().unwrap().stats().unwrap().pi.unwrap().generated, 8);
+    a.stop();
+    b.stop();
 }
 
 #[test]
