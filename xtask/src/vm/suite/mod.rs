@@ -137,8 +137,7 @@ pub fn init_of(name: &str) -> Init {
     if ["service.", "docs."].iter().any(|room| name.starts_with(room)) { Init::Systemd } else { Init::Script }
 }
 
-/// Tests that take minutes each, or wait out a stop time, or need a build of their own, or have not been green from end to end yet
-/// (`pi.differential-lio`, `service.upgrade`): run at full scale, or when they are named.
+/// Tests that take minutes each, or wait out a stop time, or need a build of their own: run at full scale, or when they are named.
 const LONG: &[&str] = &[
     "pi.guest-",
     "pi.differential-lio",
@@ -147,6 +146,7 @@ const LONG: &[&str] = &[
     "service.upgrade",
     "tools.targetcli",
     "fault.hung-device",
+    "conformance.offloads-elsewhere",
     panic::NAME,
 ];
 
