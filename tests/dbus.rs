@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    os::unix::net::UnixStream,
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
@@ -59,7 +60,8 @@ impl Bus {
         let mut daemon = Command::new("dbus-daemon");
         daemon.args([&config, "--nofork", "--nopidfile", "--nosyslog"]).stdout(Stdio::null());
         self.daemon = Some(daemon.spawn().expect("dbus-daemon: package dbus"));
-        until("the bus", || self.dir.path().join("bus").exists());
+        // The socket is there a moment before somebody listens.
+        until("the bus", || UnixStream::connect(self.dir.path().join("bus")).is_ok());
     }
 
     fn stop(&mut self) {

@@ -335,6 +335,21 @@ fn a_commit_goes_on_after_a_restart_and_one_that_is_cancelled_leaves_the_chain()
 }
 
 #[test]
+fn a_lun_that_stops_while_a_job_copies_leaks_nothing_of_its_target() {
+    for round in 0..20u64 {
+        let rig = Rig::new(Registry::default());
+        let (files, mut known, mut talk) = chain_of(&rig, Format::Qcow2, round % 2 == 0, 2);
+        for i in 0..8 {
+            assert_eq!(known.guest.write(i * 2048, &vec![round as u8 + 1; MIB as usize]), 0);
+        }
+        talk.get("block-commit", json!({ "device": "vm1" }));
+        std::thread::sleep(Duration::from_micros(known.random(4000)));
+        known.guest.lun.stop().unwrap();
+        qemu_img(&["check", "-q", path(&files[0])]);
+    }
+}
+
+#[test]
 fn images_between_are_committed_while_the_lun_is_written_to() {
     for (format, pi) in [(Format::Raw, true), (Format::Qcow2, true), (Format::Raw, false)] {
         // The top is under the LUN's own image, or further below; the base is the last, or not.

@@ -85,11 +85,22 @@ fn the_daemon_is_there_before_those_who_use_its_disks_and_after_what_it_needs() 
         "systemd-modules-load.service",
         "local-fs.target",
         "systemd-tmpfiles-setup.service",
-        "modprobe@target_core_user.service",
+        "tcmu-dif-modules.service",
         "dbus.socket",
     ] {
         assert!(values(&unit, "After").contains(earlier), "{earlier}");
     }
+}
+
+#[test]
+fn the_modules_are_loaded_once_and_not_by_every_restart() {
+    let unit = fs::read_to_string(dist().join("systemd/tcmu-dif-modules.service")).unwrap();
+    assert!(unit.contains("\nType=oneshot\nRemainAfterExit=yes\n"), "{unit}");
+    let loaded = values(&unit, "ExecStart");
+    for module in ["configfs", "target_core_user", "vhost_scsi", "tcm_loop"] {
+        assert!(loaded.contains(module), "{module}");
+    }
+    assert!(values(&unit, "Before").contains("sys-kernel-config.mount"));
 }
 
 /// The one value of a setting of `[Service]`; what a later line sets wins, as with systemd.

@@ -496,11 +496,12 @@ impl Service for Lun {
     }
 
     fn is_changing(&self) -> bool {
-        self.front.is_closed() || self.rechecker.is_at_work()
+        self.front.is_closed() || self.rechecker.is_at_work() || self.jobs.is_copying()
     }
 
     fn ended(&self) {
         self.calls.hang_up();
         self.rechecker.end();
+        self.jobs.halt();
     }
 }

@@ -4,6 +4,7 @@
 //! command never stands behind more than one of them; while they are not, all lanes do. `speed` bounds it further.
 
 use std::{
+    cell::Cell,
     ops::Range,
     time::{Duration, Instant},
 };
@@ -47,6 +48,22 @@ enum Next<'a> {
     CopyThere(Range<u64>),
     Wait(Duration),
     Nothing,
+}
+
+/// A piece that is being copied, until it is dropped.
+struct UnderWay<'a>(&'a Cell<usize>);
+
+impl<'a> UnderWay<'a> {
+    fn new(pieces: &'a Cell<usize>) -> UnderWay<'a> {
+        pieces.set(pieces.get() + 1);
+        UnderWay(pieces)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 impl<S: Side> Mirror<S> {
@@ -154,8 +171,8 @@ impl<S: Side> Mirror<S> {
         let Settings { auto_finalize, speed, task, sync, .. } = self.settings.get();
         let (waits, ready, asked, told) = {
             let state = self.state.borrow();
-            let waits =
-                state.paused || state.stopped != IoStatus::Ok || state.cancelled || state.failed.is_some();
+            let stopped = state.stopped != IoStatus::Ok || self.halted.get();
+            let waits = state.paused || stopped || state.cancelled || state.failed.is_some();
             (waits, state.ready, state.asked.is_some(), state.pending || state.finalize)
         };
         // What is changed is copied then, and nothing else.
@@ -244,6 +261,7 @@ impl<S: Side> Mirror<S> {
 
     /// Copies one run. Tells what was done about an error, if there was one; the run is dirty again then.
     async fn copy(&self, copying: Copying<'_>, buffer: &Buffer) -> Option<ErrorAction> {
+        let _under_way = UnderWay::new(&self.pieces);
         let range = copying.range();
         let len = range.end - range.start;
         let task = self.settings.get().task;
@@ -265,6 +283,7 @@ impl<S: Side> Mirror<S> {
 
     /// Copies what is dirty of a range as it was when the job began, which no change may come before.
     async fn copy_there(&self, range: Range<u64>, buffer: &Buffer) -> Option<ErrorAction> {
+        let _under_way = UnderWay::new(&self.pieces);
         let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
         while let Some(copying) = self.map.take_within(&range, PIECE) {
             if self.is_over() {

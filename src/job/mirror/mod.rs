@@ -276,6 +276,9 @@ pub struct Mirror<S> {
     /// Commands of guests under way, and when the last one came.
     guests: Cell<usize>,
     guest_came: Cell<Option<Instant>>,
+    /// Pieces that are being copied, but for guests; and that no further one is begun.
+    pieces: Cell<usize>,
+    halted: Cell<bool>,
     closed: Cell<bool>,
 }
 
@@ -305,6 +308,8 @@ impl<S: Side> Mirror<S> {
             not_before: Cell::new(None),
             guests: Cell::new(0),
             guest_came: Cell::new(None),
+            pieces: Cell::new(0),
+            halted: Cell::new(false),
             closed: Cell::new(false),
         }
     }
@@ -519,6 +524,16 @@ impl<S: Side> Mirror<S> {
         let state = self.state.borrow();
         let wanted = self.settings.get().copy_mode == CopyMode::WriteBlocking || state.asked.is_some();
         wanted && state.stopped == IoStatus::Ok && state.failed.is_none() && !state.cancelled
+    }
+
+    /// The LUN stops: no further piece is begun, and those that are under way are not to be cut off, which leaks clusters of a qcow2 target.
+    pub fn halt(&self) {
+        self.halted.set(true);
+    }
+
+    /// Whether pieces are being copied.
+    pub fn is_copying(&self) -> bool {
+        self.pieces.get() > 0
     }
 
     fn is_over(&self) -> bool {

@@ -472,6 +472,18 @@ impl Jobs {
         }
     }
 
+    /// The LUN stops: a job begins nothing more.
+    pub(super) fn halt(&self) {
+        if let Some(active) = &*self.active.borrow() {
+            active.mirror.halt();
+        }
+    }
+
+    /// Whether a job copies something that it has begun.
+    pub(super) fn is_copying(&self) -> bool {
+        self.active.borrow().as_ref().is_some_and(|active| active.mirror.is_copying())
+    }
+
     /// The LUN stops: closes what a job has open beside the LUN's own.
     pub(super) async fn close(&self) {
         let active = self.active.borrow().clone();
