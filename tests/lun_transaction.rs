@@ -16,7 +16,7 @@ mod known;
 #[path = "common/qmp_rig.rs"]
 mod rig;
 
-use known::{Known, SIZE, judge, make, path, qemu_img, refused, start_named};
+use known::{Known, SIZE, judge, make, path, qemu_img, refused, start_named, tcmu_dif};
 use rig::{Rig, Talk};
 
 /// A granule of a bitmap, and of a backup.
@@ -486,4 +486,29 @@ fn bitmaps_take_part_while_a_job_is_under_way() {
     increment(&mut talk, "vm1", &second, &third, "new");
     one.known.guest.lun.stop().unwrap();
     judge(&third, Format::Qcow2, false, &one.known.disk, &dir);
+}
+
+#[test]
+fn the_command_line_backs_several_luns_up_at_once() {
+    let rig = Rig::new(Registry::default());
+    let dir = rig.dir.path().to_owned();
+    let [mut one, mut two] = luns(&rig, ["vm1", "vm2"], true);
+    one.known.steps(20);
+    two.known.steps(20);
+    let (a, b) = (dir.join("a.qcow2"), dir.join("b.qcow2"));
+    let (good, said) = tcmu_dif(&["backup", "vm1", path(&a), "vm9", path(&b)], Some(&dir));
+    assert!(!good && said.contains("LUN 'vm9' is not served") && !a.exists(), "{said}");
+    let (good, said) = tcmu_dif(&["backup", "vm1", path(&a), "vm2"], Some(&dir));
+    assert!(!good && said.contains("it has no FILE") && said.contains("tcmu-dif backup vm1"), "{said}");
+    let words = ["backup", "vm1", path(&a), "vm2", path(&b), "--job-id", "x"];
+    let (good, said) = tcmu_dif(&words, Some(&dir));
+    assert!(!good && said.contains("--job-id is for one LUN") && said.contains("next: "), "{said}");
+    let (good, said) = tcmu_dif(&["backup", "vm1", path(&a), "vm2", path(&b), "--json"], Some(&dir));
+    assert!(good, "{said}");
+    let told: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((&told[1]["target"], &told[1]["done"]), (&json!(path(&b)), &json!(true)), "{told}");
+    judge(&a, Format::Qcow2, true, &one.known.disk, &dir);
+    judge(&b, Format::Qcow2, true, &two.known.disk, &dir);
+    one.known.guest.lun.stop().unwrap();
+    two.known.guest.lun.stop().unwrap();
 }
