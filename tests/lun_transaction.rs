@@ -413,7 +413,11 @@ fn backups_that_are_grouped_succeed_together_or_not_at_all() {
         let waits = |jobs: &Value| jobs.as_array().unwrap().iter().any(|job| job["status"] == "waiting");
         loop {
             let jobs = talk.get("query-block-jobs", json!({}));
-            if if group { waits(&jobs) } else { jobs.as_array().unwrap().len() == 1 } {
+            let as_expected = match group {
+                true => waits(&jobs),
+                false => jobs.as_array().unwrap().len() == 1,
+            };
+            if as_expected {
                 break;
             }
             assert!(Instant::now() < end, "{jobs}");

@@ -31,7 +31,7 @@ pub fn backup(cli: &Cli, args: &Backup) -> Done {
         [one] => asked.ask("drive-backup", one.take())?,
         all => {
             let action = |data: &Value| json!({ "type": "drive-backup", "data": data });
-            let actions: Vec<Value> = all.iter().map(|data| action(data)).collect();
+            let actions: Vec<Value> = all.iter().map(action).collect();
             asked.ask("transaction", json!({ "actions": actions }))?
         }
     };

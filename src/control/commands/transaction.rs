@@ -217,7 +217,7 @@ fn carry_out(Parts(parts): Parts, grouped: bool, aborted: Option<&str>) -> Resul
     if parts.is_empty() {
         return aborted.map_or_else(done, |reason| Err(Error::generic(reason)));
     }
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let ballot = Ballot::of(parts.len());
     let group = grouped.then(|| Group::of(parts.iter().filter(|part| part.job().is_some()).count()));
     // Each LUN answers for itself; what came of it all is the vote's to say, whatever each of them says first.
@@ -237,6 +237,8 @@ fn carry_out(Parts(parts): Parts, grouped: bool, aborted: Option<&str>) -> Resul
             })
             .collect();
         let carried = ballot.carry(aborted);
+        // Nobody waits for another LUN any more.
+        drop(turn);
         (carried, waiting.into_iter().filter_map(|one| one.join().ok()).collect::<Vec<_>>())
     });
     match carried {
