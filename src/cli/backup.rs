@@ -1,58 +1,96 @@
 //! `tcmu-dif backup` and `tcmu-dif bitmap`: clients of the daemon, which does the work.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{
     CliError, Done,
     args::Cli,
-    chain::ends,
-    job::{Asked, absolute, one, said},
+    chain::{ends, pairs},
+    job::{Asked, Copying, one, said},
     job_args::{Backup, BackupSync, Bitmap, BitmapMode, OneBitmap, word},
     output, size,
 };
 
 /// Runs `backup`.
 pub fn backup(cli: &Cli, args: &Backup) -> Done {
-    let name = args.name.as_str();
-    let target = std::path::absolute(&args.target)
-        .map_err(|e| CliError::new("backup", args.target.display(), e.to_string()))?;
+    let pairs = pairs("backup", &args.pairs)?;
+    let about = pairs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
+    for (option, given) in [("--job-id", args.job_id.is_some()), ("--sidecar", args.sidecar.is_some())] {
+        if given && pairs.len() > 1 {
+            return Err(CliError::new("backup", &about, format!("{option} is for one LUN"))
+                .then(format!("leave out {option}, or back them up one by one")));
+        }
+    }
     // One that only keeps what is overwritten has no end of its own.
-    let has_an_end = args.sync != BackupSync::None;
-    let id = args.job_id.as_deref().unwrap_or(name);
-    let mut arguments = Map::from_iter([
-        ("device".to_owned(), name.into()),
-        ("job-id".to_owned(), id.into()),
-        ("target".to_owned(), target.display().to_string().into()),
-        ("mode".to_owned(), if args.existing { "existing" } else { "absolute-paths" }.into()),
-        ("sync".to_owned(), word(&args.sync).into()),
-        ("speed".to_owned(), args.speed.into()),
-        ("on-source-error".to_owned(), word(&args.on_source_error).into()),
-        ("on-target-error".to_owned(), word(&args.on_target_error).into()),
-        // Kept until this command has told what came of it.
-        ("auto-dismiss".to_owned(), (args.background || !has_an_end).into()),
-    ]);
-    let mut given = |key: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            arguments.insert(key.to_owned(), value);
+    let waits = !args.background && args.sync != BackupSync::None;
+    let ids: Vec<&str> = pairs.iter().map(|(name, _)| args.job_id.as_deref().unwrap_or(name)).collect();
+    let orders = pairs.iter().zip(&ids).map(|((name, target), id)| order_of(args, (name, id, target), waits));
+    let mut orders: Vec<Value> = orders.collect();
+    let mut asked = Asked::new(cli, "backup", &about)?;
+    match &mut orders[..] {
+        [one] => asked.ask("drive-backup", one.take())?,
+        all => {
+            let action = |data: &Value| json!({ "type": "drive-backup", "data": data });
+            let actions: Vec<Value> = all.iter().map(action).collect();
+            asked.ask("transaction", json!({ "actions": actions }))?
         }
     };
-    given("format", args.format.map(|f| f.to_string().into()));
-    given("sidecar", args.sidecar.as_ref().map(|p| absolute(p).into()));
-    given("bitmap", args.bitmap.clone().map(Into::into));
-    if args.bitmap.is_some() {
+    let (mut told, mut lines, mut failed) = (Vec::new(), String::new(), None);
+    for ((name, target), id) in pairs.iter().zip(&ids) {
+        // What it says of an error names this one.
+        let mut asked = Asked::new(cli, "backup", name)?;
+        match waits.then(|| ends(&mut asked, id, "backing up")) {
+            Some(Ok(true)) => {
+                told.push(json!({ "id": id, "lun": name, "target": target, "done": true }));
+                lines += &format!("{target} is {name} as it was when the backup began\n");
+            }
+            // The others go on, and are waited for.
+            Some(Err(e)) => failed = failed.or(Some(e)),
+            Some(Ok(false)) | None => {
+                let job = asked.job(id)?.unwrap_or_default();
+                lines += &one(&job);
+                told.push(job);
+            }
+        }
+    }
+    let all = match (pairs.len(), told.pop()) {
+        (1, Some(one)) => one,
+        (_, last) => told.into_iter().chain(last).collect(),
+    };
+    match failed {
+        None => said(args.json.json, all, || lines),
+        Some(e) => {
+            if pairs.len() > 1 {
+                said(args.json.json, all, || lines)?;
+            }
+            Err(e)
+        }
+    }
+}
+
+/// What `drive-backup` is told of one LUN.
+fn order_of(args: &Backup, (name, id, target): (&str, &str, &str), waits: bool) -> Value {
+    let copying = Copying {
+        name,
+        id,
+        target,
+        existing: args.existing,
+        format: args.format,
+        sidecar: args.sidecar.as_deref(),
+        sync: word(&args.sync).into(),
+        speed: args.speed,
+        on_source_error: args.on_source_error,
+        on_target_error: args.on_target_error,
+        // Kept until this command has told what came of it.
+        auto_dismiss: !waits,
+    };
+    let mut arguments = copying.arguments();
+    if let Some(bitmap) = &args.bitmap {
         let mode = args.bitmap_mode.unwrap_or(BitmapMode::OnSuccess);
-        given("bitmap-mode", Some(word(&mode).into()));
+        arguments.insert("bitmap".to_owned(), bitmap.as_str().into());
+        arguments.insert("bitmap-mode".to_owned(), word(&mode).into());
     }
-    let mut asked = Asked::new(cli, "backup", name)?;
-    asked.ask("drive-backup", Value::Object(arguments))?;
-    if !args.background && has_an_end && ends(&mut asked, id, "backing up")? {
-        let ended = json!({ "id": id, "lun": name, "target": target, "done": true });
-        return said(args.json.json, ended, || {
-            format!("{} is {name} as it was when the backup began\n", target.display())
-        });
-    }
-    let job = asked.job(id)?.unwrap_or_default();
-    said(args.json.json, job.clone(), || one(&job))
+    Value::Object(arguments)
 }
 
 /// Runs `bitmap`.

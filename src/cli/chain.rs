@@ -1,6 +1,6 @@
 //! `tcmu-dif snapshot`, `stream` and `commit`, which make a LUN's chain longer and shorter: clients of the daemon, which does the work.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -14,19 +14,7 @@ use super::{
 
 /// Runs `snapshot`.
 pub fn snapshot(cli: &Cli, args: &Snapshot) -> Done {
-    let mut pairs = Vec::new();
-    for pair in args.pairs.chunks(2) {
-        let [name, file] = pair else {
-            let name = pair.first().map(|n| n.display().to_string()).unwrap_or_default();
-            return Err(CliError::new("snapshot", name, "it has no FILE".to_owned()).then(
-                "name a LUN and a file, by turns: tcmu-dif snapshot vm1 /a.qcow2 vm2 /b.qcow2".to_owned(),
-            ));
-        };
-        let name = name.display().to_string();
-        let file = std::path::absolute(file)
-            .map_err(|e| CliError::new("snapshot", file.display(), e.to_string()))?;
-        pairs.push((name, file.display().to_string()));
-    }
+    let pairs = pairs("snapshot", &args.pairs)?;
     let about = pairs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
     let mut asked = Asked::new(cli, "snapshot", &about)?;
     let mode = if args.existing { "existing" } else { "absolute-paths" };
@@ -45,6 +33,22 @@ pub fn snapshot(cli: &Cli, args: &Snapshot) -> Done {
         let rows = pairs.iter().map(|(name, file)| vec![name.clone(), file.clone()]);
         output::table(&["LUN", "IMAGE NOW"], rows)
     })
+}
+
+/// LUNs and files, which were named by turns.
+pub(super) fn pairs(command: &'static str, named: &[PathBuf]) -> Result<Vec<(String, String)>, CliError> {
+    let pair = |pair: &[PathBuf]| {
+        let [name, file] = pair else {
+            let name = pair.first().map(|n| n.display().to_string()).unwrap_or_default();
+            return Err(CliError::new(command, name, "it has no FILE".to_owned()).then(format!(
+                "name a LUN and a file, by turns: tcmu-dif {command} vm1 /a.qcow2 vm2 /b.qcow2"
+            )));
+        };
+        let absolute =
+            std::path::absolute(file).map_err(|e| CliError::new(command, file.display(), e.to_string()))?;
+        Ok((name.display().to_string(), absolute.display().to_string()))
+    };
+    named.chunks(2).map(pair).collect()
 }
 
 /// What a job that shortens a chain is told.

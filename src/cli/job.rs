@@ -1,6 +1,10 @@
 //! `tcmu-dif mirror` and `tcmu-dif job`: clients of the daemon, which does the work.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use serde_json::{Map, Value, json};
 
@@ -8,14 +12,17 @@ use super::{
     CliError, Done,
     args::Cli,
     error,
-    job_args::{self, Job, Mirror, word},
+    job_args::{self, Job, Mirror, OnError, word},
     output,
     pi::{advance, bar},
     size,
 };
-use crate::control::{
-    SOCKET,
-    client::{Client, ClientError},
+use crate::{
+    control::{
+        SOCKET,
+        client::{Client, ClientError},
+    },
+    image::Format,
 };
 
 /// How often a command asks how far a job is.
@@ -90,6 +97,45 @@ fn failed(command: &'static str, about: &str, e: &ClientError) -> CliError {
     }
 }
 
+/// What a job that copies to another image is told.
+pub(super) struct Copying<'a> {
+    pub(super) name: &'a str,
+    pub(super) id: &'a str,
+    pub(super) target: &'a str,
+    pub(super) existing: bool,
+    pub(super) format: Option<Format>,
+    pub(super) sidecar: Option<&'a Path>,
+    pub(super) sync: Value,
+    pub(super) speed: u64,
+    pub(super) on_source_error: OnError,
+    pub(super) on_target_error: OnError,
+    pub(super) auto_dismiss: bool,
+}
+
+impl Copying<'_> {
+    pub(super) fn arguments(&self) -> Map<String, Value> {
+        let mode = if self.existing { "existing" } else { "absolute-paths" };
+        let mut arguments = Map::from_iter([
+            ("device".to_owned(), self.name.into()),
+            ("job-id".to_owned(), self.id.into()),
+            ("target".to_owned(), self.target.into()),
+            ("mode".to_owned(), mode.into()),
+            ("sync".to_owned(), self.sync.clone()),
+            ("speed".to_owned(), self.speed.into()),
+            ("on-source-error".to_owned(), word(&self.on_source_error).into()),
+            ("on-target-error".to_owned(), word(&self.on_target_error).into()),
+            ("auto-dismiss".to_owned(), self.auto_dismiss.into()),
+        ]);
+        let format = self.format.map(|f| f.to_string());
+        for (key, given) in [("format", format), ("sidecar", self.sidecar.map(absolute))] {
+            if let Some(given) = given {
+                arguments.insert(key.to_owned(), given.into());
+            }
+        }
+        arguments
+    }
+}
+
 /// Runs `mirror`.
 pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
     let name = args.name.as_str();
@@ -97,27 +143,25 @@ pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
         .map_err(|e| CliError::new("mirror", args.target.display(), e.to_string()))?;
     let id = args.job_id.as_deref().unwrap_or(name);
     let mut asked = Asked::new(cli, "mirror", name)?;
-    let mut arguments = Map::from_iter([
-        ("device".to_owned(), name.into()),
-        ("job-id".to_owned(), id.into()),
-        ("target".to_owned(), target.display().to_string().into()),
-        ("mode".to_owned(), if args.existing { "existing" } else { "absolute-paths" }.into()),
-        ("sync".to_owned(), word(&args.sync).into()),
-        ("copy-mode".to_owned(), word(&args.copy_mode).into()),
-        ("speed".to_owned(), args.speed.into()),
-        ("on-source-error".to_owned(), word(&args.on_source_error).into()),
-        ("on-target-error".to_owned(), word(&args.on_target_error).into()),
+    let copying = Copying {
+        name,
+        id,
+        target: &target.display().to_string(),
+        existing: args.existing,
+        format: args.format,
+        sidecar: args.sidecar.as_deref(),
+        sync: word(&args.sync).into(),
+        speed: args.speed,
+        on_source_error: args.on_source_error,
+        on_target_error: args.on_target_error,
         // Kept until this command has told what came of it.
-        ("auto-dismiss".to_owned(), args.background.into()),
-    ]);
-    let mut given = |key: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            arguments.insert(key.to_owned(), value);
-        }
+        auto_dismiss: args.background,
     };
-    given("format", args.format.map(|f| f.to_string().into()));
-    given("granularity", args.granularity.map(Into::into));
-    given("sidecar", args.sidecar.as_ref().map(|p| absolute(p).into()));
+    let mut arguments = copying.arguments();
+    arguments.insert("copy-mode".to_owned(), word(&args.copy_mode).into());
+    if let Some(granularity) = args.granularity {
+        arguments.insert("granularity".to_owned(), granularity.into());
+    }
     asked.ask("drive-mirror", Value::Object(arguments))?;
     if !args.background {
         let stands =
@@ -139,7 +183,7 @@ pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
     said(args.json.json, job.clone(), || one(&job))
 }
 
-pub(super) fn absolute(path: &std::path::Path) -> String {
+fn absolute(path: &Path) -> String {
     std::path::absolute(path).unwrap_or(path.to_owned()).display().to_string()
 }
 

@@ -165,14 +165,13 @@ pub enum BitmapMode {
 #[command(
     after_help = "The target is the LUN as it is when the backup begins: what is written meanwhile waits until the old content is copied. \
                   If a copy before a write fails, the backup ends with that error, and the write goes on. A backup does not outlive the \
-                  daemon: after a restart it has ended, with an error."
+                  daemon: after a restart it has ended, with an error. Several LUNs are named one after the other (vm1 /a.qcow2 vm2 \
+                  /b.qcow2): all backups are of one point in time, or none begins."
 )]
 pub struct Backup {
-    /// The LUN's name
-    #[arg(value_parser = Name::new)]
-    pub name: Name,
-    /// The image to copy it to, which is made
-    pub target: PathBuf,
+    /// A LUN's name, and the image to copy it to, which is made; again for each further LUN
+    #[arg(value_names = ["NAME", "TARGET"], num_args = 2.., required = true)]
+    pub pairs: Vec<PathBuf>,
     /// The target's format: raw or qcow2 [default: the LUN's]
     #[arg(long, value_parser = order::format)]
     pub format: Option<Format>,

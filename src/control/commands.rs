@@ -13,6 +13,7 @@ mod luns;
 mod mirror;
 mod snapshot;
 mod throttle;
+mod transaction;
 
 use serde_json::{Map, Value, json};
 
@@ -127,6 +128,7 @@ static COMMANDS: &[Command] = &[
     },
     chain::COMMIT,
     chain::STREAM,
+    backup::BLOCKDEV_BACKUP,
     snapshot::TAKE,
     backup::DRIVE_BACKUP,
     Command {
@@ -346,7 +348,7 @@ static COMMANDS: &[Command] = &[
             luns.host().into_iter().for_each(Host::quit);
         }),
     },
-    snapshot::TRANSACTION,
+    transaction::TRANSACTION,
 ];
 
 /// The tables of commands and events, in Markdown.

@@ -128,8 +128,21 @@ async fn life(seed: u64, ground: Ground, fresh: bool, source_fails: bool) -> Opt
                 yield_now().await;
             }
             // What is under way may be in it or not.
-            past.replace(ground.model.borrow().clone());
-            front.attach(mirror.clone()).await;
+            if seed.is_multiple_of(2) {
+                past.replace(ground.model.borrow().clone());
+                front.attach(mirror.clone()).await;
+            } else {
+                // As in a transaction, whose other LUNs are waited for.
+                let at_once = async || {
+                    past.replace(ground.model.borrow().clone());
+                    for _ in 0..Rng::new(seed).below(300) {
+                        yield_now().await;
+                        assert_eq!(front.busy(), 0, "a command runs");
+                    }
+                    (Some(mirror.clone()), ())
+                };
+                front.hold_back(at_once).await;
+            }
             mirror.scan(fresh).await;
             let ended = front.drive(&mirror, async || panic!("a backup is not gone over to")).await;
             over.set(true);
@@ -164,6 +177,28 @@ async fn life(seed: u64, ground: Ground, fresh: bool, source_fails: bool) -> Opt
         is_of(&past, &target).await;
     }
     Some(outcome)
+}
+
+#[test]
+fn who_holds_commands_back_while_others_do_waits_for_them() {
+    let (ground, _) = ground(1, &mut Rng::new(1));
+    block_on(async move {
+        let front = Front::new(open(&ground.source, ground.pi).await);
+        let inside = Cell::new(false);
+        let one = async || {
+            let at_once = async || {
+                for _ in 0..10 {
+                    assert!(!inside.replace(true), "two at a time");
+                    yield_now().await;
+                    assert!(inside.replace(false) && front.is_closed());
+                }
+                (None, ())
+            };
+            front.hold_back(at_once).await;
+        };
+        join_all([one(), one(), one()]).await;
+        assert!(!front.is_closed());
+    });
 }
 
 #[test]

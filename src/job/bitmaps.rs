@@ -208,6 +208,7 @@ pub struct KeptBitmap {
 }
 
 /// One bitmap.
+#[derive(Clone)]
 struct Bitmap {
     name: String,
     enabled: bool,
@@ -234,6 +235,9 @@ pub enum BitmapMode {
 pub struct Bitmaps {
     all: RefCell<Vec<Bitmap>>,
 }
+
+/// What bitmaps were before something is done with them that may have to be undone: where each stood, and what it was if it was there.
+pub struct Former(Vec<(usize, String, Option<Bitmap>)>);
 
 /// A change of a range. Dropped, it is marked.
 pub struct Changing<'a> {
@@ -373,6 +377,32 @@ impl Bitmaps {
         self.usable(target, |bitmap| bitmap.bits = sum)
     }
 
+    /// What those of these names are, and that some of them are not there.
+    pub fn former<'a>(&self, names: impl Iterator<Item = &'a str>) -> Former {
+        let all = self.all.borrow();
+        let one = |name: &str| match all.iter().position(|bitmap| bitmap.name == name) {
+            Some(at) => (at, name.to_owned(), Some(all[at].clone())),
+            None => (all.len(), name.to_owned(), None),
+        };
+        let mut names: Vec<&str> = names.collect();
+        names.sort_unstable();
+        names.dedup();
+        Former(names.into_iter().map(one).collect())
+    }
+
+    /// Makes them again what they were. Exact as long as nothing was written meanwhile.
+    pub fn restore(&self, former: Former) {
+        let mut all = self.all.borrow_mut();
+        all.retain(|bitmap| former.0.iter().all(|(_, name, _)| *name != bitmap.name));
+        // In the order in which they stood.
+        let mut former = former.0;
+        former.sort_by_key(|(at, ..)| *at);
+        for (at, _, was) in former {
+            let at = at.min(all.len());
+            all.splice(at..at, was);
+        }
+    }
+
     /// A backup begins, now: gives what is marked, and is to be given back.
     ///
     /// # Errors
@@ -465,130 +495,5 @@ impl Bitmaps {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::single_range_in_vec_init)] // One run is a list of one.
-
-    use super::*;
-    use crate::storage::sim::{Rng, scaled};
-
-    const G: u64 = 4096;
-
-    fn runs(bits: &Bits) -> Vec<Range<u64>> {
-        bits.runs().collect()
-    }
-
-    #[test]
-    fn bits_are_those_of_a_naive_set_at_any_granularity() {
-        for seed in 0..scaled(200) {
-            let mut rng = Rng::new(seed);
-            let capacity = 512 * (1 + rng.below(40_000));
-            let (fine, coarse) = (512u64 << rng.below(4), 512u64 << rng.below(8));
-            let (mut a, mut b) = (Bits::new(capacity, fine), Bits::new(capacity, coarse));
-            let mut naive = vec![false; capacity.div_ceil(fine) as usize];
-            for _ in 0..rng.below(20) {
-                let (at, len) = (rng.below(capacity + 1000), rng.below(200_000));
-                a.set(at, len);
-                for (g, bit) in naive.iter_mut().enumerate() {
-                    let (start, end) = (g as u64 * fine, ((g as u64 + 1) * fine).min(capacity));
-                    *bit |= at < end && start < (at + len).min(capacity) && len > 0;
-                }
-            }
-            let mut seen = vec![false; naive.len()];
-            for run in a.runs() {
-                assert!(run.start < run.end && run.end <= capacity);
-                seen[(run.start / fine) as usize..run.end.div_ceil(fine) as usize].fill(true);
-            }
-            assert_eq!(seen, naive, "seed {seed}");
-            b.add(&a);
-            for run in a.runs() {
-                assert!(b.runs().any(|r| r.start <= run.start && run.end <= r.end), "seed {seed}: {run:?}");
-            }
-            assert_eq!(Bits::from_words(capacity, fine, a.words().to_vec()), a);
-        }
-    }
-
-    fn one() -> Bitmaps {
-        let bitmaps = Bitmaps::default();
-        bitmaps.add("a", 100 * G, G, false, true).unwrap();
-        bitmaps
-    }
-
-    fn marked(bitmaps: &Bitmaps) -> Vec<Range<u64>> {
-        runs(&bitmaps.with("a", |b| b.bits.clone()).unwrap())
-    }
-
-    #[test]
-    fn a_change_is_marked_when_it_is_over_or_dropped_and_not_forgotten_by_a_clear_meanwhile() {
-        let bitmaps = one();
-        let under_way = bitmaps.changing(5 * G + 1, 1);
-        assert!(marked(&bitmaps).is_empty());
-        bitmaps.clear("a").unwrap();
-        let taken = bitmaps.lend("a").unwrap();
-        assert!(runs(&taken).is_empty());
-        drop(under_way);
-        bitmaps.give_back("a", BitmapMode::OnSuccess, true, [].into_iter());
-        assert_eq!(marked(&bitmaps), [5 * G..6 * G]);
-    }
-
-    #[test]
-    fn what_a_backup_leaves_of_its_bitmap_is_as_it_was_told() {
-        let left = 3 * G..4 * G;
-        for (mode, good, expected) in [
-            (BitmapMode::OnSuccess, true, vec![9 * G..10 * G]),
-            (BitmapMode::OnSuccess, false, vec![2 * G..4 * G, 9 * G..10 * G]),
-            (BitmapMode::Never, true, vec![2 * G..4 * G, 9 * G..10 * G]),
-            (BitmapMode::Never, false, vec![2 * G..4 * G, 9 * G..10 * G]),
-            (BitmapMode::Always, true, vec![9 * G..10 * G]),
-            (BitmapMode::Always, false, vec![left.clone(), 9 * G..10 * G]),
-        ] {
-            let bitmaps = one();
-            drop(bitmaps.changing(2 * G, 2 * G));
-            assert_eq!(runs(&bitmaps.lend("a").unwrap()), [2 * G..4 * G]);
-            drop(bitmaps.changing(9 * G, 1));
-            let busy = BitmapError::Busy("a".into());
-            assert_eq!(bitmaps.clear("a"), Err(busy.clone()));
-            assert_eq!(bitmaps.remove("a"), Err(busy));
-            // Nothing is lost if it ends here.
-            assert_eq!(bitmaps.infos()[0].count, 3 * G);
-            let left = if good { None } else { Some(left.clone()) };
-            bitmaps.give_back("a", mode, good, left.into_iter());
-            assert_eq!(marked(&bitmaps), expected, "{mode:?} {good}");
-        }
-    }
-
-    #[test]
-    fn a_merge_is_all_or_nothing_and_an_inconsistent_one_can_only_be_removed() {
-        let bitmaps = one();
-        bitmaps.add("b", 100 * G, 16 * G, false, false).unwrap();
-        let kept = KeptBitmap { name: "old".into(), enabled: true, bits: None, granularity: G };
-        bitmaps.replace_kept(100 * G, vec![kept]);
-        drop(bitmaps.changing(0, 1));
-        assert_eq!(bitmaps.infos().iter().map(|i| i.count).collect::<Vec<_>>(), [G, 0, 0]);
-        let inconsistent = BitmapError::Inconsistent("old".into());
-        assert_eq!(bitmaps.merge("b", &["a".into(), "old".into()]), Err(inconsistent.clone()));
-        assert_eq!(bitmaps.infos()[1].count, 0);
-        bitmaps.merge("b", &["a".into()]).unwrap();
-        assert_eq!(bitmaps.infos()[1].count, 16 * G);
-        assert_eq!(bitmaps.lend("old").unwrap_err(), inconsistent);
-        assert_eq!(bitmaps.enable("old", true), Err(inconsistent));
-        assert_eq!(bitmaps.to_keep().len(), 1);
-        bitmaps.remove("old").unwrap();
-        assert!(bitmaps.to_keep().is_empty());
-        assert_eq!(bitmaps.add("a", G, G, false, true), Err(BitmapError::Exists("a".into())));
-        assert_eq!(bitmaps.add("", G, G, false, true), Err(BitmapError::Name));
-        assert_eq!(bitmaps.add("c", G, 1000, false, true), Err(BitmapError::Granularity(1000)));
-        assert_eq!(bitmaps.clear("x"), Err(BitmapError::NotFound("x".into())));
-    }
-
-    #[test]
-    fn another_size_keeps_what_is_marked_and_marks_nothing_else() {
-        let bitmaps = one();
-        drop(bitmaps.changing(99 * G, G));
-        bitmaps.resize(200 * G);
-        assert_eq!(marked(&bitmaps), [99 * G..100 * G]);
-        drop(bitmaps.changing(199 * G, G));
-        bitmaps.resize(100 * G);
-        bitmaps.resize(200 * G);
-        assert_eq!(marked(&bitmaps), [99 * G..100 * G]);
-    }
-}
+#[path = "bitmaps_tests.rs"]
+mod tests;

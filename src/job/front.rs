@@ -74,7 +74,11 @@ impl<S> Drop for Hold<'_, S> {
 struct Closed<'a, S>(&'a Front<S>);
 
 impl<'a, S> Closed<'a, S> {
-    fn close(front: &'a Front<S>) -> Closed<'a, S> {
+    /// One at a time: whoever comes second waits.
+    async fn close(front: &'a Front<S>) -> Closed<'a, S> {
+        while front.closed.get() {
+            front.opened.wait().await;
+        }
         front.closed.set(true);
         Closed(front)
     }
@@ -204,7 +208,7 @@ impl<S: Side> Front<S> {
     /// Changes what commands go to for another volume, in a moment in which none runs. Those under way end first, and those that come
     /// meanwhile wait and go to what `change` gives; where it gives nothing, to what was there. A job that is attached is detached then.
     pub async fn switch<T>(&self, change: impl AsyncFnOnce(Rc<S>) -> (Option<Rc<S>>, T)) -> T {
-        let gate = Closed::close(self);
+        let gate = Closed::close(self).await;
         let layer = self.layer.borrow().clone();
         self.let_go(&layer).await;
         let volume = layer.volume.clone();
@@ -213,6 +217,20 @@ impl<S: Side> Front<S> {
         let (new, out) = change(volume).await;
         if let Some(new) = new {
             self.replace(new, None);
+        }
+        drop(gate);
+        out
+    }
+
+    /// Does something in a moment in which no command runs: those under way end first, and those that come meanwhile wait. A job that
+    /// `work` gives is attached at the end of that moment, and sees every command that comes after it.
+    pub async fn hold_back<T>(&self, work: impl AsyncFnOnce() -> (Option<Rc<Mirror<S>>>, T)) -> T {
+        let gate = Closed::close(self).await;
+        let layer = self.layer.borrow().clone();
+        self.let_go(&layer).await;
+        let (job, out) = work().await;
+        if job.is_some() {
+            self.replace(layer.volume.clone(), job);
         }
         drop(gate);
         out
@@ -230,7 +248,7 @@ impl<S: Side> Front<S> {
         if let Err(e) = mirror.target().flush().await {
             return Ended::Target(e);
         }
-        let gate = Closed::close(self);
+        let gate = Closed::close(self).await;
         let layer = self.layer.borrow().clone();
         self.let_go(&layer).await;
         if !mirror.is_settled() {

@@ -1,5 +1,7 @@
 //! Backups, in QEMU's words.
 
+use serde_json::Value;
+
 use super::{
     super::{
         schema::{Member, Type, has, may},
@@ -15,7 +17,7 @@ use crate::{
 };
 
 /// Those of QEMU's DriveBackup, but for `compress`, `encrypt`, `filter-node-name` and what is unstable there; `sidecar` is ours.
-const ARGUMENTS: &[Member] = &[
+pub(super) const TO_A_FILE: &[Member] = &[
     may("job-id", Type::Str),
     has("device", Type::Str),
     has("target", Type::Str),
@@ -32,24 +34,74 @@ const ARGUMENTS: &[Member] = &[
     may("sidecar", Type::Str),
 ];
 
+/// Those of QEMU's BlockdevBackup, with the same left out, and `on-cbw-error` and its like; `sidecar` is ours.
+pub(super) const TO_A_NODE: &[Member] = &[
+    may("job-id", Type::Str),
+    has("device", Type::Str),
+    has("target", Type::Str),
+    has("sync", Type::Enum(&SYNC_MODE)),
+    may("bitmap", Type::Str),
+    may("bitmap-mode", Type::Enum(&BITMAP_SYNC_MODE)),
+    may("speed", Type::Int),
+    may("on-source-error", Type::Enum(&ON_ERROR)),
+    may("on-target-error", Type::Enum(&ON_ERROR)),
+    may("auto-finalize", Type::Bool),
+    may("auto-dismiss", Type::Bool),
+    may("sidecar", Type::Str),
+];
+
+/// `blockdev-backup`.
+pub(super) const BLOCKDEV_BACKUP: Command = Command {
+    name: "blockdev-backup",
+    args: TO_A_NODE,
+    returns: NOTHING,
+    help: "as in QEMU: a `drive-backup` to a `target` that is there. An image that no LUN has is a node by its absolute path, and its \
+           first bytes say its format; the node of a LUN cannot be a target",
+    run: |luns, args| begin(luns, args, to_a_node),
+    after: None,
+};
+
 /// `drive-backup`.
 pub(super) const DRIVE_BACKUP: Command = Command {
     name: "drive-backup",
-    args: ARGUMENTS,
+    args: TO_A_FILE,
     returns: NOTHING,
     help: "as in QEMU: copies a LUN as it is at that moment to `target`, an absolute path, while it is in use: what a write is about to \
            change is copied before. A copy that fails there ends the job, and never the write. The job's id is `device` unless `job-id` is \
            given. `mode` is absolute-paths unless it is given: a new image is made, with protection information as the LUN has it (`sidecar` \
            says where, if not beside it)",
-    run: |luns, args| {
-        let (lun, order) = (find(luns, args.text("device")?)?, order(luns, args)?);
-        told(lun.job(JobOrder::Backup(Box::new(order))))?;
-        done()
-    },
+    run: |luns, args| begin(luns, args, to_a_file),
     after: None,
 };
 
-fn order(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
+fn begin(
+    luns: &Registry,
+    args: &Arguments,
+    order: impl FnOnce(&Registry, &Arguments) -> Result<BackupOrder, Error>,
+) -> Result<Value, Error> {
+    let (lun, order) = (find(luns, args.text("device")?)?, order(luns, args)?);
+    told(lun.job(JobOrder::Backup(Box::new(order))))?;
+    done()
+}
+
+/// What `blockdev-backup` orders.
+pub(super) fn to_a_node(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
+    let target = args.text("target")?;
+    if luns.find(target).is_some() {
+        return Err(Error::generic(format!(
+            "node '{target}' is a LUN's: a backup goes to an image that no LUN has; give its absolute path"
+        )));
+    }
+    if !target.starts_with('/') {
+        return Err(Error::generic(format!(
+            "Cannot find device='{target}' nor node-name='{target}': an image that no LUN has is a node by its absolute path"
+        )));
+    }
+    Ok(BackupOrder { existing: true, ..to_a_file(luns, args)? })
+}
+
+/// What `drive-backup` orders.
+pub(super) fn to_a_file(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
     let sync = match args.text("sync")? {
         "incremental" | "bitmap" => SyncMode::Bitmap,
         _ => sync(args)?,

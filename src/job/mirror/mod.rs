@@ -250,6 +250,7 @@ struct State {
     stopped: IoStatus,
     asked: Option<Ending>,
     pending: bool,
+    waiting: bool,
     finalize: bool,
     cancelled: bool,
     failed: Option<String>,
@@ -375,6 +376,7 @@ impl<S: Side> Mirror<S> {
         let state = self.state.borrow();
         match &*state {
             s if s.failed.is_some() || s.cancelled => JobStatus::Aborting,
+            s if s.waiting => JobStatus::Waiting,
             s if s.pending => JobStatus::Pending,
             s if s.paused || s.stopped != IoStatus::Ok => {
                 if s.ready {
@@ -465,6 +467,13 @@ impl<S: Side> Mirror<S> {
         }
         self.change(|state| state.finalize = true);
         Ok(())
+    }
+
+    /// It has done its work, and waits for other jobs.
+    pub fn wait_for_others(&self) {
+        // One that was told to end has been waiting to be told.
+        let waits = self.settings.get().auto_finalize;
+        self.change(|state| state.waiting = waits);
     }
 
     /// It cannot go on, for that reason.

@@ -1,9 +1,9 @@
-//! Backups (`drive-backup`): the LUN as it was at one moment, copied to another image while the LUN goes on.
+//! Backups (`drive-backup`, `blockdev-backup`): the LUN as it was at one moment, copied to another image while the LUN goes on.
 //!
 //! The moment is kept by copying before each change, and lives in the daemon's memory. So a backup that is cut off by a stop of the daemon,
 //! in good order or not, is over: what its target has is a mixture of what was copied and nothing. The record says so at the next start.
 
-use super::{Active, BackupOrder, BitmapOrder, JobError, Jobs, MirrorOrder};
+use super::{Active, BackupOrder, BitmapOrder, JobError, Jobs, MirrorOrder, begin::Launch};
 use crate::{
     job::{
         bitmaps::BitmapError,
@@ -27,17 +27,28 @@ impl Jobs {
         block_size: BlockSize,
         order: BackupOrder,
     ) -> Result<(), JobError> {
+        let _starting = self.starting(&order.id)?;
+        if let Some((name, _)) = &order.bitmap {
+            // Said before a target is made.
+            front.bitmaps().check(name)?;
+        }
+        let launch = self.prepare_backup(front, block_size, order).await?;
+        self.begin(front, launch).await
+    }
+
+    /// Does what can be done before the moment that a backup is of.
+    pub(super) async fn prepare_backup(
+        &self,
+        front: &Front<Stack>,
+        block_size: BlockSize,
+        order: BackupOrder,
+    ) -> Result<Launch, JobError> {
         let BackupOrder { id, target, format, existing, sidecar, bitmap, settings } = order;
         // A new image of what a bitmap has may be put over another: zeros have to stand there themselves.
         let unmap = settings.sync != SyncMode::Bitmap || existing;
         let settings = Settings { task: Task::Backup, unmap, ..settings };
         let order = MirrorOrder { id, target, format, existing, sidecar, granularity: None, settings };
-        let _starting = self.starting(&order.id)?;
-        if let Some((name, _)) = &bitmap {
-            // Said before a target is made.
-            front.bitmaps().check(name)?;
-        }
-        self.copy_out(front, block_size, order, bitmap).await
+        self.prepare_copy(front, block_size, order, bitmap).await
     }
 
     /// Does something with dirty bitmaps.
@@ -74,6 +85,7 @@ impl Jobs {
             bitmaps::store_or_tell(mirror.source(), &front.take_parted()).await;
             let volume = front.volume();
             let kept = bitmaps::load(&volume).await;
+            front.passable().await;
             front.bitmaps().replace_kept(volume.limits().capacity, kept);
         }
     }

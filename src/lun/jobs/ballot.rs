@@ -30,7 +30,7 @@ pub(super) enum Step {
     Prepared,
     /// No command runs.
     Held,
-    /// It could go on with its new image.
+    /// It could go on with its new image, or with what else has changed.
     Ready,
 }
 
@@ -87,11 +87,12 @@ impl Ballot {
         }
     }
 
-    /// Waits until all LUNs are ready, and makes their moves durable. Called once, by who called the vote; LUNs wait for it.
+    /// Waits until all LUNs are ready, and makes their moves durable, unless there is a reason `against` it. Called once, by who called
+    /// the vote; LUNs wait for it.
     ///
     /// # Errors
     /// Why nothing has changed.
-    pub fn carry(&self) -> Result<(), String> {
+    pub fn carry(&self, against: Option<&str>) -> Result<(), String> {
         let end = Instant::now() + PATIENCE + LOOK;
         let mut votes = self.votes();
         while votes.state == State::Open && votes.reached[Step::Ready as usize] < votes.voters {
@@ -102,6 +103,10 @@ impl Ballot {
             }
             let waited = self.changed.wait_timeout(votes, left);
             votes = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if let (State::Open, Some(reason)) = (&votes.state, against) {
+            votes.state = State::Refused(reason.to_owned());
+            self.changed.notify_all();
         }
         if let State::Refused(reason) = &votes.state {
             return Err(reason.clone());
@@ -167,11 +172,16 @@ impl Seat {
         moves: Option<Moves>,
         (from, to): (DeviceConfig, DeviceConfig),
     ) -> Result<(), String> {
-        {
-            let mut votes = self.ballot.votes();
-            votes.moves.extend(moves.map(|moves| (moves, from, to)));
-            votes.reached[Step::Ready as usize] += 1;
-        }
+        self.ballot.votes().moves.extend(moves.map(|moves| (moves, from, to)));
+        self.ready(io).await
+    }
+
+    /// The same of a LUN that keeps its image.
+    ///
+    /// # Errors
+    /// Why it comes to nothing.
+    pub(super) async fn ready(&self, io: &Io) -> Result<(), String> {
+        self.ballot.votes().reached[Step::Ready as usize] += 1;
         self.ballot.changed.notify_all();
         self.wait(io, |votes| match &votes.state {
             State::Refused(reason) => Some(Err(reason.clone())),
@@ -238,7 +248,7 @@ mod tests {
             let ballot = Ballot::of(3);
             let parts = [("a", false), ("b", fails), ("c", false)]
                 .map(|(name, fails)| part(&ballot, name, dir.path(), fails));
-            let carried = ballot.carry();
+            let carried = ballot.carry(None);
             let told: Vec<_> = parts.into_iter().map(|p| p.join().unwrap()).collect();
             assert!(told.iter().all(|t| *t == carried), "{told:?} {carried:?}");
             assert_eq!(carried.is_err(), fails);
@@ -254,11 +264,15 @@ mod tests {
     fn one_who_leaves_has_it_refused_and_after_the_decision_nobody_can() {
         let ballot = Ballot::of(1);
         drop(Seat::new(ballot.clone(), "vm1"));
-        assert!(ballot.carry().unwrap_err().contains("vm1 could not take part"));
+        assert!(ballot.carry(None).unwrap_err().contains("vm1 could not take part"));
         let dir = tempfile::tempdir().unwrap();
         let ballot = Ballot::of(1);
         let one = part(&ballot, "a", dir.path(), false);
-        ballot.carry().unwrap();
+        assert_eq!(ballot.carry(Some("aborted")), Err("aborted".into()));
+        assert_eq!(one.join().unwrap(), Err("aborted".into()));
+        let ballot = Ballot::of(1);
+        let one = part(&ballot, "a", dir.path(), false);
+        ballot.carry(None).unwrap();
         ballot.refuse("too late");
         assert_eq!(one.join().unwrap(), Ok(()));
     }

@@ -13,10 +13,12 @@ mod begin;
 mod beneath;
 mod chain;
 mod commit;
+mod group;
 mod record;
 mod snapshot;
 mod switch;
 mod target;
+mod transaction;
 mod types;
 
 use std::{
@@ -27,10 +29,11 @@ use std::{
 use tracing::{error, info, warn};
 
 pub use ballot::Ballot;
+pub use group::Group;
 pub use record::FOLDER;
 pub use types::{
-    BackupOrder, BitmapOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder, SnapshotOrder,
-    StreamOrder, copy_mode, sync_mode,
+    Act, BackupOrder, BitmapOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder,
+    PartOrder, SnapshotOrder, StreamOrder, copy_mode, sync_mode,
 };
 
 pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
@@ -69,6 +72,8 @@ struct Active {
     target: DeviceConfig,
     /// The dirty bitmap that it has, and what it leaves of it.
     bitmap: Option<(String, BitmapMode)>,
+    /// The jobs that it succeeds together with.
+    group: Option<group::Member>,
 }
 
 /// A job that was under way when the LUN stopped.
@@ -243,7 +248,13 @@ impl Jobs {
         let sides = (copied, stack);
         let mirror = Mirror::new(record.id.clone(), sides, map, record.settings, record.copied, hooks);
         let mirror = Rc::new(mirror);
-        let active = Active { mirror: mirror.clone(), record: RefCell::new(record), target, bitmap: None };
+        let active = Active {
+            mirror: mirror.clone(),
+            record: RefCell::new(record),
+            target,
+            bitmap: None,
+            group: None,
+        };
         self.active.replace(Some(Rc::new(active)));
         // Guests are not concerned by what goes on between other images.
         let concerns_guests = !matches!(mirror.settings().task, Task::CommitBeneath { .. });
@@ -311,7 +322,12 @@ impl Jobs {
             JobOrder::Snapshot(order) => self.snapshot(front, block_size, order, &moved).await?,
             JobOrder::Mirror(order) => self.mirror(front, block_size, *order).await?,
             JobOrder::Backup(order) => self.backup(front, block_size, *order).await?,
-            JobOrder::Bitmap(order) => self.bitmap(front, order)?,
+            JobOrder::Bitmap(order) => {
+                // A transaction may have done something with them that it takes back.
+                front.passable().await;
+                self.bitmap(front, order)?;
+            }
+            JobOrder::Part(order) => self.part(front, block_size, *order).await?,
             JobOrder::Complete(id) => self.find(&id)?.mirror.complete()?,
             JobOrder::Cancel { id, force } => self.find(&id)?.mirror.cancel(force),
             JobOrder::Pause(id) => self.lead(&id, |mirror| mirror.pause(true))?,
@@ -395,7 +411,13 @@ impl Jobs {
         let task = active.mirror.settings().task;
         let outcome = match task.ends_by_itself() && !task.keeps_the_past() {
             true => self.drive_chain(active, front, moved).await,
-            false => front.drive(&active.mirror, async || self.decide(active.target.clone()).await).await,
+            false => {
+                let drive = front.drive(&active.mirror, async || self.decide(active.target.clone()).await);
+                match &active.group {
+                    Some(member) => member.with_all(&self.io, &active.mirror, drive).await,
+                    None => drive.await,
+                }
+            }
         };
         Jobs::see_to_bitmaps(active, front, &outcome).await;
         let goes_on = !matches!(outcome, Outcome::Ended(Ending::Pivot | Ending::Finish));
@@ -438,9 +460,12 @@ impl Jobs {
         }
         let (what, before) = match &outcome {
             Outcome::Ended(_) => {
-                let all = [JobStatus::Waiting, JobStatus::Pending];
-                let told = info.status == JobStatus::Pending;
-                (BlockJob::Completed(None), if told { Vec::new() } else { all.to_vec() })
+                let left: &[JobStatus] = match info.status {
+                    JobStatus::Pending => &[],
+                    JobStatus::Waiting => &[JobStatus::Pending],
+                    _ => &[JobStatus::Waiting, JobStatus::Pending],
+                };
+                (BlockJob::Completed(None), left.to_vec())
             }
             Outcome::Cancelled => (BlockJob::Cancelled, Vec::new()),
             Outcome::Failed(reason) => {

@@ -52,6 +52,8 @@ pub(super) struct Prepared {
     pub(super) fresh: bool,
     /// What is to be copied, where a backing file that is missing makes a difference.
     pub(super) sync: SyncMode,
+    /// What was made for it; removed, unless it is kept.
+    pub(super) made: Made,
 }
 
 /// Makes and opens the target of an order. What fails leaves no new file.
@@ -137,9 +139,8 @@ pub(super) async fn prepare(
         return Err(JobError::Target(words));
     }
     same_tuples(source, &stack).await?;
-    made.keep = true;
     let format = Some(stack.image().format());
-    Ok(Prepared { stack, config: DeviceConfig { format, ..config }, fresh: !order.existing, sync })
+    Ok(Prepared { stack, config: DeviceConfig { format, ..config }, fresh: !order.existing, sync, made })
 }
 
 /// Opens the LUN's image again, or the target of a job that goes on. A process that was killed a moment ago may have its lock still.

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
-use super::ballot::Ballot;
+use super::{ballot::Ballot, group::Group};
 use crate::{
     image::Format,
     job::{
@@ -117,6 +117,44 @@ pub struct SnapshotOrder {
     pub ballot: Option<Arc<Ballot>>,
 }
 
+/// One thing of several that are done at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Act {
+    /// With a dirty bitmap.
+    Bitmap(BitmapOrder),
+    /// A backup begins; one of a LUN at most.
+    Backup(Box<BackupOrder>),
+}
+
+impl Act {
+    /// The bitmap that is another one afterwards.
+    pub(super) fn changes(&self) -> Option<&str> {
+        match self {
+            Act::Backup(order) => order.bitmap.as_ref().map(|(name, _)| name.as_str()),
+            Act::Bitmap(
+                BitmapOrder::Add { name, .. }
+                | BitmapOrder::Remove(name)
+                | BitmapOrder::Clear(name)
+                | BitmapOrder::Enable(name, _)
+                | BitmapOrder::Merge { target: name, .. },
+            ) => Some(name),
+        }
+    }
+}
+
+/// A LUN's part in a `transaction`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartOrder {
+    /// The LUN's name.
+    pub lun: String,
+    /// What is done, in this order.
+    pub acts: Vec<Act>,
+    /// The vote of all LUNs that take part.
+    pub ballot: Arc<Ballot>,
+    /// The jobs that succeed together with the backup, if it is not alone.
+    pub group: Option<Arc<Group>>,
+}
+
 /// What the jobs of a LUN can be told. A name that is not that of a job of this LUN is an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobOrder {
@@ -126,6 +164,8 @@ pub enum JobOrder {
     Backup(Box<BackupOrder>),
     /// Do something with dirty bitmaps.
     Bitmap(BitmapOrder),
+    /// Do all of it at one moment, with other LUNs.
+    Part(Box<PartOrder>),
     /// Begin to bring what lies above an image to that.
     Commit(Box<CommitOrder>),
     /// Begin to bring what lies beneath into the image.
@@ -208,6 +248,9 @@ pub enum JobError {
     /// A snapshot.
     #[error("{0}")]
     Snapshot(String),
+    /// What others have to do with it.
+    #[error("{0}")]
+    Transaction(String),
     /// A dirty bitmap.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
