@@ -24,10 +24,18 @@ pub fn target_dir() -> PathBuf {
         .unwrap_or_else(|| workspace_root().join("target"))
 }
 
-/// The cargo that runs us, or the one on the path.
+/// The cargo that runs us, or the one on the path. What the cargo that runs us says of xtask it is not to hear: the build script of `ring`
+/// runs anew if that is another, and all that stands on it is built anew, whenever one goes from `cargo build` to `cargo xtask` and back.
 pub fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(workspace_root());
+    for (name, _) in std::env::vars_os() {
+        let of_xtask =
+            ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|of| name.to_string_lossy().starts_with(of));
+        if of_xtask {
+            cargo.env_remove(name);
+        }
+    }
     cargo
 }
 
