@@ -287,7 +287,11 @@ fn scrub(run: &mut Run<'_>) -> Result<()> {
         ensure!(after[key] == paused[key], "{key} was {} and is {}", paused[key], after[key]);
     }
 
-    // Beyond the scrub's position, and after the recheck of what the dead daemon had marked.
+    // Beyond the scrub's position, and after the recheck of what the dead daemon had marked, which goes on while the LUN serves.
+    guest.sh(
+        "for _ in $(seq 150); do grep -qE '\"unchecked\": *0(,|$)' <(tcmu-dif show look --json) && exit 0; sleep 0.2; done
+         tcmu-dif show look --json; exit 1",
+    )?;
     let lba = 100_000;
     ensure!(after["next_lba"].as_u64() < Some(lba), "the scrub is too far already: {after}");
     flip(guest, image, lba * 512 + 300)?;
