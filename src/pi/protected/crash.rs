@@ -362,10 +362,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             self.looked_at(&(range.start..run.start));
         }
         if run.start < run.end {
-            let _alone = self.lock.exclusive(run.start, run.end - run.start).await;
-            for part in self.unchecked.parts_of(&run) {
-                self.recheck_locked(part).await?;
-            }
+            self.recheck_within(run).await?;
         }
         Ok(true)
     }
@@ -388,26 +385,26 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let (around, most) = (AROUND >> size.shift(), CHUNK >> size.shift());
         let start = needed.start / around * around;
         let range = start..(needed.end.div_ceil(around) * around).min(start + most);
-        let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
-        for part in self.unchecked.parts_of(&range) {
-            if let Err(e) = self.recheck_locked(part).await {
-                let why = "a crash left this range to be looked at, and that could not be done";
-                return Err(IoError { source: e.source, ..IoError::new(IoErrorKind::Medium, op) }
-                    .at(ByteOffset(needed.start << size.shift()))
-                    .detail(why));
-            }
-        }
-        Ok(())
+        self.recheck_within(range).await.map_err(|e| {
+            let why = "a crash left this range to be looked at, and that could not be done";
+            IoError { source: e.source, ..IoError::new(IoErrorKind::Medium, op) }
+                .at(ByteOffset(needed.start << size.shift()))
+                .detail(why)
+        })
     }
 
-    /// Looks at blocks that are locked.
-    async fn recheck_locked(&self, blocks: Range<u64>) -> Result<()> {
+    /// Looks at those blocks of a range that are still to be looked at, while nobody else uses it.
+    async fn recheck_within(&self, range: Range<u64>) -> Result<()> {
+        let _alone = self.lock.exclusive(range.start, range.end - range.start).await;
         let checker = self.checker();
-        let done = recompute(&self.volume, &self.sidecar, &checker, blocks.clone(), Mode::Mend, |_| ()).await;
-        let done = done.map_err(|e| e.path(&self.sidecar_path))?;
-        self.count(|c| c.recomputed += done.recomputed + done.protected);
-        self.unchecked.found(done);
-        self.looked_at(&blocks);
+        for part in self.unchecked.parts_of(&range) {
+            let done =
+                recompute(&self.volume, &self.sidecar, &checker, part.clone(), Mode::Mend, |_| ()).await;
+            let done = done.map_err(|e| e.path(&self.sidecar_path))?;
+            self.count(|c| c.recomputed += done.recomputed + done.protected);
+            self.unchecked.found(done);
+            self.looked_at(&part);
+        }
         Ok(())
     }
 
