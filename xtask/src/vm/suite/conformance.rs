@@ -1,7 +1,7 @@
 //! What others' tools say of the SCSI target: libiscsi's suite, and the reports of sg3-utils as snapshots.
 
 use super::super::guest::{Guest, TIME_IS_OVER, patience};
-use super::lun::{assert_image_clean, create_on_loopback, daemon_pid, delete, start_daemon};
+use super::lun::{assert_image_clean, create_on_loopback, daemon, daemon_pid, delete, start_daemon};
 use super::reference::{LOOPBACK, START_TCMU_RUNNER};
 use super::{Run, Test, compare_snapshot, iscsi};
 use anyhow::{Context, Result, ensure};
@@ -150,9 +150,7 @@ fn suite(guest: &mut Guest, sg: &str, test: &str, more: &str) -> Result<BTreeMap
 /// The snapshots' LUN has a fixed serial number and a fixed name on the fabric, so that nothing in them is volatile.
 fn sg(run: &mut Run<'_>, format: &str, block: u32, pi: &str, read_only: bool) -> Result<()> {
     let guest = &mut *run.guest;
-    if daemon_pid(guest).is_err() {
-        start_daemon(guest, "auto")?;
-    }
+    daemon(guest)?;
     let image = format!("/scratch/snapshot.{format}");
     let mut options = format!("--image {image} --block-size {block} --pi {pi} --serial 0123456789abcdef");
     if read_only {

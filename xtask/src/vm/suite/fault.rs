@@ -2,7 +2,7 @@
 
 use super::super::guest::Guest;
 use super::initiator::{raw, read16, sum_of_range};
-use super::lun::{assert_image_clean, assert_nothing_left, create_on_loopback, delete, start_daemon};
+use super::lun::{assert_image_clean, assert_nothing_left, create_on_loopback, daemon, delete, start_daemon};
 use super::{Run, Test};
 use anyhow::{Context, Result, bail, ensure};
 
@@ -46,14 +46,6 @@ pub const TESTS: &[Test] = &[
 
 const SIZE: u64 = 16 << 20;
 const GUARD_FAILED: &str = "Logical block guard check failed";
-
-/// Starts the daemon unless a test of the same group has.
-fn daemon(guest: &mut Guest) -> Result<()> {
-    match super::lun::daemon_pid(guest) {
-        Ok(_) => Ok(()),
-        Err(_) => start_daemon(guest, "auto"),
-    }
-}
 
 /// Where in the image's file the byte at `offset` of the LUN lies.
 pub fn offset_in_file(guest: &mut Guest, image: &str, format: &str, offset: u64) -> Result<u64> {

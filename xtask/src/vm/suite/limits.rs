@@ -1,8 +1,8 @@
 //! What a LUN does at its limits on the real kernel: a full file system under it, limits that are set, and being made and taken down again and again.
 
 use super::super::guest::Guest;
-use super::lun::{create_on_loopback, daemon_pid, delete, start_daemon};
-use super::qmp::CLIENT;
+use super::lun::{create_on_loopback, daemon, delete};
+use super::qmp::CONNECTION;
 use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
@@ -30,11 +30,6 @@ pub const TESTS: &[Test] = &[
         run: cycles,
     },
 ];
-
-/// Starts the daemon unless a test of the same group has.
-fn daemon(guest: &mut Guest) -> Result<()> {
-    if daemon_pid(guest).is_ok() { Ok(()) } else { start_daemon(guest, "auto") }
-}
 
 fn disk_full(run: &mut Run<'_>) -> Result<()> {
     let guest = &mut *run.guest;
@@ -143,8 +138,7 @@ fn cycles(run: &mut Run<'_>) -> Result<()> {
     daemon(guest)?;
     guest.sh("tcmu-dif image create -f qcow2 /scratch/cycle.qcow2 16M")?;
     guest.sh("tcmu-dif create c0 --image /scratch/cycle.qcow2 --pi type1 > /dev/null && tcmu-dif delete c0 > /dev/null")?;
-    let (client, _) = CLIENT.split_once("if sys.argv").context("the client has changed")?;
-    std::fs::write(guest.share().join("cycles.py"), format!("{client}{CYCLES}"))?;
+    std::fs::write(guest.share().join("cycles.py"), [CONNECTION, CYCLES].concat())?;
     let said = guest.sh_within(Duration::from_secs(2900), &format!("python3 /host/cycles.py {count}"))?;
     let numbers: Vec<i64> = said.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     let [fds, threads, kib, fds_after, threads_after, kib_after] = numbers[..] else {

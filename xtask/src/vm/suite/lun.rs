@@ -40,6 +40,11 @@ pub fn start_daemon(guest: &mut Guest, io: &str) -> Result<()> {
         .map(drop)
 }
 
+/// Starts the daemon unless a test of the same group has.
+pub fn daemon(guest: &mut Guest) -> Result<()> {
+    if daemon_pid(guest).is_ok() { Ok(()) } else { start_daemon(guest, "auto") }
+}
+
 /// The running daemon's process id; an error if there is none.
 pub fn daemon_pid(guest: &mut Guest) -> Result<u32> {
     let pid = guest

@@ -98,8 +98,8 @@ fn other_client(run: &mut Run<'_>) -> Result<()> {
     assert_image_clean(guest, "/scratch/q.raw", "raw", true)
 }
 
-/// `qmp.py COMMAND…` executes each and prints the answers as a JSON array; `qmp.py --events` prints each event as a line, until the daemon ends.
-pub const CLIENT: &str = r#"
+/// A connection, and `ask`, which sends a command and gives its answer.
+pub const CONNECTION: &str = r#"
 import json, socket, sys
 s = socket.socket(socket.AF_UNIX)
 s.settimeout(90)
@@ -111,6 +111,10 @@ def ask(command):
     while "event" in (answer := json.loads(lines.readline())): pass
     return answer
 assert ask({"execute": "qmp_capabilities"}) == {"return": {}}
+"#;
+
+/// `qmp.py COMMAND…` executes each and prints the answers as a JSON array; `qmp.py --events` prints each event as a line, until the daemon ends.
+const CLIENT: &str = r#"
 if sys.argv[1:] == ["--events"]:
     s.settimeout(None)
     print("listening", flush=True)
@@ -121,7 +125,7 @@ else:
 
 /// Sends commands over one connection; gives their answers, `{"return": …}` or `{"error": …}`.
 pub fn qmp(guest: &mut Guest, commands: &[Value]) -> Result<Vec<Value>> {
-    std::fs::write(guest.share().join("qmp.py"), CLIENT)?;
+    std::fs::write(guest.share().join("qmp.py"), [CONNECTION, CLIENT].concat())?;
     let words: Vec<String> = commands.iter().map(|command| format!("'{command}'")).collect();
     let answers = guest.json(&format!("python3 /host/qmp.py {}", words.join(" ")))?;
     serde_json::from_value(answers).context("the answers are no list")

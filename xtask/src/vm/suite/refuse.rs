@@ -1,7 +1,7 @@
 //! Bad input: each is a message with the value and the next step, exit status 1 or 2, and nothing half-made left behind.
 
 use super::lun::{
-    assert_nothing_left, configfs, create_on_loopback, daemon_pid, delete, names, start_daemon,
+    assert_nothing_left, configfs, create_on_loopback, daemon, daemon_pid, delete, names, start_daemon,
 };
 use super::{Run, Test};
 use anyhow::{Result, ensure};
@@ -159,9 +159,7 @@ fn wrong_words(run: &mut Run<'_>) -> Result<()> {
 
 fn second_call(run: &mut Run<'_>) -> Result<()> {
     let guest = &mut *run.guest;
-    if daemon_pid(guest).is_err() {
-        start_daemon(guest, "auto")?;
-    }
+    daemon(guest)?;
     let words = "--image /scratch/twice.raw --size 64M --format raw --pi type1 --export loopback:naa.5001405000000041";
     let first = create_on_loopback(guest, "twice", words)?;
     let tree = configfs(guest)?;
