@@ -134,6 +134,35 @@ fn a_block_that_has_gone_bad_is_an_error_for_those_who_read_an_export_and_its_ne
     drop(guest);
 }
 
+/// Random work of a client on the export of a protected LUN of 2 MiB: the client reads what it wrote, and so does the guest.
+pub fn work_beside(guest: &mut Guest, uri: PathBuf, seed: u64) {
+    let bytes = sys::run(async move |io| {
+        let image = attach(&io, &uri).await;
+        let base = read_disk(&image).await.unwrap();
+        let model = Model::new(base);
+        let work = Work {
+            volume: &image,
+            model: &model,
+            blocks: 2 * MIB / BLOCK,
+            longest: 400,
+            rng: RefCell::new(Rng::new(seed)),
+            left: Cell::new(300 * scale()),
+            may_fail: false,
+        };
+        work.run(16).await;
+        let bytes = read_disk(&image).await.unwrap();
+        model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        image.close().await.unwrap();
+        bytes
+    });
+    // The guest sees it, and every block of it matches its tuple.
+    for lba in (0..4096).step_by(64) {
+        let cdb = [0x28, 0, 0, 0, (lba >> 8) as u8, lba as u8, 0, 0, 64, 0];
+        let ended = guest.kernel.execute(&cdb, tcmu_dif::peer::kernel::Data::In(64 * 512)).unwrap();
+        assert!(ended.status == 0 && ended.data == bytes[lba as usize * 512..(lba as usize + 64) * 512]);
+    }
+}
+
 #[test]
 fn random_work_of_a_client_on_a_writable_export_beside_a_guest() {
     let rig = Rig::new(Registry::default());
@@ -142,32 +171,7 @@ fn random_work_of_a_client_on_a_writable_export_beside_a_guest() {
     start(&rig, &mut talk);
     add(&mut talk, true);
     for (seed, query) in [(1, ""), (2, "&connections=3")] {
-        let uri = PathBuf::from(format!("{}{query}", uri(&mut talk)));
-        let bytes = sys::run(async move |io| {
-            let image = attach(&io, &uri).await;
-            let base = read_disk(&image).await.unwrap();
-            let model = Model::new(base);
-            let work = Work {
-                volume: &image,
-                model: &model,
-                blocks: 2 * MIB / BLOCK,
-                longest: 400,
-                rng: RefCell::new(Rng::new(seed)),
-                left: Cell::new(300 * scale()),
-                may_fail: false,
-            };
-            work.run(16).await;
-            let bytes = read_disk(&image).await.unwrap();
-            model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-            image.close().await.unwrap();
-            bytes
-        });
-        // The guest sees it, and every block of it matches its tuple.
-        for lba in (0..4096).step_by(64) {
-            let cdb = [0x28, 0, 0, 0, (lba >> 8) as u8, lba as u8, 0, 0, 64, 0];
-            let ended = guest.kernel.execute(&cdb, tcmu_dif::peer::kernel::Data::In(64 * 512)).unwrap();
-            assert!(ended.status == 0 && ended.data == bytes[lba as usize * 512..(lba as usize + 64) * 512]);
-        }
+        work_beside(&mut guest, PathBuf::from(format!("{}{query}", uri(&mut talk))), seed);
     }
     let pi = talk.get("query-pi", json!({}));
     assert_eq!(pi[0]["counters"]["guard_errors"], 0, "{pi}");

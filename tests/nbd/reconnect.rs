@@ -3,6 +3,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -18,7 +19,7 @@ use tcmu_dif::{
 use crate::{
     fake::Fake,
     model::{BLOCK, Model, Settled},
-    servers::{attach, file, nbdkit},
+    servers::{Server, attach, file, nbdkit},
     support::{Rng, scale},
     work::{Work, read_disk},
 };
@@ -39,6 +40,59 @@ pub async fn work(image: &Image, model: &Model, seed: u64, operations: u64) {
     work.run(16).await;
 }
 
+/// Random work, so many operations at the default scale, on a server that dies all the time, and is reached at `uri`: what was acknowledged is there,
+/// and on its medium after a flush.
+pub fn work_while_it_dies(fake: &Arc<Fake>, uri: PathBuf, seed: u64, operations: u64) {
+    fake.dies_once_in.store(60, Ordering::SeqCst);
+    let server = fake.clone();
+    sys::run(async move |io| {
+        // It may die during the handshake of another connection, and nobody is waited for at the start.
+        let image = attach(&io, &uri).await;
+        let model = Model::new(vec![0; SIZE as usize]);
+        work(&image, &model, seed, operations * scale()).await;
+        let bytes = read_disk(&image).await.unwrap();
+        model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}, as it is: {e}"));
+        server.dies_once_in.store(0, Ordering::SeqCst);
+        image.flush().await.unwrap();
+        // What lies on its medium is all of it.
+        model
+            .judge_disk(&server.durable(), Settled::Ended)
+            .unwrap_or_else(|e| panic!("seed {seed}, durable: {e}"));
+        image.close().await.unwrap();
+    });
+}
+
+/// Random work, so many operations at the default scale, on a server that is killed and started again each time that a pause is over; its
+/// file, `disk`, keeps what was written.
+pub fn work_while_it_is_killed(server: Server, uri: PathBuf, disk: &Path, pause: Duration, operations: u64) {
+    let (server, disk) = (Arc::new(Mutex::new(server)), disk.to_owned());
+    sys::run(async move |io| {
+        let image = attach(&io, &uri).await;
+        let model = Model::new(vec![0; SIZE as usize]);
+        let done = Cell::new(false);
+        let killing = async {
+            let mut kills = 0;
+            while !done.get() {
+                io.sleep(pause).await;
+                let server = server.clone();
+                io.blocking(move || server.lock().unwrap().again()).await.unwrap();
+                kills += 1;
+            }
+            kills
+        };
+        let working = async {
+            work(&image, &model, 9, operations * scale()).await;
+            done.set(true);
+        };
+        let (kills, ()) = join(killing, working).await;
+        assert!(kills >= 3, "{kills}");
+        let bytes = read_disk(&image).await.unwrap();
+        model.judge_disk(&bytes, Settled::Ended).unwrap();
+        image.close().await.unwrap();
+        model.judge_disk(&std::fs::read(&disk).unwrap(), Settled::Ended).unwrap();
+    });
+}
+
 /// A server that loses what was not flushed, each time it dies, which is all the time.
 #[test]
 fn nothing_that_was_acknowledged_is_lost_with_a_server_that_loses_its_cache() {
@@ -50,24 +104,7 @@ fn nothing_that_was_acknowledged_is_lost_with_a_server_that_loses_its_cache() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let fake = Fake::start(&dir.path().join("sock"), SIZE as usize, seed, flags, MOMENT);
-        let uri = fake.uri(query);
-        fake.dies_once_in.store(60, Ordering::SeqCst);
-        let server = fake.clone();
-        sys::run(async move |io| {
-            // It may die during the handshake of another connection, and nobody is waited for at the start.
-            let image = attach(&io, &uri).await;
-            let model = Model::new(vec![0; SIZE as usize]);
-            work(&image, &model, seed, 600 * scale()).await;
-            let bytes = read_disk(&image).await.unwrap();
-            model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}, as it is: {e}"));
-            server.dies_once_in.store(0, Ordering::SeqCst);
-            image.flush().await.unwrap();
-            // What lies on its medium is all of it.
-            model
-                .judge_disk(&server.durable(), Settled::Ended)
-                .unwrap_or_else(|e| panic!("seed {seed}, durable: {e}"));
-            image.close().await.unwrap();
-        });
+        work_while_it_dies(&fake, fake.uri(query), seed, 600);
         assert!(fake.deaths.load(Ordering::SeqCst) > 5, "seed {seed}: it never died");
         fake.stop();
     }
@@ -95,37 +132,10 @@ fn writes_that_nobody_flushes_are_flushed_before_they_take_too_much_memory() {
 fn random_work_goes_on_over_a_server_that_is_killed_again_and_again() {
     let dir = tempfile::tempdir().unwrap();
     let disk = file(dir.path(), "disk", SIZE);
-    let server = Arc::new(Mutex::new(nbdkit(
-        dir.path(),
-        &["--filter=delay", "file", disk.to_str().unwrap(), "rdelay=2ms", "wdelay=2ms"],
-    )));
-    let uri = server.lock().unwrap().uri("&connections=2");
-    let restarted = server.clone();
-    sys::run(async move |io| {
-        let image = attach(&io, &uri).await;
-        let model = Model::new(vec![0; SIZE as usize]);
-        let done = Cell::new(false);
-        let killing = async {
-            let mut kills = 0;
-            while !done.get() {
-                io.sleep(Duration::from_millis(60)).await;
-                let server = restarted.clone();
-                io.blocking(move || server.lock().unwrap().again()).await.unwrap();
-                kills += 1;
-            }
-            kills
-        };
-        let working = async {
-            work(&image, &model, 9, 800 * scale()).await;
-            done.set(true);
-        };
-        let (kills, ()) = join(killing, working).await;
-        assert!(kills >= 3, "{kills}");
-        let bytes = read_disk(&image).await.unwrap();
-        model.judge_disk(&bytes, Settled::Ended).unwrap();
-        image.close().await.unwrap();
-        model.judge_disk(&std::fs::read(&disk).unwrap(), Settled::Ended).unwrap();
-    });
+    let args = ["--filter=delay", "file", disk.to_str().unwrap(), "rdelay=2ms", "wdelay=2ms"];
+    let server = nbdkit(dir.path(), &args);
+    let uri = server.uri("&connections=2");
+    work_while_it_is_killed(server, uri, &disk, Duration::from_millis(60), 800);
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! The client over TLS: servers of other makes, servers that die, lie and are not who they should be, and ways on which bytes change.
 
 use std::{
-    cell::Cell,
     io::{self, Read, Write},
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
@@ -20,7 +19,7 @@ use tcmu_dif::{
         handshake::{self, BlockSizes, Export, OPTION_HEAD_LEN},
         option,
     },
-    sys::{self, exec::join, mem::Buffer},
+    sys::{self, mem::Buffer},
     tls::{Server as Certificates, Session, duplex},
     units::ByteOffset,
     volume::{IoErrorKind, Volume, WriteFlags},
@@ -30,7 +29,7 @@ use crate::{
     certificates::{Ca, When},
     fake::{Fake, agree},
     model::{Model, Settled},
-    reconnect::work,
+    reconnect::{work, work_while_it_dies, work_while_it_is_killed},
     servers::{Server, attach, file, nbdkit, qemu_nbd, try_attach},
     support::{Rng, scale},
     volume::work_at,
@@ -43,9 +42,13 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// The same URI with TLS and the certificates of that directory.
 pub fn secure(uri: &Path, certificates: &Path) -> PathBuf {
-    let uri = uri.to_str().unwrap().replacen("nbd", "nbds", 1);
+    with_certificates(&uri.to_str().unwrap().replacen("nbd", "nbds", 1), certificates).into()
+}
+
+/// A URI with the certificates of that directory.
+pub fn with_certificates(uri: &str, certificates: &Path) -> String {
     let join = if uri.contains('?') { '&' } else { '?' };
-    format!("{uri}{join}tls-certificates={}", certificates.display()).into()
+    format!("{uri}{join}tls-certificates={}", certificates.display())
 }
 
 /// A directory with good certificates.
@@ -93,34 +96,9 @@ fn random_work_goes_on_over_a_server_with_tls_that_is_killed_again_and_again() {
     let (_ca, pki) = pki(dir.path());
     let disk = file(dir.path(), "disk", SIZE);
     let args = ["--filter=delay", "file", disk.to_str().unwrap(), "rdelay=2ms", "wdelay=2ms"];
-    let server = Arc::new(Mutex::new(nbdkit_tls(dir.path(), &pki, &args)));
-    let uri = secure(&server.lock().unwrap().uri("&connections=2"), &pki);
-    let restarted = server.clone();
-    sys::run(async move |io| {
-        let image = attach(&io, &uri).await;
-        let model = Model::new(vec![0; SIZE as usize]);
-        let done = Cell::new(false);
-        let killing = async {
-            let mut kills = 0;
-            while !done.get() {
-                io.sleep(Duration::from_millis(100)).await;
-                let server = restarted.clone();
-                io.blocking(move || server.lock().unwrap().again()).await.unwrap();
-                kills += 1;
-            }
-            kills
-        };
-        let working = async {
-            work(&image, &model, 9, 600 * scale()).await;
-            done.set(true);
-        };
-        let (kills, ()) = join(killing, working).await;
-        assert!(kills >= 3, "{kills}");
-        let bytes = read_disk(&image).await.unwrap();
-        model.judge_disk(&bytes, Settled::Ended).unwrap();
-        image.close().await.unwrap();
-        model.judge_disk(&std::fs::read(&disk).unwrap(), Settled::Ended).unwrap();
-    });
+    let server = nbdkit_tls(dir.path(), &pki, &args);
+    let uri = secure(&server.uri("&connections=2"), &pki);
+    work_while_it_is_killed(server, uri, &disk, Duration::from_millis(100), 600);
 }
 
 /// A server's option and its data.
@@ -211,22 +189,7 @@ fn nothing_that_was_acknowledged_over_tls_is_lost_with_a_server_that_loses_its_c
         let fake = Fake::start(&plain, SIZE as usize, seed, flags, MOMENT);
         let uri = tls_before(&dir.path().join("tls"), &pki, &plain);
         let uri = secure(&uri, &pki).into_os_string().into_string().unwrap() + query;
-        fake.dies_once_in.store(60, Ordering::SeqCst);
-        let server = fake.clone();
-        sys::run(async move |io| {
-            let image = attach(&io, Path::new(&uri)).await;
-            let model = Model::new(vec![0; SIZE as usize]);
-            work(&image, &model, seed, 400 * scale()).await;
-            let bytes = read_disk(&image).await.unwrap();
-            model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}, as it is: {e}"));
-            server.dies_once_in.store(0, Ordering::SeqCst);
-            image.flush().await.unwrap();
-            let durable = server.durable();
-            model
-                .judge_disk(&durable, Settled::Ended)
-                .unwrap_or_else(|e| panic!("seed {seed}, durable: {e}"));
-            image.close().await.unwrap();
-        });
+        work_while_it_dies(&fake, uri.into(), seed, 400);
         assert!(fake.deaths.load(Ordering::SeqCst) > 3, "seed {seed}: it never died");
         fake.stop();
     }

@@ -1,7 +1,6 @@
 //! Exports with TLS: what QEMU and libnbd read of them, what a client of ours writes to them, and who is sent away.
 
 use std::{
-    cell::{Cell, RefCell},
     io::{Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
@@ -15,29 +14,20 @@ use tcmu_dif::{
     nbd::{answer, handshake, option},
     sys,
     tls::{Client as Certificates, Session, duplex},
-    volume::Volume,
 };
 
 use crate::{
     certificates::{Ca, When},
-    export::{add, socket, uri, written},
-    model::{BLOCK, Model, Settled},
+    export::{add, socket, uri, work_beside, written},
     rig::{MIB, Rig, Talk},
-    servers::{attach, try_attach},
-    support::{Rng, must, run, scale},
-    tls::{pki, secure},
-    work::{Work, read_disk},
+    servers::try_attach,
+    support::{must, run},
+    tls::{pki, secure, with_certificates},
 };
 
 fn start(rig: &Rig, talk: &mut Talk, certificates: &Path) {
     let addr = json!({ "type": "unix", "data": { "path": socket(rig) } });
     talk.get("nbd-server-start", json!({ "addr": addr, "tls-certificates": certificates }));
-}
-
-/// What a program is given to find it with TLS.
-fn with(uri: &str, certificates: &Path) -> String {
-    let join = if uri.contains('?') { '&' } else { '?' };
-    format!("{uri}{join}tls-certificates={}", certificates.display())
 }
 
 #[test]
@@ -60,7 +50,7 @@ fn qemu_and_libnbd_read_over_tls_what_the_lun_holds() {
             uri.starts_with(if inet { "nbds://127.0.0.1:" } else { "nbds+unix:///vm1?socket=" }),
             "{uri}"
         );
-        let secured = with(&uri, &pki);
+        let secured = with_certificates(&uri, &pki);
         let told: Value = serde_json::from_str(&must("nbdinfo", &["--json", &secured])).unwrap();
         assert_eq!(
             (&told["TLS"], &told["exports"][0]["export-size"]),
@@ -103,36 +93,13 @@ fn random_work_of_a_client_over_tls_on_a_writable_export_beside_a_guest() {
     start(&rig, &mut talk, &pki);
     add(&mut talk, true);
     for (seed, query) in [(1, ""), (2, "&connections=3")] {
-        let uri = PathBuf::from(with(&uri(&mut talk), &pki) + query);
-        let bytes = sys::run(async move |io| {
-            let image = attach(&io, &uri).await;
-            let base = read_disk(&image).await.unwrap();
-            let model = Model::new(base);
-            let work = Work {
-                volume: &image,
-                model: &model,
-                blocks: 2 * MIB / BLOCK,
-                longest: 400,
-                rng: RefCell::new(Rng::new(seed)),
-                left: Cell::new(300 * scale()),
-                may_fail: false,
-            };
-            work.run(16).await;
-            let bytes = read_disk(&image).await.unwrap();
-            model.judge_disk(&bytes, Settled::Ended).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-            image.close().await.unwrap();
-            bytes
-        });
-        for lba in (0..4096).step_by(64) {
-            let cdb = [0x28, 0, 0, 0, (lba >> 8) as u8, lba as u8, 0, 0, 64, 0];
-            let ended = guest.kernel.execute(&cdb, tcmu_dif::peer::kernel::Data::In(64 * 512)).unwrap();
-            assert!(ended.status == 0 && ended.data == bytes[lba as usize * 512..(lba as usize + 64) * 512]);
-        }
+        let uri = PathBuf::from(with_certificates(&uri(&mut talk), &pki) + query);
+        work_beside(&mut guest, uri, seed);
     }
     let copy = rig.dir.path().join("from");
     let data: Vec<u8> = (0..2 << 20).map(|i| (i / 11) as u8).collect();
     std::fs::write(&copy, &data).unwrap();
-    must("nbdcopy", &["--flush", copy.to_str().unwrap(), &with(&uri(&mut talk), &pki)]);
+    must("nbdcopy", &["--flush", copy.to_str().unwrap(), &with_certificates(&uri(&mut talk), &pki)]);
     assert!(std::fs::read(rig.dir.path().join("vm1.raw")).unwrap() == data);
 }
 
@@ -248,23 +215,23 @@ fn clients_that_do_not_show_who_they_are_are_not_served() {
     let bare = rig.dir.path().join("bare");
     std::fs::create_dir(&bare).unwrap();
     std::fs::copy(pki.join("ca-cert.pem"), bare.join("ca-cert.pem")).unwrap();
-    assert!(!run("nbdinfo", &[&with(&uri, &bare)]).status.success());
+    assert!(!run("nbdinfo", &[&with_certificates(&uri, &bare)]).status.success());
     // One of another CA, who believes ours.
     let mixed = Ca::new("others").directory(&rig.dir.path().join("mixed"));
     let cas = [&pki, &mixed].map(|d| std::fs::read_to_string(d.join("ca-cert.pem")).unwrap()).concat();
     std::fs::write(mixed.join("ca-cert.pem"), cas).unwrap();
-    assert!(!run("nbdinfo", &[&with(&uri, &mixed)]).status.success());
-    let theirs = PathBuf::from(with(&uri, &mixed));
+    assert!(!run("nbdinfo", &[&with_certificates(&uri, &mixed)]).status.success());
+    let theirs = PathBuf::from(with_certificates(&uri, &mixed));
     let e = sys::run(async move |io| try_attach(&io, &theirs, true).await.unwrap_err());
     let OpenErrorKind::Tls(tls) = &e.what else { panic!("{e}") };
     assert!(tls.why.contains("mixed/client-cert.pem"), "{e}");
     // One that was revoked while the server ran: from the next connection on.
-    must("nbdinfo", &[&with(&uri, &pki)]);
+    must("nbdinfo", &[&with_certificates(&uri, &pki)]);
     ca.revoke(&pki, "client");
     let good = ca.directory(&rig.dir.path().join("good"));
-    assert!(!run("nbdinfo", &[&with(&uri, &good)]).status.success());
+    assert!(!run("nbdinfo", &[&with_certificates(&uri, &good)]).status.success());
     std::fs::remove_file(pki.join("ca-crl.pem")).unwrap();
-    must("nbdcopy", &[&with(&uri, &good), rig.dir.path().join("copy").to_str().unwrap()]);
+    must("nbdcopy", &[&with_certificates(&uri, &good), rig.dir.path().join("copy").to_str().unwrap()]);
     assert!(std::fs::read(rig.dir.path().join("copy")).unwrap() == model);
     drop(guest);
 }
