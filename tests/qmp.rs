@@ -477,7 +477,7 @@ fn many_clients_are_served_beside_one_that_stalls_one_that_sends_rubbish_and_one
 
     // The staller loses its connection: after the bytes that were on the way there are no more.
     staller.stream.set_nonblocking(false).unwrap();
-    std::thread::sleep(Duration::from_secs(12).saturating_sub(began.elapsed()));
+    staller.wait_until_it_is_hung_up();
     assert!(staller.rest_until_it_ends() < 20_000);
     guest.lun.stop().unwrap();
 }

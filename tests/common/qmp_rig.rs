@@ -149,6 +149,15 @@ impl Talk {
         Some(serde_json::from_str(&line).unwrap())
     }
 
+    /// Takes nothing until the server has ended the connection, which it has to.
+    pub fn wait_until_it_is_hung_up(&self) {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
+        let mut look = [PollFd::new(&self.stream, PollFlags::empty())];
+        let seen = poll(&mut look, Some(&limit)).unwrap();
+        assert!(seen == 1 && look[0].revents().contains(PollFlags::HUP), "the connection goes on");
+    }
+
     /// How many lines still come before the server ends the connection, which it has to.
     pub fn rest_until_it_ends(&mut self) -> usize {
         let mut lines = 0;
