@@ -230,6 +230,7 @@ fn main() {
     let mut json_file: Option<PathBuf> = None;
     let mut wanted: Option<String> = None;
     let mut dir = PathBuf::from("/dev/shm");
+    let mut count: Option<u64> = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -237,6 +238,7 @@ fn main() {
             "--json" => json_file = Some(args.next().expect("--json FILE").into()),
             "--dir" => dir = args.next().expect("--dir DIR").into(),
             "--rows" => wanted = Some(args.next().expect("--rows TEXT")),
+            "--count" => count = Some(args.next().and_then(|n| n.parse().ok()).expect("--count N")),
             "--bench" => {}
             other => panic!("what is {other}? --seconds N, --rows TEXT, --dir DIR, --json FILE"),
         }
@@ -260,6 +262,15 @@ fn main() {
     rows.retain(keep);
     let dir = tempfile::tempdir_in(dir).expect("a folder for images");
     rows.iter().filter(|row| row.kind != Kind::Null).for_each(|row| row.make(dir.path()));
+    if let Some(count) = count {
+        for row in &rows {
+            let mut bench = Bench::new(*row, dir.path());
+            let run = bench.load.run(count, Duration::MAX, None, false).unwrap();
+            assert_eq!((run.commands, run.failed), (count, 0), "{}", row.name());
+            bench.lun.stop().unwrap();
+        }
+        return;
+    }
     let mut best = vec![Figures::default(); rows.len()];
     const ROUNDS: u32 = 5;
     let begun = Instant::now();

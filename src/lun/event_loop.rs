@@ -120,6 +120,8 @@ pub(super) struct EventLoop<S> {
     waiting: VecDeque<Taken>,
     load: Load,
     spinner: Spinner,
+    /// The same for the I/O of a command that is alone.
+    io_spinner: Spinner,
     parting: Option<Parting>,
     /// Commands when the doorbell was last read.
     read_at: u64,
@@ -144,6 +146,7 @@ impl<S: Service> EventLoop<S> {
             waiting: VecDeque::new(),
             load: Load::default(),
             spinner: Spinner::new(polling),
+            io_spinner: Spinner::new(polling),
             parting: None,
             read_at: 0,
         }
@@ -232,20 +235,32 @@ impl<S: Service> EventLoop<S> {
 
     /// Nothing to run: spins, then sleeps. False if spinning found work.
     fn dry(&mut self, stopping: bool) -> io::Result<bool> {
-        if !stopping && self.io.in_flight() == 0 {
-            let (ring, inbox) = (&self.ring, &self.inbox);
-            if self.spinner.spin(|| ring.has_entries() || inbox.has_messages()) {
+        let busy = self.io.in_flight() > 0;
+        // Where several commands are under way, what one of them waits for is the others' time to run.
+        let alone = !busy || self.ring.unanswered() == 1 && !self.io.is_fenced_off();
+        let (ring, inbox, io) = (&self.ring, &self.inbox, &self.io);
+        let spinner = if busy { &mut self.io_spinner } else { &mut self.spinner };
+        if !stopping && alone {
+            let found =
+                spinner.spin(|| ring.has_entries() || inbox.has_messages() || busy && io.has_results());
+            if found {
+                if busy {
+                    spinner.worked(Instant::now());
+                }
                 return Ok(false);
             }
         }
         self.load.sleeps += 1;
-        self.spinner.sleeps();
+        spinner.sleeps();
         let parting = self.parting.as_ref().filter(|_| !stopping).map(|parting| parting.until);
         let wait = match self.held.due().into_iter().chain(parting).min() {
             Some(due) => Wait::AtMost(due.saturating_duration_since(Instant::now())),
             None => Wait::Event,
         };
         self.io.turn(wait)?;
+        if busy && alone {
+            self.io_spinner.worked(Instant::now());
+        }
         Ok(true)
     }
 
@@ -346,7 +361,7 @@ impl<S: Service> EventLoop<S> {
                 other => {
                     let load = Load {
                         in_flight: self.ring.unanswered(),
-                        polled: self.spinner.spun(),
+                        polled: self.spinner.spun() + self.io_spinner.spun(),
                         ring: self.ring.calls(),
                         ..self.load
                     };

@@ -8,6 +8,7 @@ mod fallocate;
 mod fenced;
 pub mod net;
 mod op_future;
+mod results;
 mod threads;
 mod uring;
 
@@ -430,24 +431,6 @@ impl Io {
                 waker.wake();
             }
         }
-    }
-
-    fn reap_pool(&self) {
-        let mut results = {
-            let (watch, pool) = (self.0.pool_watch.borrow(), self.0.pool.borrow());
-            let (Some(watch), Some(pool)) = (&*watch, &*pool) else { return };
-            // Both are asked: the eventfd has to be emptied, too.
-            if !watch.take_ready() & !pool.has_done() {
-                return;
-            }
-            let mut results = std::mem::take(&mut *self.0.results.borrow_mut());
-            pool.take_done(&mut results);
-            results
-        };
-        for (key, result) in results.drain(..) {
-            self.complete(key, result);
-        }
-        *self.0.results.borrow_mut() = results;
     }
 
     fn complete(&self, key: usize, result: i32) {

@@ -67,6 +67,26 @@ fn a_dropped_future_lets_its_operation_finish() {
 }
 
 #[test]
+fn results_are_seen_without_a_system_call_and_are_there_at_the_next_turn() {
+    on_both(async |io| {
+        let file = temp();
+        let data = Buffer::from_slice(&[7; 4096]);
+        let sg = data.sg();
+        let mut write = Box::pin(io.write(&file, 0, &sg, false));
+        assert!(poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx).is_pending())).await);
+        while io.in_flight() > 0 {
+            io.turn(Wait::No).unwrap();
+            let begun = Instant::now();
+            while io.in_flight() > 0 && !io.has_results() {
+                assert!(begun.elapsed() < Duration::from_secs(60), "the result is never seen");
+            }
+        }
+        assert!(!io.has_results(), "it was taken");
+        write.await.unwrap();
+    });
+}
+
+#[test]
 fn errors_are_the_kernels_own() {
     on_both(async |io| {
         let file = Rc::new(File::open("/dev/null").unwrap());

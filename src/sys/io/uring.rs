@@ -109,6 +109,11 @@ impl Uring {
         !self.ring.submission().is_empty()
     }
 
+    /// Whether the kernel has completed something, or would as soon as it is entered.
+    pub(super) fn has_results(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+    }
+
     /// How often the kernel was entered since the last call.
     pub(super) fn take_enters(&mut self) -> u64 {
         std::mem::take(&mut self.enters)
