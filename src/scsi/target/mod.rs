@@ -517,6 +517,7 @@ fn geometry(block_size: BlockSize, limits: &Limits) -> Geometry {
         unmap_granularity: blocks_of(limits.discard_granularity).max(1),
         transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, most) as u16,
         atomic: blocks_of(limits.atomic_write),
+        atomic_granule: blocks_of(limits.atomic_unit).max(1),
         thresholds: limits.tells_free && limits.discard_granularity > 0,
         read_only: limits.read_only,
     }
