@@ -249,14 +249,20 @@ impl Model {
     /// An atomic write that can be seen in one block must not have left another of its blocks as it was before it began.
     fn judge_whole(&self, bytes: &[u8]) -> Result<(), String> {
         let (ops, blocks) = (self.ops.borrow(), self.blocks.borrow());
-        let word = |block: u64| {
+        let word_of = |bytes: &[u8], block: u64| {
             let at = (block * BLOCK) as usize;
             bytes.get(at..at + 8).map_or(0, |word| u64::from_le_bytes(word.try_into().unwrap()))
         };
+        let word = |block: u64| word_of(bytes, block);
+        // Another life's operation of that number has left the same there: such a block says nothing.
+        let says_nothing = |id: usize, block: u64| word_of(&self.base, block) == value(id, block);
         for (id, op) in ops.iter().enumerate() {
             let Some((first, count)) = op.whole else { continue };
             let shows = |block: &u64| word(*block) == value(id, *block);
-            let Some(seen) = (first..first + count).find(shows) else { continue };
+            let Some(seen) = (first..first + count).find(|block| shows(block) && !says_nothing(id, *block))
+            else {
+                continue;
+            };
             // What the block may be is another's that was written later or at the same time; else it is older.
             let fits = |other: usize, block: u64| match ops[other].zero {
                 true => word(block) == 0,
