@@ -3,6 +3,8 @@
 //! [`RangeLock`] is what keeps overlapping commands apart where their order matters: the SCSI room takes it for COMPARE AND
 //! WRITE, the PI room so that a block and its tuple are seen together, the qcow2 room around a cluster being allocated.
 
+pub mod gate;
+
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,

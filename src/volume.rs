@@ -5,12 +5,14 @@
 //! be in flight: a volume keeps its own state consistent. Callers give ranges that lie inside [`Limits::capacity`] and
 //! are aligned to [`Limits::alignment`]; a volume still checks, and answers [`IoErrorKind::OutOfRange`].
 
+mod limits;
 pub mod loan;
 
 use std::{fmt, io, path::PathBuf, rc::Rc};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::limits::Limits;
 use self::loan::{Loan, Moved, Place};
 use crate::{
     sys::mem::Sg,
@@ -20,31 +22,14 @@ use crate::{
 /// The result of every operation on a volume.
 pub type Result<T> = std::result::Result<T, IoError>;
 
-/// What a volume is and can do. Asked anew by whoever caches it after a resize.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Bytes that can be addressed.
-    pub capacity: u64,
-    /// Offsets and lengths must be multiples of this (bytes, a power of two).
-    pub alignment: u32,
-    /// Writes are refused.
-    pub read_only: bool,
-    /// Bytes that the volume frees at once (a qcow2 cluster, a file system block); a hint, 0 if it frees nothing.
-    pub discard_granularity: u32,
-    /// Bytes of the unit in which I/O is cheapest; a hint, 0 if there is none.
-    pub preferred_io: u32,
-    /// Bytes (a power of two, a page at most) of an aligned piece that power loss leaves old or new as a whole, if the volume was flushed
-    /// before it was written and nothing else was written to its page since; 0 if there are none.
-    pub atomic_write: u32,
-    /// [`Volume::free_bytes`] knows an answer.
-    pub tells_free: bool,
-}
-
 /// How a write has to be kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WriteFlags {
     /// Force unit access (SBC-4 4.15): on stable storage, metadata included, before the answer.
     pub fua: bool,
+    /// All of it or nothing, whenever the process dies or the power fails (SBC-4 4.29), as far as [`Limits::keeps_whole`] says. The
+    /// caller keeps everybody else off the pages (4 KiB) that it touches, meanwhile. It costs a flush.
+    pub atomic: bool,
 }
 
 /// What a range of a volume holds.

@@ -49,7 +49,10 @@ fn discarded_and_zeroed_ranges_of_a_device_read_as_zeros() {
             assert_eq!(image.limits().capacity, SIZE);
             let mut want: Vec<u8> = (0..SIZE).map(|i| (i / 512 + 1) as u8 | 1).collect();
             let all = Buffer::from_slice(&want).sg();
-            image.write(ByteOffset(0), &all, WriteFlags { fua: true }).await.unwrap();
+            image
+                .write(ByteOffset(0), &all, WriteFlags { fua: true, ..WriteFlags::default() })
+                .await
+                .unwrap();
             // The last two are aligned for a device of 512-byte sectors only.
             for (at, len) in [(1 << 20, 1 << 20), (4096, 8192), (3 << 20, 512), ((3 << 20) + 1536, 5120)] {
                 image.discard(ByteOffset(at), len).await.unwrap();

@@ -81,7 +81,10 @@ async fn step(image: &Rc<Image>, model: &mut [u8], dice: &mut Dice) {
                 }
                 2 | 3 => {
                     let from = Buffer::from_slice(&vec![byte; len as usize]).sg();
-                    image.write(at, &from, WriteFlags { fua: what == 3 }).await.unwrap();
+                    image
+                        .write(at, &from, WriteFlags { fua: what == 3, ..WriteFlags::default() })
+                        .await
+                        .unwrap();
                 }
                 4 => image.discard(at, len).await.unwrap(),
                 _ => image.write_zeroes(at, len, false).await.unwrap(),

@@ -48,6 +48,7 @@ impl Volume for PlainFile {
             discard_granularity: 0,
             preferred_io: 0,
             atomic_write: 0,
+            atomic_unit: 0,
             tells_free: false,
         }
     }
@@ -143,9 +144,13 @@ fn a_file_is_protected_across_a_clean_close_and_a_flipped_bit_is_found() {
         let p = Protected::open(&io, PlainFile::open(&io, &at.image), &protection(&at)).await.unwrap();
         write(&p, 0, &[1; 16384]).await;
         write(&p, 200 << 20, &[2; 4096]).await;
-        p.write(ByteOffset(4096), &Buffer::from_slice(&[3; 4096]).sg(), WriteFlags { fua: true })
-            .await
-            .unwrap();
+        p.write(
+            ByteOffset(4096),
+            &Buffer::from_slice(&[3; 4096]).sg(),
+            WriteFlags { fua: true, ..WriteFlags::default() },
+        )
+        .await
+        .unwrap();
         p.discard(ByteOffset(8192), 4096).await.unwrap();
         p.close().await.unwrap();
         let status = tools::status(&io, &at.image, &at.sidecar).await.unwrap();

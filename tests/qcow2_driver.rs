@@ -5,6 +5,8 @@
 
 #[path = "qcow2/atomic.rs"]
 mod atomic;
+#[path = "qcow2/atomic_pi.rs"]
+mod atomic_pi;
 #[path = "qcow2/bitmaps.rs"]
 mod bitmaps;
 #[path = "qcow2/crash.rs"]

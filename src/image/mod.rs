@@ -383,6 +383,10 @@ impl Volume for Image {
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        if flags.atomic && !self.limits().keeps_whole(at, from.len() as u64) {
+            let why = "this image cannot write so much as a whole";
+            return Err(IoError::new(IoErrorKind::Unsupported, IoOp::Write).at(at).detail(why));
+        }
         match &self.driver {
             Driver::Raw(v) => v.write(at, from, flags).await,
             Driver::Null(v) => v.write(at, from, flags).await,

@@ -58,6 +58,7 @@ impl Volume for Null {
             discard_granularity: 4096,
             preferred_io: 0,
             atomic_write: 0,
+            atomic_unit: 0,
             tells_free: false,
         }
     }

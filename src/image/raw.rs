@@ -241,6 +241,7 @@ impl Volume for Raw {
             discard_granularity: if self.can_punch.get() { self.granularity } else { 0 },
             preferred_io: 4096,
             atomic_write: self.atomic_write,
+            atomic_unit: self.atomic_write,
             tells_free: !self.block_device,
         }
     }
@@ -260,6 +261,10 @@ impl Volume for Raw {
     }
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
+        if flags.atomic {
+            // What the disk keeps whole it keeps so if nothing of the page is on its way there already.
+            Box::pin(self.flush()).await?;
+        }
         let Some(_busy) = self.begin(IoOp::Write, at, from.len() as u64)? else { return Ok(()) };
         if self.probed && at.0 == 0 && starts_as_qcow2(from) {
             let why = "these bytes would make it a qcow2 image at its next opening; name the format raw to allow it";
@@ -487,7 +492,8 @@ mod tests {
     fn the_map_has_every_byte_once_and_knows_holes() {
         run(async |io| {
             let v = raw(&io, 16 << 20, false);
-            v.write(ByteOffset(4 << 20), &pattern(1 << 20, 3), WriteFlags { fua: true }).await.unwrap();
+            let durable = WriteFlags { fua: true, ..WriteFlags::default() };
+            v.write(ByteOffset(4 << 20), &pattern(1 << 20, 3), durable).await.unwrap();
             let map = v.map_extents(ByteOffset(1 << 20), 12 << 20).await.unwrap();
             let kinds: Vec<_> = map.iter().map(|e| (e.start.0 >> 20, e.len >> 20, e.kind)).collect();
             assert_eq!(kinds, [(1, 3, ExtentKind::Hole), (4, 1, ExtentKind::Data), (5, 8, ExtentKind::Hole)]);

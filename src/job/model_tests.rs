@@ -207,7 +207,7 @@ pub(super) async fn guest(
             9 => front.write_zeroes(ByteOffset(at), len, rng.one_in(2)).await,
             _ => {
                 let data: Vec<u8> = mine.clone().flat_map(|block| stamped(number, block)).collect();
-                let flags = WriteFlags { fua: rng.one_in(8) };
+                let flags = WriteFlags { fua: rng.one_in(8), ..WriteFlags::default() };
                 front.write(ByteOffset(at), &Buffer::from_slice(&data).sg(), flags).await
             }
         };

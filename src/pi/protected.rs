@@ -391,15 +391,13 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     fn limits(&self) -> Limits {
         let size = self.checker().block_size.bytes();
         let inner = self.volume.limits();
+        let (atomic_write, atomic_unit) = self.keeps_whole(&inner);
         Limits {
             capacity: self.capacity.get().0 * size,
             alignment: inner.alignment.max(size as u32),
             read_only: inner.read_only || self.read_only,
-            // A block and the tags that an initiator gave it are one, and in bitmap mode a crash may part them.
-            atomic_write: match (self.checker().tags, self.sidecar.mode()) {
-                (Exposure::Initiator, PiMode::Bitmap) => 0,
-                _ => inner.atomic_write,
-            },
+            atomic_write,
+            atomic_unit,
             ..inner
         }
     }

@@ -61,6 +61,7 @@ impl Volume for SimVolume {
             discard_granularity: 4096,
             preferred_io: 4096,
             atomic_write: 0,
+            atomic_unit: 0,
             tells_free: false,
         }
     }

@@ -44,8 +44,10 @@ pub(super) struct Geometry {
     pub unmap_granularity: u32,
     /// Blocks of the cheapest I/O.
     pub transfer_granularity: u16,
-    /// Blocks that are written as a whole or not at all, where they are aligned; 0 if even one may be torn.
+    /// Most blocks that can be written as a whole or not at all; 0 if even one may be torn.
     pub atomic: u32,
+    /// What the first of them and their number have to be multiples of.
+    pub atomic_granule: u32,
     /// The space beneath can be counted, so there are thresholds.
     pub thresholds: bool,
     /// The volume itself may not be written.
@@ -176,10 +178,11 @@ fn block_limits(g: &Geometry) -> Vec<u8> {
         put(32, &0x8000_0000u32.to_be_bytes()); // UGAVALID, aligned to LBA 0
     }
     put(36, &g.max_write_same().to_be_bytes());
-    // MAXIMUM ATOMIC TRANSFER LENGTH, ATOMIC ALIGNMENT, ATOMIC TRANSFER LENGTH GRANULARITY: one piece, no more and no less. No
-    // atomic boundary.
-    for at in [44, 48, 52] {
-        put(at, &g.atomic.to_be_bytes());
+    // MAXIMUM ATOMIC TRANSFER LENGTH, ATOMIC ALIGNMENT, ATOMIC TRANSFER LENGTH GRANULARITY. No atomic boundary.
+    if g.atomic > 0 {
+        put(44, &g.atomic.to_be_bytes());
+        put(48, &g.atomic_granule.to_be_bytes());
+        put(52, &g.atomic_granule.to_be_bytes());
     }
     d
 }
@@ -221,7 +224,8 @@ mod tests {
             thin,
             unmap_granularity: 128,
             transfer_granularity: 8,
-            atomic: if thin { 8 } else { 0 },
+            atomic: if thin { 2048 } else { 0 },
+            atomic_granule: 8,
             thresholds: false,
             read_only: false,
         }
@@ -269,7 +273,7 @@ mod tests {
         let b0 = page(0xb0, &id(), &g, false).unwrap();
         assert_eq!(b0[8..16], [0, 0, 0x80, 0, 0, 0, 8, 0]);
         assert_eq!(b0[20..36], [0, 0x10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 128, 0x80, 0, 0, 0]);
-        assert_eq!(b0[44..], [0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(b0[44..], [0, 0, 8, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(page(0xb2, &id(), &g, false).unwrap()[4..8], [0, 0xe4, 2, 0]);
         for (size, exponent) in [(BlockSize::B512, 11), (BlockSize::B4096, 8)] {
             let g = Geometry { thresholds: true, ..geometry(size, true) };

@@ -36,7 +36,7 @@ pub struct Kind {
     pub data: Option<Vec<u8>>,
 }
 
-async fn made(options: CreateOptions) -> Vec<u8> {
+pub async fn made(options: CreateOptions) -> Vec<u8> {
     let disk = SimDisk::new(&[], 1, 0);
     let data = options.data_file.as_ref().map(|_| SimDisk::new(&[], 1, 0));
     create_on(disk.clone(), data, Path::new(PATH), &options).await.unwrap();

@@ -22,6 +22,8 @@ pub enum Settled {
 #[derive(Clone, Copy)]
 struct Op {
     zero: bool,
+    /// The blocks, of which a cut leaves all or none: the first, and how many.
+    whole: Option<(u64, u64)>,
     start: u64,
     end: Option<u64>,
     durable: bool,
@@ -70,6 +72,7 @@ impl Model {
         for line in diary.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
             let words: Vec<u64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
             match words[..] {
+                [first, count, 2] => drop(self.begin_whole(first, count)),
                 [first, count, zero] => drop(self.begin(first, count, zero == 1)),
                 [op] => self.end(op as usize, false),
                 _ => panic!("the diary says {line:?}"),
@@ -91,9 +94,19 @@ impl Model {
     /// A write (or zeroing) of blocks begins; gives its number.
     pub fn begin(&self, first: u64, count: u64, zero: bool) -> usize {
         self.note(format_args!("{first} {count} {}", u8::from(zero)));
+        self.begins(first, count, zero, None)
+    }
+
+    /// An atomic write of blocks begins.
+    pub fn begin_whole(&self, first: u64, count: u64) -> usize {
+        self.note(format_args!("{first} {count} 2"));
+        self.begins(first, count, false, Some((first, count)))
+    }
+
+    fn begins(&self, first: u64, count: u64, zero: bool, whole: Option<(u64, u64)>) -> usize {
         let start = self.tick();
         let id = self.ops.borrow().len();
-        self.ops.borrow_mut().push(Op { zero, start, end: None, durable: false });
+        self.ops.borrow_mut().push(Op { zero, whole, start, end: None, durable: false });
         for block in first..first + count {
             self.blocks.borrow_mut()[block as usize].push(id as u32);
         }
@@ -229,6 +242,41 @@ impl Model {
     pub fn judge_disk(&self, bytes: &[u8], by: Settled) -> Result<(), String> {
         for (i, block) in bytes.chunks(BLOCK as usize).enumerate() {
             self.judge(i as u64, block, by, u64::MAX, true)?;
+        }
+        self.judge_whole(bytes)
+    }
+
+    /// An atomic write that can be seen in one block must not have left another of its blocks as it was before it began.
+    fn judge_whole(&self, bytes: &[u8]) -> Result<(), String> {
+        let (ops, blocks) = (self.ops.borrow(), self.blocks.borrow());
+        let word_of = |bytes: &[u8], block: u64| {
+            let at = (block * BLOCK) as usize;
+            bytes.get(at..at + 8).map_or(0, |word| u64::from_le_bytes(word.try_into().unwrap()))
+        };
+        let word = |block: u64| word_of(bytes, block);
+        // Another life's operation of that number has left the same there: such a block says nothing.
+        let says_nothing = |id: usize, block: u64| word_of(&self.base, block) == value(id, block);
+        for (id, op) in ops.iter().enumerate() {
+            let Some((first, count)) = op.whole else { continue };
+            let shows = |block: &u64| word(*block) == value(id, *block);
+            let Some(seen) = (first..first + count).find(|block| shows(block) && !says_nothing(id, *block))
+            else {
+                continue;
+            };
+            // What the block may be is another's that was written later or at the same time; else it is older.
+            let fits = |other: usize, block: u64| match ops[other].zero {
+                true => word(block) == 0,
+                false => word(block) == value(other, block),
+            };
+            let is_older = |block: &u64| {
+                let mut others = blocks[*block as usize].iter().map(|other| *other as usize);
+                !shows(block) && !others.any(|other| fits(other, *block) && !after(op, &ops[other]))
+            };
+            if let Some(old) = (first..first + count).find(is_older) {
+                return Err(format!(
+                    "the atomic write {id} of {count} blocks at {first} is torn: it is at {seen}, not at {old}"
+                ));
+            }
         }
         Ok(())
     }

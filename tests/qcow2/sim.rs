@@ -19,6 +19,9 @@ use tcmu_dif::{
 use crate::support::Rng;
 
 pub const SECTOR: u64 = 512;
+const PAGE: u64 = 4096;
+/// What is copied in one step: the sides of a mix meet at such a boundary.
+const WORD: u64 = 16;
 /// What a sector holds that nobody ever wrote.
 const NEVER: u8 = 0xdb;
 type Sector = [u8; SECTOR as usize];
@@ -55,6 +58,11 @@ pub struct SimDisk {
     pub failed: Cell<bool>,
     /// Bytes of an aligned piece that a cut leaves old or new as a whole.
     pub whole: Cell<u64>,
+    /// A page that is written while it has something that was not synced may be on its way to the disk, which then gets some of the old
+    /// and some of the new bytes, of one sector too.
+    pub racing: Cell<bool>,
+    /// Bytes that the file may have; beyond them there is no space.
+    pub room: Cell<u64>,
     /// Operations so far.
     pub steps: Cell<u64>,
 }
@@ -72,6 +80,8 @@ impl SimDisk {
             fail_in: Cell::new(None),
             failed: Cell::new(false),
             whole: Cell::new(SECTOR),
+            racing: Cell::new(false),
+            room: Cell::new(u64::MAX),
             steps: Cell::new(0),
         };
         let mut state = disk.state.borrow_mut();
@@ -124,6 +134,15 @@ impl SimDisk {
     fn put(&self, at: u64, bytes: &[u8]) {
         let seq = self.next();
         let mut state = self.state.borrow_mut();
+        let unsynced: Vec<u64> = match self.racing.get() {
+            true => (at / PAGE..(at + bytes.len() as u64).div_ceil(PAGE))
+                .filter(|page| {
+                    (page * PAGE / SECTOR..(page + 1) * PAGE / SECTOR)
+                        .any(|sector| state.sectors.get(&sector).is_some_and(|v| v.len() > 1))
+                })
+                .collect(),
+            false => Vec::new(),
+        };
         let mut done = 0;
         while done < bytes.len() {
             let pos = at + done as u64;
@@ -135,7 +154,16 @@ impl SimDisk {
                 // A hole. Whether it was durably one is for the cut to say.
                 versions.push((0, sector));
             }
+            let before = sector;
             sector[within..within + n].copy_from_slice(&bytes[done..done + n]);
+            if unsynced.contains(&(pos / PAGE)) {
+                let mut mix = sector;
+                // Somewhere in what is new.
+                let cut = (within / WORD as usize + self.rng.borrow_mut().below(n as u64 / WORD) as usize)
+                    * WORD as usize;
+                mix[cut..].copy_from_slice(&before[cut..]);
+                versions.push((seq, mix));
+            }
             versions.push((seq, sector));
             done += n;
         }
@@ -268,6 +296,9 @@ impl Storage for SimDisk {
         self.may_fail()?;
         if len > LARGEST {
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        }
+        if len > self.room.get() {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         let seq = self.next();
         let mut state = self.state.borrow_mut();

@@ -95,16 +95,20 @@ impl<V: Volume> Work<'_, V> {
         self.act(what).await;
     }
 
-    /// An operation: 45 in 100 are writes, 25 reads, the rest changes or asks something else.
+    /// An operation: 45 in 100 are writes (10 of them atomic, where that can be), 25 reads, the rest changes or asks something else.
     async fn act(&self, what: u64) {
         let (first, count) = self.place();
         let (at, len) = (ByteOffset(first * BLOCK), count * BLOCK);
         match what {
             0..45 => {
-                let op = self.model.begin(first, count, false);
+                let atomic = what < 10 && self.volume.limits().keeps_whole(at, len);
+                let op = match atomic {
+                    true => self.model.begin_whole(first, count),
+                    false => self.model.begin(first, count, false),
+                };
                 let sg = scattered(&mut self.rng.borrow_mut(), &self.model.data(op, first, count));
                 let fua = what == 0;
-                self.ended(op, self.volume.write(at, &sg, WriteFlags { fua }).await, fua);
+                self.ended(op, self.volume.write(at, &sg, WriteFlags { fua, atomic }).await, fua);
             }
             45..70 => {
                 let began = self.model.read_begins();

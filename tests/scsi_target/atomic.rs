@@ -19,7 +19,11 @@ fn atomic(flags: u8, lba: u64, boundary: u16, blocks: u16) -> Vec<u8> {
 }
 
 fn with_piece(size: BlockSize, bytes: u32) -> Bench {
-    Bench::with(size, |_: &mut TargetConfig| {}, |l: &mut Limits| l.atomic_write = bytes)
+    Bench::with(
+        size,
+        |_: &mut TargetConfig| {},
+        |l: &mut Limits| (l.atomic_write, l.atomic_unit) = (bytes, bytes),
+    )
 }
 
 /// MAXIMUM ATOMIC TRANSFER LENGTH, ALIGNMENT, GRANULARITY, LENGTH WITH BOUNDARY, BOUNDARY SIZE.
@@ -81,17 +85,52 @@ fn what_cannot_be_written_as_a_whole_is_refused_and_nothing_is_written() {
 }
 
 #[test]
-fn what_was_there_is_on_the_medium_before_an_atomic_write_begins() {
+fn the_volume_is_told_that_it_is_to_be_whole() {
     let b = with_piece(BlockSize::B512, 4096);
     let data = b.pattern(2, 8);
     for (flags, fua) in [(0x00, false), (0x10, false), (0x08, true), (0x18, true)] {
         assert_eq!(b.send(&atomic(flags, 16, 0, 8), &data).sense, GOOD);
-        let written = Seen::Write { at: 8192, len: 4096, fua };
-        assert_eq!(b.volume().take_seen(), [Seen::Flush, written]);
+        assert_eq!(b.volume().take_seen(), [Seen::Atomic { at: 8192, len: 4096, fua }]);
     }
-    b.volume().fail(IoOp::Flush, 0, IoErrorKind::Failed);
+    b.volume().fail(IoOp::Write, 8192, IoErrorKind::Failed);
     assert_eq!(b.send(&atomic(0, 16, 0, 8), &[1; 4096]).sense, (4, 0x44, 0));
     assert_eq!(b.medium(16, 8), data);
+}
+
+#[test]
+fn where_the_volume_can_any_blocks_up_to_the_longest_are_written_as_a_whole() {
+    for (size, most) in [(BlockSize::B512, 2048), (BlockSize::B4096, 256)] {
+        let b = Bench::with(
+            size,
+            |_| {},
+            |l| (l.capacity, l.atomic_write, l.atomic_unit) = (4096 * size.bytes(), 1 << 20, 1),
+        );
+        assert_eq!(limits(&b), [most, 1, 1, 0, 0]);
+        for (lba, blocks) in [(0, 1), (1, 1), (7, 9), (4095, 1), (511, most), (4096 - most, most)] {
+            let data = b.pattern(lba, blocks);
+            assert_eq!(b.send(&atomic(0, lba, 0, blocks as u16), &data).sense, GOOD, "{blocks} at {lba}");
+            let (at, len) = (lba * size.bytes(), blocks * size.bytes());
+            assert_eq!(b.volume().take_seen(), [Seen::Atomic { at, len, fua: false }]);
+            assert_eq!(b.medium(lba, blocks), data);
+            b.volume().take_seen();
+        }
+        let room = Buffer::zeroed((most as usize + 1) * size.bytes() as usize).sg();
+        assert_eq!(b.execute(&atomic(0, 0, 0, most as u16 + 1), &room).sense, INVALID_FIELD);
+        assert_eq!(b.execute(&atomic(0, 4096 - most + 1, 0, most as u16), &room).sense, OUT_OF_RANGE);
+        assert_eq!(b.volume().take_seen(), []);
+    }
+}
+
+#[test]
+fn an_image_that_came_in_place_of_another_is_not_asked_for_what_it_cannot() {
+    let b = Bench::with(BlockSize::B512, |_| {}, |l| (l.atomic_write, l.atomic_unit) = (1 << 20, 1));
+    assert_eq!(b.send(&atomic(0, 3, 0, 9), &b.pattern(1, 9)).sense, GOOD);
+    b.volume().take_seen();
+    b.volume().limits.borrow_mut().atomic_write = 512;
+    b.volume().limits.borrow_mut().atomic_unit = 512;
+    assert_eq!(b.send(&atomic(0, 3, 0, 9), &b.pattern(2, 9)).sense, INVALID_FIELD);
+    assert_eq!(b.volume().take_seen(), []);
+    assert_eq!(b.send(&atomic(0, 3, 0, 1), &b.pattern(3, 1)).sense, GOOD);
 }
 
 #[test]
@@ -112,18 +151,26 @@ fn readers_see_all_of_an_atomic_write_or_nothing() {
 }
 
 #[test]
-fn nothing_is_written_to_the_rest_of_its_page_between_the_flush_and_the_write() {
-    let b = with_piece(BlockSize::B512, 512);
+fn nobody_else_is_at_its_pages_meanwhile() {
+    let b = Bench::with(BlockSize::B512, |_| {}, |l| (l.atomic_write, l.atomic_unit) = (1 << 20, 1));
     b.volume().yields.set(4);
-    for turns in 0..16 {
-        b.volume().take_seen();
-        let one = b.spawn(&atomic(0, 3, 0, 1), &Buffer::from_slice(&[1; 512]).sg());
-        b.turns(turns);
-        let other = b.spawn(&cdb(0x2a, 0, 6, 1), &Buffer::from_slice(&[2; 512]).sg());
-        b.settle();
-        assert!(one.borrow().is_some() && other.borrow().is_some());
-        let seen = b.volume().take_seen();
-        let at = seen.iter().position(|s| *s == Seen::Flush).unwrap();
-        assert_eq!(seen[at + 1], Seen::Write { at: 1536, len: 512, fua: false }, "after {turns} turns");
+    // Blocks 3 to 9 lie in pages 0 to 15.
+    for (other, waits) in [(0, true), (6, true), (15, true), (16, false)] {
+        for turns in 1..16 {
+            let one = b.spawn(&atomic(0, 3, 0, 7), &Buffer::from_slice(&[1; 7 * 512]).sg());
+            b.turns(turns);
+            b.volume().take_seen();
+            let under_way = one.borrow().is_none();
+            let beside = b.spawn(&cdb(0x2a, 0, other, 1), &Buffer::from_slice(&[2; 512]).sg());
+            let mut met = false;
+            while one.borrow().is_none() {
+                met |= !b.volume().take_seen().is_empty();
+                b.turns(1);
+            }
+            assert!(!met || !waits, "block {other} after {turns} turns");
+            assert!(met || waits || !under_way || turns > 6, "block {other} waits after {turns} turns");
+            b.settle();
+            assert!(beside.borrow().is_some());
+        }
     }
 }

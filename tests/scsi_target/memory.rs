@@ -27,6 +27,7 @@ pub const GRANULE: u64 = 4096;
 pub enum Seen {
     Read { at: u64, len: u64 },
     Write { at: u64, len: u64, fua: bool },
+    Atomic { at: u64, len: u64, fua: bool },
     Flush,
     Discard { at: u64, len: u64 },
     Zero { at: u64, len: u64, may_unmap: bool },
@@ -68,6 +69,7 @@ impl Memory {
                 discard_granularity: GRANULE as u32,
                 preferred_io: 65536,
                 atomic_write: 4096,
+                atomic_unit: 4096,
                 tells_free: false,
             }),
             seen: RefCell::default(),
@@ -146,7 +148,12 @@ impl Volume for Memory {
 
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         let len = from.len() as u64;
-        self.enter(Seen::Write { at: at.0, len, fua: flags.fua }, IoOp::Write, at.0, len).await?;
+        let (at_byte, fua) = (at.0, flags.fua);
+        let seen = match flags.atomic {
+            true => Seen::Atomic { at: at_byte, len, fua },
+            false => Seen::Write { at: at_byte, len, fua },
+        };
+        self.enter(seen, IoOp::Write, at.0, len).await?;
         // In two halves, so that whoever looks in between sees a torn write.
         let half = from.len() / 2;
         from.copy_out(0, &mut self.bytes.borrow_mut()[at.0 as usize..][..half]);

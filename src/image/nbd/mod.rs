@@ -299,6 +299,7 @@ impl Volume for Nbd {
             preferred_io: self.terms.sizes.preferred,
             // Nothing is known of what is under the server.
             atomic_write: 0,
+            atomic_unit: 0,
             tells_free: false,
         }
     }

@@ -61,10 +61,11 @@ impl<S: Storage> Qcow2<S> {
         flags: WriteFlags,
     ) -> Option<impl Future<Output = Result<()>> + use<'a, S>> {
         // The first change clears header bits, and a write that is to be durable syncs.
-        if flags.fua || !self.begun.get() || self.check_writable(IoOp::Write).is_err() {
+        if flags.fua || flags.atomic || !self.begun.get() || self.check_writable(IoOp::Write).is_err() {
             return None;
         }
         let inside = self.writers.try_enter()?;
+        let stays = self.moves.pass_at_once()?;
         let Kind::Data { host, owned: true } = self.whole_run(IoOp::Write, at, from.len() as u64)? else {
             return None;
         };
@@ -74,7 +75,7 @@ impl<S: Storage> Qcow2<S> {
         let at_work = self.epochs.enter();
         let changing = Changing(&self.barrier);
         Some(async move {
-            let _held = (inside, at_work);
+            let _held = (inside, stays, at_work);
             let written = self.data().write_data(host, from).await;
             changing.finish();
             written.map_err(|e| self.io_error(IoOp::Write, e).at(at))

@@ -16,6 +16,7 @@
 
 mod alloc;
 mod at_once;
+mod atomic;
 mod barrier;
 mod bitmaps;
 mod cache;
@@ -70,7 +71,10 @@ pub use storage::{FileStorage, Storage};
 
 use crate::{
     image::direct::Ways,
-    sync::{AsyncMutex, RangeLock},
+    sync::{
+        AsyncMutex, RangeLock,
+        gate::{Gate as MoveGate, Pass},
+    },
     sys::{io::Io, mem::Sg},
     units::ByteOffset,
     volume::{Extent, IoError, IoErrorKind, IoOp, Limits, Result, Volume, WriteFlags},
@@ -122,6 +126,10 @@ pub struct Qcow2<S: Storage = FileStorage> {
     readers: Gate,
     /// Guest clusters whose mapping is being changed.
     guests: RangeLock,
+    /// Guest clusters that get another place, with what they hold: whoever writes there passes, and so waits.
+    moves: MoveGate,
+    /// Pages of L2 tables: shared by who changes entries, held by who changes several at once.
+    table_pages: RangeLock,
     /// Held while an L2 table is made or copied, or the L1 table grows.
     linking: AsyncMutex,
     /// Held while refcounts change.
@@ -211,19 +219,6 @@ impl<S: Storage> Qcow2<S> {
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         self.geometry.cluster()
-    }
-
-    /// A write in place is as whole as the file's. One that needs a new place is linked when its data are durable, or the guest saw zeros and
-    /// the new place holds zeros: so it is as whole, within one entry's cluster or subcluster. Clusters smaller than a page share pages
-    /// with anything.
-    fn atomic_write(&self) -> u32 {
-        const PAGE: u64 = 4096;
-        let g = &self.geometry;
-        if g.cluster() < PAGE {
-            return 0;
-        }
-        let unit = if g.extended_l2 { 1 << g.unit_bits() } else { PAGE };
-        self.data().atomic_write().min(unit.min(PAGE) as u32)
     }
 
     fn io_error(&self, op: IoOp, e: std::io::Error) -> IoError {
@@ -352,8 +347,15 @@ impl<S: Storage> Qcow2<S> {
     async fn write_inside(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         // It may have had to wait while the disk became shorter.
         self.check_range(IoOp::Write, at, from.len() as u64)?;
+        let _stays = self.stays(at.0, from.len() as u64).await;
         self.write_range(IoOp::Write, at.0, from).await?;
         if flags.fua { self.sync(IoOp::Write).await } else { Ok(()) }
+    }
+
+    /// Keeps the clusters of a range (not empty) where they are, however many write to them.
+    async fn stays(&self, at: u64, len: u64) -> Pass<'_> {
+        let (first, last) = (self.geometry.index(at), self.geometry.index(at + len.max(1) - 1));
+        self.moves.pass(first, last - first + 1).await
     }
 
     /// Metadata that make no sense: the image is marked corrupt if it may be written, as QEMU does, and never written again.
@@ -369,13 +371,15 @@ impl<S: Storage> Qcow2<S> {
 
 impl<S: Storage> Volume for Qcow2<S> {
     fn limits(&self) -> Limits {
+        let (atomic_write, atomic_unit) = self.atomic_limits();
         Limits {
             capacity: self.size.get(),
             alignment: 1,
             read_only: self.read_only,
             discard_granularity: self.geometry.cluster() as u32,
             preferred_io: self.geometry.cluster() as u32,
-            atomic_write: self.atomic_write(),
+            atomic_write,
+            atomic_unit,
             tells_free: !self.data().is_fixed(),
         }
     }
@@ -390,6 +394,7 @@ impl<S: Storage> Volume for Qcow2<S> {
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         match self.write_at_once(at, from, flags) {
             Some(writing) => writing.await,
+            None if flags.atomic => Box::pin(self.write_atomic(at, from, flags)).await,
             None => Box::pin(self.write_any(at, from, flags)).await,
         }
     }
@@ -421,7 +426,13 @@ impl<S: Storage> Volume for Qcow2<S> {
         let change = self.change(op).await?;
         // It may have had to wait while the disk became shorter.
         let done = match self.check_range(op, at, len) {
-            Ok(()) => Box::pin(self.zero_range(at.0, len, may_unmap)).await,
+            Ok(()) => {
+                Box::pin(async {
+                    let _stays = self.stays(at.0, len).await;
+                    self.zero_range(at.0, len, may_unmap).await
+                })
+                .await
+            }
             Err(e) => Err(e),
         };
         change.finish();
@@ -444,7 +455,11 @@ impl<S: Storage> Volume for Qcow2<S> {
             Box::pin(self.alone(IoOp::Resize, self.cut(self.size.get()))).await?;
         }
         let change = self.change(IoOp::Resize).await?;
-        let done = Box::pin(self.resize_to(capacity)).await;
+        let done = Box::pin(async {
+            let _stays = self.moves.pass(0, u64::MAX).await;
+            self.resize_to(capacity).await
+        })
+        .await;
         change.finish();
         done
     }

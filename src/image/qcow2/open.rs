@@ -20,7 +20,7 @@ use super::{
     tables::decode,
 };
 use crate::{
-    sync::{AsyncMutex, RangeLock},
+    sync::{AsyncMutex, RangeLock, gate::Gate as MoveGate},
     sys::mem::Buffer,
     volume::{IoError, IoErrorKind, IoOp, Result},
 };
@@ -120,6 +120,8 @@ impl<S: Storage> Qcow2<S> {
             writers: Gate::default(),
             readers: Gate::default(),
             guests: RangeLock::new(),
+            moves: MoveGate::default(),
+            table_pages: RangeLock::new(),
             linking: AsyncMutex::new(),
             space: AsyncMutex::new(),
             pool: RefCell::new(Pool::default()),

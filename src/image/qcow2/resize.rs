@@ -166,23 +166,34 @@ impl<S: Storage> Qcow2<S> {
 
     async fn grow_l1(&self, entries: u64) -> Result<()> {
         let _linking = self.linking.lock().await;
-        let g = self.geometry;
-        let old = (g.index(self.l1_at.get()), g.clusters_for(self.l1.borrow().len() as u64 * 8));
-        let count = g.clusters_for(entries * 8);
-        let place = self.take_together(OP, count).await?;
         let mut table = self.l1.borrow().clone();
         table.resize(entries as usize, 0);
+        self.move_l1(OP, table).await
+    }
+
+    /// Lets another L1 table, at a new place, take the place of the one that there is. What was written before is durable before
+    /// that is. The caller holds `linking`.
+    pub(super) async fn move_l1(&self, op: IoOp, table: Vec<u64>) -> Result<()> {
+        let g = self.geometry;
+        let old = (g.index(self.l1_at.get()), g.clusters_for(self.l1.borrow().len() as u64 * 8));
+        let place = self.take_together(op, g.clusters_for(table.len() as u64 * 8)).await?;
         let at = place.0 << g.cluster_bits;
-        self.storage.write(at, &encode(&table).sg()).await.map_err(|e| self.io_error(OP, e))?;
-        self.sync(OP).await?;
+        let ready = match self.storage.write(at, &encode(&table).sg()).await {
+            Ok(()) => self.sync(op).await,
+            Err(e) => Err(self.io_error(op, e)),
+        };
+        if let Err(e) = ready {
+            self.free_later(place.0, place.1);
+            return Err(e);
+        }
         // l1_size and l1_table_offset stand side by side in one sector of the header.
-        let mut words = (entries as u32).to_be_bytes().to_vec();
+        let mut words = (table.len() as u32).to_be_bytes().to_vec();
         words.extend_from_slice(&at.to_be_bytes());
         let written = self.storage.write(field::SIZE + 12, &Buffer::from_slice(&words).sg()).await;
         if let Err(e) = written {
             // The file may name either table now.
             self.barrier.fail();
-            return Err(self.io_error(OP, e));
+            return Err(self.io_error(op, e));
         }
         *self.l1.borrow_mut() = table;
         self.l1_at.set(at);

@@ -178,7 +178,7 @@ impl<S: Storage> Qcow2<S> {
     }
 
     /// Bytes as the guest sees them; beyond the disk's end they are zeros, so that nothing appears there when it grows.
-    async fn seen(&self, at: u64, len: u64) -> Result<Sg> {
+    pub(super) async fn seen(&self, at: u64, len: u64) -> Result<Sg> {
         if len == 0 {
             return Ok(Sg::new());
         }

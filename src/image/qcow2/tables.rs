@@ -45,6 +45,18 @@ pub(super) fn decode(table: &Buffer) -> Vec<u64> {
     words
 }
 
+/// How entries change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Switch {
+    /// After a crash each is old or new by itself.
+    Each,
+    /// After a crash all are old or all are new, if they lie in one sector, and what was written before is durable if they are new.
+    AtOnce,
+}
+
+/// The kernel brings a file to the disk by pages.
+const PAGE: u64 = 4096;
+
 impl<S: Storage> Qcow2<S> {
     /// The entries around a guest cluster, ready to be changed: the L2 table is made if there is none, and copied if a
     /// snapshot shares it. The caller holds the guest clusters.
@@ -115,10 +127,31 @@ impl<S: Storage> Qcow2<S> {
         cluster: u64,
         new: &[Entry],
     ) -> Result<()> {
+        self.set_entries_as(op, entries, cluster, new, Switch::Each).await
+    }
+
+    /// The same, in one of two ways.
+    pub(super) async fn set_entries_as(
+        &self,
+        op: IoOp,
+        entries: &Entries,
+        cluster: u64,
+        new: &[Entry],
+        how: Switch,
+    ) -> Result<()> {
         let g = self.geometry;
         let offset = entries.index(cluster) * g.entry_bytes() as usize;
         let at = entries.slice.at + offset as u64;
         let bytes = g.entry_table(new);
+        // A slice lies within one page.
+        let _page = match how {
+            Switch::Each => self.table_pages.shared(at / PAGE, 1).await,
+            Switch::AtOnce => self.table_pages.exclusive(at / PAGE, 1).await,
+        };
+        if how == Switch::AtOnce {
+            // Of a page that is written anew while it is on its way to the disk, the disk may get a mix.
+            self.sync(op).await?;
+        }
         match self.storage.write(at, &Buffer::from_slice(&bytes).sg()).await {
             Ok(()) => {
                 entries.slice.set(offset, &bytes);

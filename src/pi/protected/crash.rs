@@ -6,6 +6,7 @@ use std::{cell::RefCell, ops::Range};
 use super::{Protected, Recheck};
 use crate::{
     pi::{
+        exposure::Exposure,
         recompute::{CHUNK, Mode, next_run, recompute},
         replay::{Sink, replay},
         store::{ENTRY, Intention, PiMode, Recorded, Sidecar, Writing, entry},
@@ -15,7 +16,7 @@ use crate::{
     sync::RangeGuard,
     sys::mem::{Buffer, Sg},
     units::{ByteOffset, Lba},
-    volume::{IoError, IoErrorKind, IoOp, Result, Volume},
+    volume::{IoError, IoErrorKind, IoOp, Limits, Result, Volume},
 };
 
 /// What blocks are about to become.
@@ -72,6 +73,19 @@ impl Drop for InDoubt<'_> {
 }
 
 impl<V: Volume, S: Storage> Protected<V, S> {
+    /// Most bytes of an atomic write, and its unit. After a crash each block gets a tuple that its data match, so data that are old or new as
+    /// a whole have such tuples. But initiators' tags have to come with their data: in bitmap mode a crash may part a block
+    /// from its tags, and in journal mode each block whose data are the same before and after has either's tags, whatever the others have.
+    pub(super) fn keeps_whole(&self, inner: &Limits) -> (u32, u32) {
+        let block = self.checker().block_size.bytes() as u32;
+        let one = inner.keeps_whole(ByteOffset(0), block.into());
+        match (self.checker().tags, self.sidecar.mode()) {
+            (Exposure::Target, _) => (inner.atomic_write, inner.atomic_unit.max(block)),
+            (Exposure::Initiator, PiMode::Journal) if one => (block, block),
+            (Exposure::Initiator, _) => (0, 0),
+        }
+    }
+
     /// Before blocks and their tuples are changed: locks them, and marks or records durably what is to come.
     ///
     /// # Errors

@@ -52,9 +52,14 @@ fn tags_of_initiators_survive_a_crash_and_a_later_look_by_anybody() {
             let p = open(&world).await;
             assert_eq!(p.protection(), Some(kind));
             let from = Buffer::from_slice(&data).sg();
-            p.write_with_tuples(ByteOffset(8192), &from, sent.clone(), WriteFlags { fua: true })
-                .await
-                .unwrap();
+            p.write_with_tuples(
+                ByteOffset(8192),
+                &from,
+                sent.clone(),
+                WriteFlags { fua: true, ..WriteFlags::default() },
+            )
+            .await
+            .unwrap();
             drop(p); // not closed
 
             let p = open(&world).await;

@@ -162,7 +162,8 @@ impl Model {
                     .zip(&versions)
                     .flat_map(|(i, v)| pattern(i as u64, *v).repeat((bs / 512) as usize))
                     .collect();
-                lun.write(at, &Buffer::from_slice(&bytes).sg(), WriteFlags { fua }).await
+                lun.write(at, &Buffer::from_slice(&bytes).sg(), WriteFlags { fua, ..WriteFlags::default() })
+                    .await
             }
         };
         if let Err(e) = &done {

@@ -10,7 +10,6 @@ mod compare;
 pub mod continued;
 mod copy;
 mod erase;
-mod gate;
 mod modes;
 mod protect;
 mod provision;
@@ -37,14 +36,13 @@ use super::{
 };
 use crate::{
     pi::{Counters, Transfer, guard::Guard},
-    sync::Notify,
+    sync::{Notify, gate::Gate},
     sys::mem::Sg,
     units::{BlockSize, ByteOffset, Lba},
     volume::{AppRange, IoError, IoErrorKind, Limits, Volume},
 };
 use continued::{Keeper, Keeping};
 use erase::Medium;
-use gate::Gate;
 
 /// A command as it comes from an initiator. It borrows what its transport has, so that nothing is copied on its way.
 #[derive(Debug, Clone)]
@@ -519,6 +517,7 @@ fn geometry(block_size: BlockSize, limits: &Limits) -> Geometry {
         unmap_granularity: blocks_of(limits.discard_granularity).max(1),
         transfer_granularity: blocks_of(limits.preferred_io).clamp(physical, most) as u16,
         atomic: blocks_of(limits.atomic_write),
+        atomic_granule: blocks_of(limits.atomic_unit).max(1),
         thresholds: limits.tells_free && limits.discard_granularity > 0,
         read_only: limits.read_only,
     }

@@ -107,40 +107,42 @@ impl<V: Volume> Target<V> {
         Ok(0)
     }
 
-    /// One aligned piece of the medium, as long as VPD page B0 says: all of it is written or nothing, whoever reads meanwhile and whenever power
-    /// fails (SBC-4 4.29, 5.44).
-    ///
-    /// Nobody else is at the piece, nor at the rest of its page, and the flush has brought what was there before to the medium: so the host has
-    /// no write of that page under way into which the new data could slip half.
+    /// As many blocks as VPD page B0 says: all of them are written or nothing, whoever reads meanwhile and whenever power
+    /// fails (SBC-4 4.29, 5.44). Nobody else is at the blocks, nor at the rest of their pages; the volume does what is left.
     pub(super) async fn write_atomic(&self, cdb: Cdb<'_>, command: &Command<'_>) -> Outcome {
         let range = Range { lba: Lba(cdb.u64(2)), blocks: Blocks(u64::from(cdb.u16(12))), length_at: 12 };
         let asked = self.asked_to_write(cdb, range.lba)?;
         let (at, len) = self.place(range.lba, range.blocks.0)?;
         let geometry = self.geometry.get();
-        let piece = u64::from(geometry.atomic);
+        let (most, granule) = (u64::from(geometry.atomic), u64::from(geometry.atomic_granule));
         if cdb.u16(10) != 0 {
             return Err(Sense::invalid_field(10, 7).into()); // ATOMIC BOUNDARY: none is supported
         }
         if len == 0 {
             return Ok(0);
         }
-        if range.blocks.0 > piece || !range.blocks.0.is_multiple_of(piece) {
+        if range.blocks.0 > most || !range.blocks.0.is_multiple_of(granule) {
             return Err(Sense::invalid_field(range.length_at, 7).into());
         }
-        if !range.lba.0.is_multiple_of(piece) {
+        if !range.lba.0.is_multiple_of(granule) {
             return Err(Sense::invalid_field(2, 7).into());
+        }
+        // A job may have put another image in place of the one that initiators have been told of.
+        if !self.volume.limits().keeps_whole(at, len) {
+            return Err(Sense::invalid_field(range.length_at, 7).into());
         }
         let sent = self.sent(command, &asked, range.lba, range.blocks.0, range.length_at)?;
         let page = 1 << geometry.physical_exponent();
-        let _guard = self.gate.hold(range.lba.0 / page * page, page).await;
-        self.volume.flush().await.map_err(|e| self.failure(e))?;
-        self.store(at, &sent.data, sent.tuples, self.write_flags(cdb.flag(3)), &asked, 0).await?;
+        let (first, end) = (range.lba.0 / page * page, (range.lba.0 + range.blocks.0).next_multiple_of(page));
+        let _guard = self.gate.hold(first, end - first).await;
+        let flags = WriteFlags { atomic: true, ..self.write_flags(cdb.flag(3)) };
+        self.store(at, &sent.data, sent.tuples, flags, &asked, 0).await?;
         Ok(0)
     }
 
     /// Without a write cache every write is to stable storage.
     pub(super) fn write_flags(&self, fua: bool) -> WriteFlags {
-        WriteFlags { fua: fua || !self.write_cache() }
+        WriteFlags { fua: fua || !self.write_cache(), ..WriteFlags::default() }
     }
 
     /// Ends a command that changed the medium by discarding or zeroing: without a write cache it has to be durable.

@@ -3,23 +3,27 @@
 //!
 //! COMPARE AND WRITE, ORWRITE and their like [`Gate::hold`] their blocks; all others [`Gate::pass`]. While nobody holds
 //! anything a pass is a counter; while somebody does, passes queue in the range lock. A holder also waits for the passes that
-//! were counted before it came.
+//! were counted before it came. A qcow2 image has one for its guest's clusters: who moves one to another place holds it.
 
 use std::cell::Cell;
 
 use crate::sync::{Notify, RangeGuard, RangeLock};
 
+/// See the module.
 #[derive(Default)]
-pub(super) struct Gate {
+pub struct Gate {
     lock: RangeLock,
     counted: Cell<usize>,
     drained: Notify,
 }
 
 /// The right to work on some blocks beside others.
-pub(super) enum Pass<'a> {
+pub enum Pass<'a> {
+    /// Nobody held anything when it was given.
     Counted(&'a Gate),
+    /// It has its place in the queue.
     Ranged {
+        /// That place.
         #[allow(dead_code)] // Held, never read: dropping it gives the range up.
         guard: RangeGuard,
     },
