@@ -1,6 +1,10 @@
 //! The daemon's host as it really is: configfs, /dev/uioN and LUN threads.
 
-use std::{fs::File, path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use tracing::{info, warn};
 
@@ -25,6 +29,10 @@ use crate::{
 
 /// How long a device's node may take to come up.
 const NODE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a device may be held by somebody who is about to let go of it: a daemon that has just ended, whose memory the kernel takes apart.
+const HOLD_PATIENCE: Duration = Duration::from_secs(1);
+const HOLD_LOOK: Duration = Duration::from_millis(10);
 
 /// What is to be known where another process has a device's ring.
 const HELD: &str = "nothing, if an earlier daemon's process cannot end because its storage does not answer (`ps -C tcmu-dif -L -o pid,stat,wchan`): \
@@ -164,7 +172,7 @@ impl Host for RealHost {
             next: Some("create the device with hw_block_size=512 or 4096".to_owned()),
         })?;
         Uio::default().wait_for_node(device, NODE_PATIENCE).map_err(io)?;
-        let mut ring = Device::open_uio(&device.node, device.map_size).map_err(|e| match e.kind() {
+        let mut ring = opened(device).map_err(|e| match e.kind() {
             std::io::ErrorKind::ResourceBusy => Failure { next: Some(HELD.to_owned()), ..io(e) },
             _ => io(e),
         })?;
@@ -258,6 +266,19 @@ impl Lun for LunHandle {
 
     fn stop(self: Box<Self>) -> Result<(), Failure> {
         Ok(LunHandle::stop(*self)?)
+    }
+}
+
+/// The device's ring, as soon as nobody else has it.
+fn opened(device: &UioDevice) -> std::io::Result<Device> {
+    let until = Instant::now() + HOLD_PATIENCE;
+    loop {
+        match Device::open_uio(&device.node, device.map_size) {
+            Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < until => {
+                std::thread::sleep(HOLD_LOOK);
+            }
+            done => return done,
+        }
     }
 }
 

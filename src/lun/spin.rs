@@ -159,7 +159,7 @@ impl Spinner {
                 }
                 std::hint::spin_loop();
             }
-            if round % BETWEEN_YIELDS == 0 {
+            if round.is_multiple_of(BETWEEN_YIELDS) {
                 std::thread::yield_now();
             }
             round += 1;

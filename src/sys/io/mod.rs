@@ -541,16 +541,19 @@ impl Drop for Inner {
             }
         }
         let Engine::Uring(uring) = &self.engine else { return };
+        let ops = &self.ops;
+        let done = |key, result| {
+            if let Some(op) = ops.borrow_mut().get_mut(key) {
+                op.result = Some(result);
+            }
+        };
+        if let Err(error) = uring.borrow_mut().disarm(&self.watches.borrow(), done) {
+            tracing::debug!(%error, "what was watched stays open until the kernel has taken the ring apart");
+        }
         loop {
-            let ops = &self.ops;
             if ops.borrow().iter().all(|(_, op)| op.result.is_some()) {
                 return;
             }
-            let done = |key, result| {
-                if let Some(op) = ops.borrow_mut().get_mut(key) {
-                    op.result = Some(result);
-                }
-            };
             let off = self.fence.borrow().as_ref().is_some_and(|f| f.standing() != Standing::Holds);
             if off || uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
                 // Leaking beats giving the kernel's target memory to somebody else.

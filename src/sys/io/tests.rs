@@ -151,6 +151,21 @@ fn a_watched_descriptor_wakes_the_turn() {
     }
 }
 
+/// A UIO device can be opened once, so a LUN that is started again needs the last one's doorbell closed.
+#[test]
+fn what_was_watched_is_closed_when_the_io_is_gone_and_not_some_time_later() {
+    for backend in [Backend::Uring, Backend::Threads] {
+        for round in 0..50 {
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            let io = Io::new(backend).unwrap();
+            let watch = io.watch(reader).unwrap();
+            io.turn(Wait::AtMost(Duration::from_millis(1))).unwrap();
+            drop((watch, io));
+            assert_eq!(rustix::io::write(&writer, &[1]), Err(rustix::io::Errno::PIPE), "{backend}, {round}");
+        }
+    }
+}
+
 #[test]
 fn no_result_of_the_pool_is_slept_through_however_results_and_looks_fall_together() {
     let (ended, end) = std::sync::mpsc::channel();

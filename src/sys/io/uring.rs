@@ -1,6 +1,10 @@
 //! The io_uring engine: one ring for a thread, one `io_uring_enter` a turn.
 
-use std::{io, rc::Rc};
+use std::{
+    io,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
@@ -125,7 +129,7 @@ impl Uring {
         watches: &[Rc<Watch>],
         wait: Wait,
         idle: bool,
-        mut done: impl FnMut(usize, i32),
+        done: impl FnMut(usize, i32),
     ) -> io::Result<()> {
         for (i, watch) in watches.iter().enumerate() {
             if !watch.armed.get() {
@@ -157,15 +161,15 @@ impl Uring {
             }
         };
         match result {
-            Ok(_) => {}
-            // ETIME: the wait is over. EINTR: a signal. EAGAIN, EBUSY: short of memory, or completions to reap first.
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                ) => {}
-            Err(e) => return Err(e),
+            Err(e) if !is_for_another_turn(&e) => return Err(e),
+            _ => {}
         }
+        self.reap(watches, done);
+        Ok(())
+    }
+
+    /// Takes what the kernel has completed.
+    fn reap(&mut self, watches: &[Rc<Watch>], mut done: impl FnMut(usize, i32)) {
         for cqe in self.ring.completion() {
             let data = cqe.user_data();
             if data == CANCEL {
@@ -176,6 +180,33 @@ impl Uring {
             } else if let Some(watch) = watches.get((data & !WATCH) as usize) {
                 watch.ready.set(true);
                 watch.armed.set(cqueue::more(cqe.flags()));
+            }
+        }
+    }
+
+    /// Takes the watches back. The kernel holds what is watched open for as long as it watches, and takes a ring that is closed apart
+    /// some time later; a UIO device cannot be opened again until then.
+    ///
+    /// # Errors
+    /// That it has not come to an end within a second, or what the kernel says against it.
+    pub(super) fn disarm(
+        &mut self,
+        watches: &[Rc<Watch>],
+        mut done: impl FnMut(usize, i32),
+    ) -> io::Result<()> {
+        let until = Instant::now() + Duration::from_secs(1);
+        for (i, _) in watches.iter().enumerate().filter(|(_, watch)| watch.armed.get()) {
+            self.push_entry(&opcode::PollRemove::new(WATCH | i as u64).build().user_data(CANCEL))?;
+        }
+        while watches.iter().any(|watch| watch.armed.get()) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let ts = types::Timespec::from(left);
+            match self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&ts)) {
+                Err(e) if !is_for_another_turn(&e) => return Err(e),
+                _ => self.reap(watches, &mut done),
             }
         }
         Ok(())
@@ -193,6 +224,11 @@ impl Uring {
         // SAFETY: no argument is passed; what is submitted was vouched for when it was pushed.
         unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued as u32, 0, GETEVENTS, None) }
     }
+}
+
+/// ETIME: the wait is over. EINTR: a signal. EAGAIN, EBUSY: short of memory, or completions to reap first.
+fn is_for_another_turn(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }
 
 fn clamp(len: usize) -> u32 {
