@@ -55,7 +55,7 @@ const WARM: usize = 48;
 const FORGET: Duration = Duration::from_secs(1);
 
 /// So many gaps from one trial to the next while spinning does not pay: at first, and at most, after trials that found the same.
-const BETWEEN_SPINS: (u32, u32) = (32, 8192);
+const BETWEEN_SPINS: (u32, u32) = (128, 8192);
 
 /// The same while it does: those trials are slow commands, and more than one in a hundred would be seen.
 const BETWEEN_SLEEPS: (u32, u32) = (2048, 16384);
@@ -268,7 +268,7 @@ impl Trial {
             "spinning was tried"
         );
         let (first, most) = if pays { BETWEEN_SLEEPS } else { BETWEEN_SPINS };
-        self.between = if pays == self.pays { (self.between * 2).min(most) } else { first };
+        self.between = if pays == self.pays { (self.between * 4).min(most) } else { first };
         (self.pays, self.next) = (pays, self.between);
     }
 }
@@ -467,7 +467,7 @@ mod tests {
     fn a_peer_that_waits_for_us_is_spun_for_where_sleeping_is_seen_to_cost_more_than_a_wake_up() {
         let mut lun = Lun::with(10 * US);
         lun.hidden = 140 * US;
-        lun.gaps(100, 200 * US);
+        lun.gaps(200, 200 * US);
         assert_eq!(lun.spins(900, 200 * US), 900);
         // A look at the other way now and then: less than one in a hundred.
         let slept = 20_000 - lun.spins(20_000, 200 * US);
@@ -498,9 +498,9 @@ mod tests {
         let long = Duration::from_millis(10);
         let spun: Duration = (0..1000).map(|_| lun.gap(long)).sum();
         assert!(spun <= 5 * MOST, "{spun:?}");
-        assert!(lun.spins(200, 200 * US) > 100);
+        assert!(lun.spins(400, 200 * US) > 200);
         lun.gap(2 * FORGET);
-        assert!(lun.spins(100, 200 * US) > 50);
+        assert!(lun.spins(400, 200 * US) > 200);
     }
 
     #[test]

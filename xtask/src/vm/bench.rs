@@ -11,7 +11,7 @@ use super::guest::{Guest, Init, Lab};
 use super::suite::initiator::fio;
 use super::suite::lun::{create_on_loopback, daemon_pid, start_daemon};
 use super::suite::reference::{LOOPBACK, START_TCMU_RUNNER};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use serde::Serialize;
 use serde_json::Value;
@@ -39,13 +39,15 @@ struct Options {
 enum Handler {
     TcmuDif,
     TcmuRunner,
+    /// [`BARE_LOOP`].
+    Bare,
     Kernel,
 }
 
 struct Row {
     name: &'static str,
     handler: Handler,
-    /// For tcmu-dif the options of `create`; otherwise the script that makes the backstore, whose HBA and name is in `$1`.
+    /// For tcmu-dif the options of `create`, for the bare loop its file; otherwise the script that makes the backstore, whose HBA and name is in `$1`.
     make: &'static str,
     /// Also measured at fixed rates.
     paced: bool,
@@ -54,6 +56,8 @@ struct Row {
 /// The row that ours are to be faster than, the one that they are to be several times as fast as, and those that they are compared with.
 const FILEIO: &str = "LIO fileio";
 const FILEIO_PI: &str = "LIO fileio, type 1";
+const BARE: &str = "bare loop, no data";
+const BARE_RAW: &str = "bare loop, raw";
 const RUNNER: [&str; 2] = ["tcmu-runner raw", "tcmu-runner qcow2"];
 
 const ROWS: &[Row] = &[
@@ -76,6 +80,8 @@ const ROWS: &[Row] = &[
             echo dev_size=$SIZE,dev_config=qcow//scratch/runner.qcow2 > $T/core/$1/control",
         paced: false,
     },
+    bare(BARE, ""),
+    bare(BARE_RAW, "/scratch/bare.raw"),
     Row {
         name: FILEIO,
         handler: Handler::Kernel,
@@ -97,6 +103,10 @@ const ROWS: &[Row] = &[
         paced: false,
     },
 ];
+
+const fn bare(name: &'static str, make: &'static str) -> Row {
+    Row { name, handler: Handler::Bare, make, paced: false }
+}
 
 const fn ours(name: &'static str, make: &'static str) -> Row {
     Row { name, handler: Handler::TcmuDif, make, paced: false }
@@ -167,13 +177,30 @@ export_vhost() {
 }
 "#;
 
+/// What a handler costs that does nothing but what has to be done: how far up it is worth going.
+const BARE_LOOP: &str = include_str!("guest/bare_loop.c");
+
+/// Builds the bare loop into the guest's /host.
+fn build_bare_loop(guest: &Guest) -> Result<()> {
+    let source = guest.share().join("bare_loop.c");
+    std::fs::write(&source, BARE_LOOP)?;
+    let built = std::process::Command::new("gcc-12")
+        .args(["-O2", "-Wall", "-static", "-o"])
+        .arg(guest.share().join("bare-loop"))
+        .arg(&source)
+        .status()
+        .context("gcc-12")?;
+    ensure!(built.success(), "the bare loop does not build");
+    Ok(())
+}
+
 /// Runs it and gives back what is to be kept as JSON; the tables go to standard output.
 ///
 /// # Errors
 /// An option that is none, a guest that does not come up, a disk that cannot be made, a workload that meets an error.
 pub fn run(lab: &Lab, more: &[String]) -> Result<Value> {
     let options = Options::try_parse_from(std::iter::once(&"vm".to_owned()).chain(more))?;
-    let rows: Vec<&Row> = ROWS
+    let rows: Vec<&'static Row> = ROWS
         .iter()
         .filter(|row| options.rows.is_empty() || options.rows.split('|').any(|part| row.name.contains(part)))
         .collect();
@@ -183,14 +210,25 @@ pub fn run(lab: &Lab, more: &[String]) -> Result<Value> {
     let guest = &mut guest;
     guest.sh("echo 0 > /proc/sys/vm/dirty_writeback_centisecs
          echo 80 > /proc/sys/vm/dirty_ratio; echo 80 > /proc/sys/vm/dirty_background_ratio")?;
+    build_bare_loop(guest)?;
+    let mut disks = Vec::new();
+    let mut ready = |guest: &mut Guest, bare: bool| {
+        for (number, row) in rows.iter().enumerate().filter(|(_, row)| (row.handler == Handler::Bare) == bare)
+        {
+            let disk =
+                make(guest, row, number).with_context(|| format!("cannot make the disk {}", row.name))?;
+            warm_up(guest, &disk)?;
+            disks.push((number, disk));
+        }
+        anyhow::Ok(())
+    };
+    // Before the others, of whom one would refuse a device that nobody knows.
+    ready(guest, true)?;
     start_daemon(guest, "auto")?;
     guest.sh(START_TCMU_RUNNER)?;
-    let mut disks = Vec::new();
-    for (number, row) in rows.into_iter().enumerate() {
-        let disk = make(guest, row, number).with_context(|| format!("cannot make the disk {}", row.name))?;
-        warm_up(guest, &disk)?;
-        disks.push(disk);
-    }
+    ready(guest, false)?;
+    disks.sort_by_key(|(number, _)| *number);
+    let mut disks: Vec<_> = disks.into_iter().map(|(_, disk)| disk).collect();
     for workload in WORKLOADS {
         for _ in 0..options.rounds {
             for disk in disks.iter_mut().filter(|disk| disk.row.paced || !workload.paced) {
@@ -239,19 +277,24 @@ fn make(guest: &mut Guest, row: &'static Row, number: usize) -> Result<Disk> {
         (lun.device, Some(daemon_pid(guest)?))
     } else {
         let hba = match (row.handler, row.name.contains("ramdisk")) {
-            (Handler::TcmuRunner, _) => "user_7",
+            (Handler::TcmuRunner | Handler::Bare, _) => "user_7",
             (_, true) => "rd_mcp_7",
             (_, false) => "fileio_7",
         };
-        let make = row.make;
+        let make = match row.handler {
+            Handler::Bare => bare_backstore(row.make),
+            _ => row.make.to_owned(),
+        };
         let device = guest.sh(&format!(
             r#"{LOOPBACK}{EXPORT}
-            modprobe -a target_core_mod target_core_file tcm_loop vhost_scsi
+            modprobe -a target_core_mod target_core_file target_core_user tcm_loop vhost_scsi
             SIZE={SIZE} PI=
+            serve() {{ :; }}
             set -- {hba}/bench{number}
             mkdir -p $T/core/$1
             {make}
             echo 1 > $T/core/$1/enable
+            serve
             if [ "$PI" ]; then echo $PI > $T/core/$1/attrib/pi_prot_type; echo 1 > $T/core/$1/attrib/pi_prot_format; fi
             echo bench{number} > $T/core/$1/wwn/vpd_unit_serial
             export_vhost $1 {wwn}
@@ -259,11 +302,31 @@ fn make(guest: &mut Guest, row: &'static Row, number: usize) -> Result<Disk> {
         ))?;
         let daemon = match row.handler {
             Handler::TcmuRunner => Some(guest.sh("cat /run/tcmu-runner.pid")?.parse()?),
+            Handler::Bare => Some(guest.sh(&format!("cat /run/bare-bench{number}.pid"))?.parse()?),
             _ => None,
         };
         (device, daemon)
     };
     Ok(Disk { row, device, wwn, daemon, measured: Measured::default() })
+}
+
+/// The script that makes a backstore which the bare loop serves, as soon as it is there: nobody answers the kernel's question for a handler.
+fn bare_backstore(file: &str) -> String {
+    format!(
+        r#"[ -z "{file}" ] || truncate -s $SIZE {file}
+        echo dev_size=$SIZE,dev_config=bare/loop,nl_reply_supported=-1 > $T/core/$1/control
+        serve() {{
+            local name=${{HERE##*/}} uio
+            for uio in /sys/class/uio/*; do
+                case $(cat $uio/name) in
+                    */$name/*) setsid /host/bare-loop /dev/${{uio##*/}} $((SIZE / 512)) {file} < /dev/null > /dev/null 2>&1 &
+                        echo $! > /run/bare-$name.pid; return ;;
+                esac
+            done
+            return 1
+        }}
+        HERE=$1"#
+    )
 }
 
 /// Writes the disk once from end to end, and reads it: a ring's data area is mapped at its first use.
@@ -343,7 +406,7 @@ fn tables(disks: &[Disk]) -> String {
     table(&mut out, "daemon's share of a processor", &paced, disks, |disk, name| {
         cell(disk, name)?.cpu_share.map(|s| format!("{:.1} %", s * 100.0))
     });
-    for base in [FILEIO, FILEIO_PI, RUNNER[0], RUNNER[1], "tcmu-dif raw", "tcmu-dif qcow2"] {
+    for base in [FILEIO, FILEIO_PI, RUNNER[0], RUNNER[1], BARE, BARE_RAW, "tcmu-dif raw", "tcmu-dif qcow2"] {
         let Some(base) = disks.iter().find(|disk| disk.row.name == base) else { continue };
         let title = format!("times {}", base.row.name);
         table(&mut out, &title, &heads(Some("vhost QD32")), disks, |disk, name| {
