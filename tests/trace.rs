@@ -112,6 +112,21 @@ fn the_command_line_prints_a_json_object_a_line_until_the_lun_ends() {
     assert_eq!(guest.write(0, &[1; 512]), 0);
     let write: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
     assert_eq!((&write["name"], &write["blocks"]), (&json!("WRITE"), &json!(1)));
+
+    let mut counted = Command::new(env!("CARGO_BIN_EXE_tcmu-dif"))
+        .args(["--run-dir", run_dir, "trace", "vm1", "--json", "--count", "2"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut of_counted = BufReader::new(counted.stdout.take().unwrap()).lines();
+    assert_eq!(of_counted.next().unwrap().unwrap(), "{\"tracing\":\"vm1\"}");
+    for block in [1, 2, 3] {
+        assert_eq!(guest.write(block, &[1; 512]), 0);
+        lines.next().unwrap().unwrap();
+    }
+    assert_eq!(of_counted.count(), 2, "it ends by itself, and the other goes on");
+    assert!(counted.wait().unwrap().success());
+
     guest.lun.stop().unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "{\"ended\":\"vm1\"}");
     assert!(child.wait().unwrap().success());

@@ -180,6 +180,9 @@ pub struct Trace {
     /// The LUN's name
     #[arg(value_parser = Name::new)]
     pub name: Name,
+    /// End after that many commands
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
     /// As always.
     #[command(flatten)]
     pub json: Json,

@@ -1,4 +1,4 @@
-//! `tcmu-dif trace`: commands of a LUN as they pass, until it is interrupted or the LUN ends.
+//! `tcmu-dif trace`: commands of a LUN as they pass, until there were as many as asked for, it is interrupted, or the LUN ends.
 
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -33,6 +33,7 @@ pub fn run(cli: &Cli, args: &args::Trace) -> Done {
     let question = format!("{}\n", json!({ "device": name }));
     stream.write_all(question.as_bytes()).map_err(|e| failed(&e))?;
     let mut out = io::stdout().lock();
+    let mut left = args.count.unwrap_or(u64::MAX);
     for line in BufReader::new(stream).lines() {
         let line = line.map_err(|e| failed(&e))?;
         let value: Value = serde_json::from_str(&line).map_err(|e| {
@@ -48,7 +49,10 @@ pub fn run(cli: &Cli, args: &args::Trace) -> Done {
             // Whoever read has seen enough.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
             Err(e) => return Err(CliError::from("stdout", "", &e)),
-            Ok(()) => {}
+            Ok(()) => left -= u64::from(value.get("opcode").is_some()),
+        }
+        if left == 0 {
+            break;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -274,3 +274,17 @@ fn isa_l_agrees() {
     assert_eq!(isal.copy(&mut copy, &data[..512]), want[0]);
     assert_eq!(copy, data[..512]);
 }
+
+#[test]
+fn a_kernel_that_comes_later_is_taken_only_where_it_is_a_quarter_faster() {
+    let cost = |kernel, nanos| (Guard(kernel), Duration::from_nanos(nanos));
+    let of = |costs: [u64; 3]| {
+        let kernels = [Kernel::Gfni, Kernel::Fast, Kernel::Slice16];
+        fastest_of(kernels.into_iter().zip(costs).map(|(kernel, nanos)| cost(kernel, nanos))).kernel()
+    };
+    assert_eq!(of([100, 300, 3000]), Kernel::Gfni);
+    assert_eq!(of([100, 90, 85]), Kernel::Gfni, "no more than noise");
+    assert_eq!(of([900, 800, 400]), Kernel::Slice16, "an emulated processor");
+    assert_eq!(fastest_of(std::iter::empty()).kernel(), Kernel::Slice16);
+    assert!(Guard::all().all(|guard| guard.cost() > Duration::ZERO));
+}

@@ -547,15 +547,18 @@ impl Drop for Inner {
                 op.result = Some(result);
             }
         };
-        if let Err(error) = uring.borrow_mut().disarm(&self.watches.borrow(), done) {
+        let is_off = || self.fence.borrow().as_ref().is_some_and(|f| f.standing() != Standing::Holds);
+        // To enter the kernel is to submit what is queued, which is no longer to be written then.
+        if !is_off()
+            && let Err(error) = uring.borrow_mut().disarm(&self.watches.borrow(), done)
+        {
             tracing::debug!(%error, "what was watched stays open until the kernel has taken the ring apart");
         }
         loop {
             if ops.borrow().iter().all(|(_, op)| op.result.is_some()) {
                 return;
             }
-            let off = self.fence.borrow().as_ref().is_some_and(|f| f.standing() != Standing::Holds);
-            if off || uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
+            if is_off() || uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
                 // Leaking beats giving the kernel's target memory to somebody else.
                 std::mem::forget(std::mem::take(&mut *self.ops.borrow_mut()));
                 return;

@@ -184,7 +184,7 @@ impl Uring {
         }
     }
 
-    /// Takes the watches back. The kernel holds what is watched open for as long as it watches, and takes a ring that is closed apart
+    /// Takes the watches back, and submits what is queued. The kernel holds what is watched open for as long as it watches, and takes a ring that is closed apart
     /// some time later; a UIO device cannot be opened again until then.
     ///
     /// # Errors
