@@ -5,7 +5,7 @@
 //! scheduler has counted for the LUN's thread, spinning included, and beside it without. Rows take turns, and the best round of each counts. The
 //! rows at a fixed rate tell what adaptive polling costs where commands come seldom; the last ones what 256 LUNs cost that nobody uses.
 //! `--rows raw|qcow2` are the same on images in `--dir DIR` (`/dev/shm` if none is named), with and without protection: what
-//! that costs, and what qcow2 costs, are ratios of those rows.
+//! that costs, and what qcow2 costs, are ratios of those rows. `--count N` does N commands of each row and measures nothing: for a profiler.
 #![allow(clippy::unwrap_used)] // A bench may panic.
 
 #[path = "common/process.rs"]
@@ -240,7 +240,7 @@ fn main() {
             "--rows" => wanted = Some(args.next().expect("--rows TEXT")),
             "--count" => count = Some(args.next().and_then(|n| n.parse().ok()).expect("--count N")),
             "--bench" => {}
-            other => panic!("what is {other}? --seconds N, --rows TEXT, --dir DIR, --json FILE"),
+            other => panic!("what is {other}? --seconds N, --rows TEXT, --count N, --dir DIR, --json FILE"),
         }
     }
     let mut rows = Vec::new();
