@@ -240,28 +240,27 @@ impl<S: Service> EventLoop<S> {
         let alone = !busy || self.ring.unanswered() == 1 && !self.io.is_fenced_off();
         let (ring, inbox, io) = (&self.ring, &self.inbox, &self.io);
         let spinner = if busy { &mut self.io_spinner } else { &mut self.spinner };
-        if !stopping && alone {
-            let found =
-                spinner.spin(|| ring.has_entries() || inbox.has_messages() || busy && io.has_results());
-            if found {
-                if busy {
-                    spinner.worked(Instant::now());
-                }
-                return Ok(false);
-            }
+        let looks = || ring.has_entries() || inbox.has_messages() || busy && io.has_results();
+        let found = !stopping && alone && spinner.spin(looks);
+        if !found {
+            spinner.sleeps();
+            self.sleep(stopping)?;
         }
+        if busy && alone {
+            self.io_spinner.worked(Instant::now());
+        }
+        Ok(!found)
+    }
+
+    /// Waits for whatever comes first.
+    fn sleep(&mut self, stopping: bool) -> io::Result<()> {
         self.load.sleeps += 1;
-        spinner.sleeps();
         let parting = self.parting.as_ref().filter(|_| !stopping).map(|parting| parting.until);
         let wait = match self.held.due().into_iter().chain(parting).min() {
             Some(due) => Wait::AtMost(due.saturating_duration_since(Instant::now())),
             None => Wait::Event,
         };
-        self.io.turn(wait)?;
-        if busy && alone {
-            self.io_spinner.worked(Instant::now());
-        }
-        Ok(true)
+        self.io.turn(wait)
     }
 
     /// It was told to stop, and has served for as long as it was to.

@@ -106,9 +106,10 @@ impl Guard {
     /// The kernel that the environment variable `TCMU_DIF_GUARD` names, if it can be run, or the fastest, which is found out once.
     pub fn best() -> Guard {
         static FASTEST: OnceLock<Guard> = OnceLock::new();
-        let fastest = *FASTEST.get_or_init(|| fastest_of(Guard::all().map(|guard| (guard, guard.cost()))));
-        let Some(named) = std::env::var_os("TCMU_DIF_GUARD") else { return fastest };
+        let fastest = || *FASTEST.get_or_init(|| fastest_of(Guard::all().map(|guard| (guard, guard.cost()))));
+        let Some(named) = std::env::var_os("TCMU_DIF_GUARD") else { return fastest() };
         Guard::all().find(|g| named == g.kernel().name()).unwrap_or_else(|| {
+            let fastest = fastest();
             tracing::warn!(
                 TCMU_DIF_GUARD = %named.display(),
                 instead = fastest.kernel().name(),

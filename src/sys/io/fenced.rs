@@ -5,7 +5,7 @@
 
 use std::{io, time::Duration};
 
-use super::{Engine, Io, Wait};
+use super::{Engine, Inner, Io, Wait};
 use crate::sys::fence::{Fence, FenceLost, Standing};
 
 /// How long is waited between two looks at a fence that has expired.
@@ -14,6 +14,12 @@ pub(super) const LOOK: Duration = Duration::from_millis(20);
 /// The error of what is not begun any more.
 pub(super) fn lost() -> io::Error {
     io::Error::other(FenceLost)
+}
+
+impl Inner {
+    pub(super) fn is_fenced_off(&self) -> bool {
+        self.fence.borrow().as_ref().is_some_and(|fence| fence.standing() != Standing::Holds)
+    }
 }
 
 impl Io {
@@ -30,7 +36,7 @@ impl Io {
 
     /// Whether nothing is handed to the kernel for now, or any more.
     pub fn is_fenced_off(&self) -> bool {
-        self.0.fence.borrow().as_ref().is_some_and(|fence| fence.standing() != Standing::Holds)
+        self.0.is_fenced_off()
     }
 
     /// How a turn may go: none at all (`Ok(None)`), or with that wait.

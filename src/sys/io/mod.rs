@@ -29,7 +29,7 @@ use std::{
 use slab::Slab;
 
 use super::{
-    fence::{Fence, Standing},
+    fence::Fence,
     mem::{Held, Sg},
 };
 pub use fallocate::Fallocate;
@@ -547,9 +547,8 @@ impl Drop for Inner {
                 op.result = Some(result);
             }
         };
-        let is_off = || self.fence.borrow().as_ref().is_some_and(|f| f.standing() != Standing::Holds);
         // To enter the kernel is to submit what is queued, which is no longer to be written then.
-        if !is_off()
+        if !self.is_fenced_off()
             && let Err(error) = uring.borrow_mut().disarm(&self.watches.borrow(), done)
         {
             tracing::debug!(%error, "what was watched stays open until the kernel has taken the ring apart");
@@ -558,7 +557,7 @@ impl Drop for Inner {
             if ops.borrow().iter().all(|(_, op)| op.result.is_some()) {
                 return;
             }
-            if is_off() || uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
+            if self.is_fenced_off() || uring.borrow_mut().turn(&[], Wait::Event, false, done).is_err() {
                 // Leaking beats giving the kernel's target memory to somebody else.
                 std::mem::forget(std::mem::take(&mut *self.ops.borrow_mut()));
                 return;
