@@ -12,6 +12,11 @@ mod export;
 mod fake;
 #[path = "nbd/hostile.rs"]
 mod hostile;
+#[path = "nbd/jobs.rs"]
+mod jobs;
+#[path = "common/known.rs"]
+#[allow(dead_code)] // The tests of jobs use more of it.
+mod known;
 #[path = "nbd/lun.rs"]
 mod lun;
 #[path = "qcow2/model.rs"]

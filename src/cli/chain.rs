@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::{
     CliError, Done,
     args::Cli,
-    job::{Asked, one, said},
+    job::{Asked, absolute, one, said},
     job_args::{Commit, CopyMode, OnError, Snapshot, Stream, word},
     output,
 };
@@ -44,9 +44,7 @@ pub(super) fn pairs(command: &'static str, named: &[PathBuf]) -> Result<Vec<(Str
                 "name a LUN and a file, by turns: tcmu-dif {command} vm1 /a.qcow2 vm2 /b.qcow2"
             )));
         };
-        let absolute =
-            std::path::absolute(file).map_err(|e| CliError::new(command, file.display(), e.to_string()))?;
-        Ok((name.display().to_string(), absolute.display().to_string()))
+        Ok((name.display().to_string(), absolute(file)))
     };
     named.chunks(2).map(pair).collect()
 }

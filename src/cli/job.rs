@@ -22,7 +22,7 @@ use crate::{
         SOCKET,
         client::{Client, ClientError},
     },
-    image::Format,
+    image::{Format, nbd::is_uri},
 };
 
 /// How often a command asks how far a job is.
@@ -139,14 +139,13 @@ impl Copying<'_> {
 /// Runs `mirror`.
 pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
     let name = args.name.as_str();
-    let target = std::path::absolute(&args.target)
-        .map_err(|e| CliError::new("mirror", args.target.display(), e.to_string()))?;
+    let target = absolute(&args.target);
     let id = args.job_id.as_deref().unwrap_or(name);
     let mut asked = Asked::new(cli, "mirror", name)?;
     let copying = Copying {
         name,
         id,
-        target: &target.display().to_string(),
+        target: &target,
         existing: args.existing,
         format: args.format,
         sidecar: args.sidecar.as_deref(),
@@ -175,7 +174,7 @@ pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
             return said(
                 args.json.json,
                 json!({ "id": id, "lun": name, "image": target, "done": true }),
-                || format!("{name} has the image {} now\n", target.display()),
+                || format!("{name} has the image {target} now\n"),
             );
         }
     }
@@ -183,8 +182,10 @@ pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
     said(args.json.json, job.clone(), || one(&job))
 }
 
-fn absolute(path: &Path) -> String {
-    std::path::absolute(path).unwrap_or(path.to_owned()).display().to_string()
+/// What the daemon is told of an image: its absolute path, or its NBD URI as it is.
+pub(super) fn absolute(path: &Path) -> String {
+    let absolute = if is_uri(path) { None } else { std::path::absolute(path).ok() };
+    absolute.unwrap_or(path.to_owned()).display().to_string()
 }
 
 pub(super) fn said(json: bool, value: Value, text: impl FnOnce() -> String) -> Done {

@@ -91,7 +91,7 @@ pub struct Mirror {
     /// The LUN's name
     #[arg(value_parser = Name::new)]
     pub name: Name,
-    /// The image to copy it to, which is made
+    /// The image to copy it to, which is made; or, with --existing, the URI of an NBD export
     pub target: PathBuf,
     /// The target's format: raw or qcow2 [default: the LUN's]
     #[arg(long, value_parser = order::format)]
@@ -169,7 +169,7 @@ pub enum BitmapMode {
                   /b.qcow2): all backups are of one point in time, or none begins."
 )]
 pub struct Backup {
-    /// A LUN's name, and the image to copy it to, which is made; again for each further LUN
+    /// A LUN's name, and the image to copy it to, which is made (or, with --existing, the URI of an NBD export); again for each further LUN
     #[arg(value_names = ["NAME", "TARGET"], num_args = 2.., required = true)]
     pub pairs: Vec<PathBuf>,
     /// The target's format: raw or qcow2 [default: the LUN's]

@@ -129,18 +129,10 @@ static COMMANDS: &[Command] = &[
     chain::COMMIT,
     chain::STREAM,
     backup::BLOCKDEV_BACKUP,
+    mirror::BLOCKDEV_MIRROR,
     snapshot::TAKE,
     backup::DRIVE_BACKUP,
-    Command {
-        name: "drive-mirror",
-        args: mirror::ARGUMENTS,
-        returns: NOTHING,
-        help: "as in QEMU: copies a LUN to `target`, an absolute path, while it is in use, and keeps the copy up until the job is completed or \
-               cancelled. The job's id is `device` unless `job-id` is given. `mode` is absolute-paths unless it is given: a new image is made, \
-               with protection information as the LUN has it (`sidecar` says where, if not beside it)",
-        run: mirror::begin,
-        after: None,
-    },
+    mirror::DRIVE_MIRROR,
     Command {
         name: "job-cancel",
         args: &[has("id", Type::Str)],

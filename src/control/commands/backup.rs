@@ -1,5 +1,7 @@
 //! Backups, in QEMU's words.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use super::{
@@ -13,6 +15,7 @@ use super::{
 };
 use crate::{
     control::{Registry, qmp::Error},
+    image::nbd::is_uri,
     lun::jobs::{BackupOrder, BitmapMode, JobOrder, Settings, SyncMode, Task},
 };
 
@@ -55,8 +58,8 @@ pub(super) const BLOCKDEV_BACKUP: Command = Command {
     name: "blockdev-backup",
     args: TO_A_NODE,
     returns: NOTHING,
-    help: "as in QEMU: a `drive-backup` to a `target` that is there. An image that no LUN has is a node by its absolute path, and its \
-           first bytes say its format; the node of a LUN cannot be a target",
+    help: "as in QEMU: a `drive-backup` to a `target` that is there. An image that no LUN has is a node by its absolute path (its \
+           first bytes say its format), an NBD export by its URI; the node of a LUN cannot be a target",
     run: |luns, args| begin(luns, args, to_a_node),
     after: None,
 };
@@ -66,7 +69,7 @@ pub(super) const DRIVE_BACKUP: Command = Command {
     name: "drive-backup",
     args: TO_A_FILE,
     returns: NOTHING,
-    help: "as in QEMU: copies a LUN as it is at that moment to `target`, an absolute path, while it is in use: what a write is about to \
+    help: "as in QEMU: copies a LUN as it is at that moment to `target`, an absolute path, or with `mode` existing an NBD URI, while it is in use: what a write is about to \
            change is copied before. A copy that fails there ends the job, and never the write. The job's id is `device` unless `job-id` is \
            given. `mode` is absolute-paths unless it is given: a new image is made, with protection information as the LUN has it (`sidecar` \
            says where, if not beside it)",
@@ -86,18 +89,23 @@ fn begin(
 
 /// What `blockdev-backup` orders.
 pub(super) fn to_a_node(luns: &Registry, args: &Arguments) -> Result<BackupOrder, Error> {
-    let target = args.text("target")?;
+    free_node(luns, args.text("target")?)?;
+    Ok(BackupOrder { existing: true, ..to_a_file(luns, args)? })
+}
+
+/// Refuses as the target of a job what is no image that no LUN has.
+pub(super) fn free_node(luns: &Registry, target: &str) -> Result<(), Error> {
     if luns.find(target).is_some() {
         return Err(Error::generic(format!(
-            "node '{target}' is a LUN's: a backup goes to an image that no LUN has; give its absolute path"
+            "node '{target}' is a LUN's: a job copies to an image that no LUN has; give its absolute path, or its NBD URI"
         )));
     }
-    if !target.starts_with('/') {
+    if !target.starts_with('/') && !is_uri(Path::new(target)) {
         return Err(Error::generic(format!(
-            "Cannot find device='{target}' nor node-name='{target}': an image that no LUN has is a node by its absolute path"
+            "Cannot find device='{target}' nor node-name='{target}': an image that no LUN has is a node by its absolute path, or its NBD URI"
         )));
     }
-    Ok(BackupOrder { existing: true, ..to_a_file(luns, args)? })
+    Ok(())
 }
 
 /// What `drive-backup` orders.

@@ -9,7 +9,9 @@ use super::{
         schema::{Member, Type, has, may},
         types::{COPY_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC_MODE},
     },
-    Arguments, done, find, told,
+    Arguments, Command, NOTHING,
+    backup::free_node,
+    done, find, told,
 };
 use crate::{
     control::{
@@ -26,7 +28,7 @@ use crate::{
 };
 
 /// Those of QEMU's DriveMirror, but for the names of nodes, `replaces` and `buf-size`; `sidecar` is ours.
-pub(super) const ARGUMENTS: &[Member] = &[
+pub(super) const TO_A_FILE: &[Member] = &[
     may("job-id", Type::Str),
     has("device", Type::Str),
     has("target", Type::Str),
@@ -107,18 +109,58 @@ pub(super) fn new_id<'a>(luns: &Registry, args: &'a Arguments, device: &'a str) 
     Ok(id)
 }
 
-/// Begins a mirror.
-pub(super) fn begin(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+/// Those of QEMU's BlockdevMirror, but for `replaces`, `buf-size` and what names nodes; `unmap` and `sidecar` are ours.
+pub(super) const TO_A_NODE: &[Member] = &[
+    may("job-id", Type::Str),
+    has("device", Type::Str),
+    has("target", Type::Str),
+    has("sync", Type::Enum(&SYNC_MODE)),
+    may("speed", Type::Int),
+    may("granularity", Type::Int),
+    may("on-source-error", Type::Enum(&ON_ERROR)),
+    may("on-target-error", Type::Enum(&ON_ERROR)),
+    may("unmap", Type::Bool),
+    may("copy-mode", Type::Enum(&COPY_MODE)),
+    may("auto-finalize", Type::Bool),
+    may("auto-dismiss", Type::Bool),
+    may("sidecar", Type::Str),
+];
+
+/// `blockdev-mirror`.
+pub(super) const BLOCKDEV_MIRROR: Command = Command {
+    name: "blockdev-mirror",
+    args: TO_A_NODE,
+    returns: NOTHING,
+    help: "as in QEMU: a `drive-mirror` to a `target` that is there: nodes as in `blockdev-backup`",
+    run: |luns, args| {
+        free_node(luns, args.text("target")?)?;
+        begin(luns, args, true)
+    },
+    after: None,
+};
+
+/// `drive-mirror`.
+pub(super) const DRIVE_MIRROR: Command = Command {
+    name: "drive-mirror",
+    args: TO_A_FILE,
+    returns: NOTHING,
+    help: "as in QEMU: copies a LUN to `target`, an absolute path, or with `mode` existing an NBD URI, while it is in use, and keeps the copy \
+           up until the job is completed or cancelled. The job's id is `device` unless `job-id` is given. `mode` is absolute-paths unless it is \
+           given: a new image is made, with protection information as the LUN has it (`sidecar` says where, if not beside it)",
+    run: |luns, args| begin(luns, args, args.maybe_text("mode") == Some("existing")),
+    after: None,
+};
+
+fn begin(luns: &Registry, args: &Arguments, existing: bool) -> Result<Value, Error> {
     let device = args.text("device")?;
     let lun = find(luns, device)?;
     let id = new_id(luns, args, device)?;
-    let format = format(args)?;
     let settings = Settings { task: Task::Mirror, sync: sync(args)?, ..settings(args) };
     let order = MirrorOrder {
         id: id.to_owned(),
         target: args.text("target")?.into(),
-        format,
-        existing: args.maybe_text("mode") == Some("existing"),
+        format: format(args)?,
+        existing,
         sidecar: args.maybe_text("sidecar").map(Into::into),
         granularity: args.maybe_number("granularity").filter(|n| *n > 0),
         settings,

@@ -76,6 +76,17 @@ struct Active {
     group: Option<group::Member>,
 }
 
+impl Active {
+    fn cancel(&self, force: bool) {
+        self.mirror.cancel(force);
+        let (source, target) = (self.mirror.source(), self.mirror.target());
+        if self.mirror.status() == JobStatus::Aborting && !Rc::ptr_eq(source, target) {
+            // What still waits for a server that is away holds up neither the end nor a guest.
+            target.image().ending();
+        }
+    }
+}
+
 /// A job that was under way when the LUN stopped.
 pub(super) enum Resumed {
     /// Its target is open.
@@ -329,7 +340,7 @@ impl Jobs {
             }
             JobOrder::Part(order) => self.part(front, block_size, *order).await?,
             JobOrder::Complete(id) => self.find(&id)?.mirror.complete()?,
-            JobOrder::Cancel { id, force } => self.find(&id)?.mirror.cancel(force),
+            JobOrder::Cancel { id, force } => self.find(&id)?.cancel(force),
             JobOrder::Pause(id) => self.lead(&id, |mirror| mirror.pause(true))?,
             JobOrder::Resume(id) => self.lead(&id, |mirror| mirror.pause(false))?,
             JobOrder::SetSpeed(id, speed) => self.lead(&id, |mirror| mirror.set_speed(speed))?,

@@ -8,9 +8,9 @@ use std::{
 
 use super::{JobError, MirrorOrder};
 use crate::{
-    image::{Format, create::create_qcow2, create::create_raw, qcow2::CreateOptions},
+    image::{Format, create::create_qcow2, create::create_raw, nbd::is_uri, qcow2::CreateOptions},
     job::{Side, mirror::SyncMode},
-    lun::{config::DeviceConfig, stack::Stack},
+    lun::{LunError, config::DeviceConfig, stack::Stack},
     pi::{
         Exposure, PiOpenError,
         protected::sidecar_path,
@@ -64,7 +64,10 @@ pub(super) async fn prepare(
     source: &Stack,
     block_size: BlockSize,
 ) -> Result<Prepared, JobError> {
-    if !order.target.is_absolute() {
+    let remote = is_uri(&order.target);
+    if remote {
+        check_remote(order, own)?;
+    } else if !order.target.is_absolute() {
         return Err(JobError::Target(format!("{}: the path is not absolute", order.target.display())));
     }
     let image = source.image();
@@ -76,7 +79,7 @@ pub(super) async fn prepare(
     };
     let capacity = source.limits().capacity;
     let mut made = Made::default();
-    let format = order.format.unwrap_or(image.format());
+    let format = order.format.unwrap_or(if remote { Format::Raw } else { image.format() });
     let config = DeviceConfig {
         image: order.target.clone(),
         format: (!order.existing || order.format.is_some()).then_some(format),
@@ -117,18 +120,20 @@ pub(super) async fn prepare(
     }
     let stack =
         Stack::open(io, &DeviceConfig { read_only: false, ..config.clone() }, block_size, capacity).await;
-    let stack = stack.map_err(|e| {
-        let next = e.next_step().map(|next| format!(": {next}")).unwrap_or_default();
-        JobError::Target(format!("{}{next}", crate::lun::chain(&e)))
+    let other_size = |bytes: u64| {
+        let words = format!("{} has {bytes} bytes, and the LUN {capacity}", order.target.display());
+        JobError::Target(format!("{words}: give a target of the same size"))
+    };
+    let stack = stack.map_err(|e| match e {
+        LunError::Shrunk { capacity, .. } => other_size(capacity),
+        e => {
+            let next = e.next_step().map(|next| format!(": {next}")).unwrap_or_default();
+            JobError::Target(format!("{}{next}", crate::lun::chain(&e)))
+        }
     })?;
     let found = stack.limits();
     if found.capacity != capacity {
-        let words = format!(
-            "{} has {} bytes, and the LUN {capacity}: give a target of the same size",
-            order.target.display(),
-            found.capacity
-        );
-        return Err(JobError::Target(words));
+        return Err(other_size(found.capacity));
     }
     if u64::from(found.alignment) > block_size.bytes() {
         let words = format!(
@@ -141,6 +146,20 @@ pub(super) async fn prepare(
     same_tuples(source, &stack).await?;
     let format = Some(stack.image().format());
     Ok(Prepared { stack, config: DeviceConfig { format, ..config }, fresh: !order.existing, sync, made })
+}
+
+/// What an NBD export cannot be told.
+fn check_remote(order: &MirrorOrder, own: &DeviceConfig) -> Result<(), JobError> {
+    let refused = |why: &str| Err(JobError::Target(format!("{}: {why}", order.target.display())));
+    match () {
+        () if !order.existing => refused(
+            "an NBD export is made by its server, and what it holds is overwritten: give mode existing (--existing)",
+        ),
+        () if own.pi.is_some() && order.sidecar.is_none() => refused(
+            "there is no place beside an NBD export for its protection information: give a sidecar on this host (--sidecar /PATH)",
+        ),
+        () => Ok(()),
+    }
 }
 
 /// Opens the LUN's image again, or the target of a job that goes on. A process that was killed a moment ago may have its lock still.
@@ -190,13 +209,15 @@ pub(super) async fn protect(
         )));
     }
     if !there {
+        let capacity = source.limits().capacity;
+        let remote = is_uri(&config.image).then(|| Stamp::of_size(capacity));
         let new = NewSidecar {
             block_size,
             kind,
             mode: protected.sidecar().mode(),
-            capacity: block_size.blocks_in(source.limits().capacity),
+            capacity: block_size.blocks_in(capacity),
             format,
-            stamp: Stamp::of(&config.image).map_err(broken)?,
+            stamp: remote.map_or_else(|| Stamp::of(&config.image), Ok).map_err(broken)?,
         };
         tools::create(io, &config.image, path, new).await.map_err(failed)?;
     }

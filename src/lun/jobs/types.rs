@@ -20,7 +20,7 @@ use crate::{
 pub struct MirrorOrder {
     /// The job's name.
     pub id: String,
-    /// The target's file, an absolute path.
+    /// The target's file, an absolute path, or an NBD URI.
     pub target: PathBuf,
     /// Its format; the LUN's image's if it is not given, or of an existing one what its first bytes say.
     pub format: Option<Format>,
@@ -39,7 +39,7 @@ pub struct MirrorOrder {
 pub struct BackupOrder {
     /// The job's name.
     pub id: String,
-    /// The target's file, an absolute path.
+    /// The target's file, an absolute path, or an NBD URI.
     pub target: PathBuf,
     /// Its format; the LUN's image's if it is not given, or of an existing one what its first bytes say.
     pub format: Option<Format>,
