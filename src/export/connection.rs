@@ -321,12 +321,14 @@ fn work(
     }
 }
 
+/// The extents of a context, by its number: bytes and flags.
+type Status = (u32, Vec<(u32, u32)>);
+
 /// What came of a request.
 enum Done {
     Plain,
     Data(Vec<u8>),
-    /// Of each context, by its number.
-    Extents(Vec<(u32, Vec<(u32, u32)>)>),
+    Extents(Vec<Status>),
 }
 
 /// An error number of NBD's, and why.
@@ -474,7 +476,7 @@ fn status(
     (at, len): (u64, u64),
     (lba, blocks): (Lba, u64),
     one: bool,
-) -> Result<Vec<(u32, Vec<(u32, u32)>)>, Refused> {
+) -> Result<Vec<Status>, Refused> {
     let (mut map, mut all) = (None, Vec::new());
     for context in &agreed.contexts {
         let extents = if let Context::Dirty(which) = context {

@@ -99,8 +99,8 @@ fn zeros_are_zeros(runs: &[(u64, ExtentKind)], block: usize, blocks: usize, past
     for (len, kind) in runs {
         let n = (len / 512) as usize;
         assert!(n > 0 && at + n <= block + blocks, "{runs:?} of {blocks} blocks");
-        for block in at..at + n {
-            let Some(may) = &past[block] else { continue };
+        for (block, may) in past.iter().enumerate().skip(at).take(n) {
+            let Some(may) = may else { continue };
             assert!(
                 *kind == ExtentKind::Data || may.contains(&0),
                 "block {block} is {kind:?}, and was {may:?}"

@@ -145,7 +145,9 @@ fn bitmap(args: &Arguments) -> Result<Option<(String, BitmapMode)>, Error> {
         // In QEMU there is none: what is read of an export, and whether it was read to its end, it does not know.
         ("none", Some("on-success")) => BitmapMode::OnSuccess,
         ("none", _) => {
-            return refused("Bitmap sync mode must be 'on-success' when using sync mode 'none'".into());
+            let words = "sync mode 'none' does not produce meaningful bitmap outputs: Bitmap sync mode must be 'on-success', for a point in time that \
+                         is exported";
+            return refused(words.into());
         }
         (_, None) => return refused("Bitmap sync mode must be given when providing a bitmap".into()),
         ("full" | "top", Some("never")) => {
