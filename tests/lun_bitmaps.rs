@@ -487,7 +487,7 @@ fn what_cannot_be_is_refused_with_a_reason() {
         (
             "drive-backup",
             backup(&target, json!({ "sync": "none", "bitmap": "b", "bitmap-mode": "always" })),
-            "meaningful",
+            "must be 'on-success'",
         ),
         (
             "drive-backup",

@@ -1,11 +1,13 @@
 //! NBD, from outside, in the clear and over TLS: exports of qemu-nbd, nbdkit and a server of our own as volumes and LUNs, with servers that fail, lie, die and come back;
-//! and LUNs as exports, read by QEMU and libnbd. `TCMU_DIF_SCALE` (quick, default, full) sets how long.
+//! and LUNs as exports, as they are and as they were, with dirty bitmaps, read by QEMU and libnbd. `TCMU_DIF_SCALE` (quick, default, full) sets how long.
 #![allow(clippy::unwrap_used)] // A test may panic.
 #![allow(missing_docs)]
 
 #[path = "common/certificates.rs"]
 #[allow(dead_code)] // The tests of TLS itself use more of it.
 mod certificates;
+#[path = "nbd/contexts.rs"]
+mod contexts;
 #[path = "nbd/export.rs"]
 mod export;
 #[path = "nbd/fake.rs"]
@@ -15,13 +17,17 @@ mod hostile;
 #[path = "nbd/jobs.rs"]
 mod jobs;
 #[path = "common/known.rs"]
-#[allow(dead_code)] // The tests of jobs use more of it.
+#[allow(dead_code)] // Other tests use more of it.
 mod known;
 #[path = "nbd/lun.rs"]
 mod lun;
 #[path = "qcow2/model.rs"]
 #[allow(dead_code)] // The qcow2 tests use more of it.
 mod model;
+#[path = "nbd/past.rs"]
+mod past;
+#[path = "nbd/past_ends.rs"]
+mod past_ends;
 #[path = "nbd/reconnect.rs"]
 mod reconnect;
 #[path = "common/qmp_rig.rs"]

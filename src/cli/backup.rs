@@ -148,7 +148,7 @@ fn table(all: &Value) -> String {
             let number = |key: &str| bitmap[key].as_u64().unwrap_or(0);
             let state = match bitmap {
                 b if b["inconsistent"] == true => "inconsistent",
-                b if b["busy"] == true => "in a backup",
+                b if b["busy"] == true => "in use",
                 b if b["recording"] == true => "enabled",
                 _ => "disabled",
             };

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{CliError, Done, args::Cli, error, export_args::Export, output};
+use super::{CliError, Done, args::Cli, error, export_args::Export, export_past::Past, output};
 use crate::control::{
     SOCKET,
     client::{Client, ClientError},
@@ -11,7 +11,7 @@ use crate::control::{
 /// The socket of the daemon's NBD server, in its directory, unless somebody names another.
 const NBD_SOCKET: &str = "nbd.sock";
 
-fn words(value: Value) -> Map<String, Value> {
+pub(super) fn words(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(map) => map,
         _ => Map::new(),
@@ -33,33 +33,73 @@ pub fn run(cli: &Cli, args: &Export) -> Done {
         )
         .then("give --tls-certificates DIR too, or listen on 127.0.0.1:PORT"));
     }
+    if args.point_in_time && args.bitmap.len() > 1 {
+        return Err(CliError::usage("--bitmap", args.bitmap.join(", "), "a point in time has one bitmap")
+            .then("name one; over QMP others that are disabled can be exported too: block-export-add"));
+    }
     let mut client =
         Client::connect(&cli.run_dir.join(SOCKET)).map_err(|e| error::from_client("export", name, &e))?;
     if args.end {
+        let past = Past::found(&mut client, name)?;
         let mode = if args.force { "hard" } else { "safe" };
-        client.execute("block-export-del", words(json!({ "id": name, "mode": mode }))).map_err(|e| {
-            refused(e, format!("end its clients too, if it has any: tcmu-dif export {name} --end --force"))
-        })?;
-        if args.json.json {
-            return output::json(&json!({ "name": name, "exported": false }));
+        let ended = client.execute("block-export-del", words(json!({ "id": name, "mode": mode })));
+        // A restart of the daemon, or the end of its server, has ended the export alone.
+        let is_gone = past.is_some()
+            && matches!(&ended, Err(ClientError::Refused(e)) if e.desc.contains("is not found"));
+        if !is_gone {
+            let next = format!("end its clients too, if it has any: tcmu-dif export {name} --end --force");
+            ended.map_err(|e| refused(e, next))?;
         }
-        return output::print(&format!("{name} is no longer exported"));
+        let was_lost = match past {
+            Some(past) => past.end(&mut client, args.copied)?,
+            None if args.copied => {
+                return Err(CliError::new("export", name, "it was no export of a point in time")
+                    .then("the export has ended; what was copied may be of several moments"));
+            }
+            None => None,
+        };
+        if args.json.json {
+            return output::json(&json!({ "name": name, "exported": false, "lost": was_lost }));
+        }
+        return output::print(&match was_lost {
+            None => format!("{name} is no longer exported"),
+            Some(why) => {
+                format!("{name} is no longer exported, and its point in time was lost before: {why}")
+            }
+        });
     }
     listen(&mut client, cli, args)?;
-    let mut order = json!({ "type": "nbd", "id": name, "node-name": name, "writable": args.writable });
-    if let Some(export) = &args.export_name {
-        order["name"] = json!(export);
+    let past = match args.point_in_time {
+        true => Some(Past::begin(&mut client, args)?),
+        false => None,
+    };
+    let node = past.as_ref().map_or(name, |past| &past.job);
+    let mut order = json!({ "type": "nbd", "id": name, "node-name": node, "writable": args.writable });
+    order["name"] = json!(args.export_name.as_deref().unwrap_or(name));
+    if !args.bitmap.is_empty() {
+        order["bitmaps"] = json!(args.bitmap);
     }
-    let look = "see which LUNs there are, and how they do: tcmu-dif list";
-    client.execute("block-export-add", words(order)).map_err(|e| refused(e, look.to_owned()))?;
+    let look = "see which LUNs and bitmaps there are: tcmu-dif list, tcmu-dif bitmap list NAME";
+    if let Err(e) = client.execute("block-export-add", words(order)) {
+        // What is said is why it could not be exported.
+        let _ = past.map(|past| past.end(&mut client, false));
+        return Err(refused(e, look.to_owned()));
+    }
     let all = client
         .execute("query-block-exports", Map::new())
         .map_err(|e| error::from_client("export", name, &e))?;
     let export = all.as_array().into_iter().flatten().find(|e| e["id"] == name);
     let uri = export.and_then(|e| e["uri"].as_str()).unwrap_or_default();
     if args.json.json {
-        let told = json!({ "name": name, "exported": true, "uri": uri, "writable": args.writable });
+        let mut told = json!({ "name": name, "exported": true, "uri": uri, "writable": args.writable });
+        if let Some(past) = &past {
+            told["job"] = json!(past.job);
+            told["scratch"] = json!(past.scratch);
+        }
         return output::json(&told);
+    }
+    if past.is_some() {
+        return output::print(&format!("{name} is exported as it is at this moment: {uri}"));
     }
     let how = if args.writable { "for reading and writing" } else { "for reading" };
     output::print(&format!("{name} is exported {how}: {uri}"))

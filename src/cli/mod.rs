@@ -14,6 +14,7 @@ mod delete;
 mod error;
 mod export;
 mod export_args;
+mod export_past;
 mod handover;
 mod handover_args;
 mod image;

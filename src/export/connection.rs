@@ -15,14 +15,14 @@ use std::{
 
 use super::{
     Export, Shared,
+    contexts::{self, Context},
     server::{PATIENCE, Socket},
     wire::Wire,
 };
 use crate::{
     lun::LunError,
     nbd::{
-        BASE_ALLOCATION, Broken, DEFAULT_MAX_PAYLOAD, allocation, answer, chunk, command, error, export,
-        flag,
+        Broken, DEFAULT_MAX_PAYLOAD, answer, chunk, command, error, export, flag,
         handshake::{self, BlockSizes, MAX_DATA, OPTION_HEAD_LEN},
         info, option,
         reply::{chunk_head, simple},
@@ -33,7 +33,6 @@ use crate::{
         sense::{Asc, Failure, SenseKey},
     },
     units::{BlockSize, Lba},
-    volume::ExtentKind,
 };
 
 /// Requests of one client that are worked on at a time.
@@ -44,10 +43,6 @@ const MAX_OPTIONS: usize = 256;
 const PIECE: u64 = 1 << 20;
 /// Payload that a client should send or ask for at once.
 const MAX_PAYLOAD: u32 = 4 << 20;
-/// Extents of one reply.
-const MAX_EXTENTS: usize = 4096;
-/// The number of our one context.
-const CONTEXT: u32 = 1;
 
 fn broken(e: Broken) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, e)
@@ -91,15 +86,21 @@ struct Agreed {
     block_size: BlockSize,
     size: u64,
     structured: bool,
-    /// It asked for the map of that export.
-    allocation: bool,
+    /// What it wants to know of blocks.
+    contexts: Vec<Context>,
 }
 
-/// What an export is, as the LUN says.
-fn describe(export: &Export) -> Option<(BlockSize, u64)> {
+const NO_SUCH_EXPORT: &str = "no such export";
+
+/// An export, and what it is as the LUN says; or why there is none.
+fn look_up(shared: &Shared, name: &str) -> Result<(Export, (BlockSize, u64)), String> {
+    let export = shared.find(name).ok_or(NO_SUCH_EXPORT)?;
     match export.lun.order(Errand::Describe) {
-        Ok(Ok(Answer::Described { block_size, blocks })) => Some((block_size, blocks * block_size.bytes())),
-        _ => None,
+        Ok(Ok(Answer::Described { block_size, blocks })) => {
+            Ok((export, (block_size, blocks * block_size.bytes())))
+        }
+        Err(e @ LunError::Job(_)) => Err(e.to_string()),
+        _ => Err(NO_SUCH_EXPORT.into()),
     }
 }
 
@@ -123,7 +124,7 @@ fn shake_hands(
     if theirs & !u32::from(flag::FIXED_NEWSTYLE | flag::NO_ZEROES) != 0 {
         return Err(broken(Broken::new(format!("client flags {theirs:#x}"))));
     }
-    let (mut structured, mut mapped) = (false, None::<String>);
+    let (mut structured, mut chosen) = (false, None::<(Export, Vec<Context>)>);
     for _ in 0..MAX_OPTIONS {
         let (number, len) =
             handshake::parse_option_head(&array::<OPTION_HEAD_LEN>(socket)?).map_err(broken)?;
@@ -170,22 +171,23 @@ fn shake_hands(
             option::SET_META_CONTEXT | option::LIST_META_CONTEXT => {
                 let set = number == option::SET_META_CONTEXT;
                 if set {
-                    mapped = None;
+                    chosen = None;
                 }
                 match handshake::parse_contexts(&data) {
                     Err(e) => say(answer::ERR_INVALID, e.to_string().as_bytes())?,
                     Ok(_) if !structured => say(answer::ERR_INVALID, b"ask for structured replies first")?,
-                    Ok((name, _)) if shared.find(&name).is_none() => {
-                        say(answer::ERR_UNKNOWN, b"no such export")?
-                    }
-                    Ok((name, queries)) => {
-                        let all = !set && (queries.is_empty() || queries.iter().any(|q| q == "base:"));
-                        if all || queries.iter().any(|q| q == BASE_ALLOCATION) {
-                            say(answer::META_CONTEXT, &handshake::context(CONTEXT, BASE_ALLOCATION))?;
-                            mapped = set.then_some(name);
+                    Ok((name, queries)) => match shared.find(&name) {
+                        None => say(answer::ERR_UNKNOWN, NO_SUCH_EXPORT.as_bytes())?,
+                        Some(export) => {
+                            let contexts = Context::asked(&export, &queries, !set);
+                            for context in &contexts {
+                                let told = handshake::context(context.number(), &context.name(&export));
+                                say(answer::META_CONTEXT, &told)?;
+                            }
+                            chosen = set.then_some((export, contexts));
+                            say(answer::ACK, &[])?;
                         }
-                        say(answer::ACK, &[])?;
-                    }
+                    },
                 }
             }
             option::INFO | option::GO => {
@@ -196,10 +198,12 @@ fn shake_hands(
                         continue;
                     }
                 };
-                let found = shared.find(&asked.0).and_then(|e| describe(&e).map(|facts| (e, facts)));
-                let Some((export, (block_size, size))) = found else {
-                    say(answer::ERR_UNKNOWN, b"no such export")?;
-                    continue;
+                let (export, (block_size, size)) = match look_up(shared, &asked.0) {
+                    Ok(found) => found,
+                    Err(why) => {
+                        say(answer::ERR_UNKNOWN, why.as_bytes())?;
+                        continue;
+                    }
                 };
                 say(answer::INFO, &handshake::Export { size, flags: flags(&export) }.to_info())?;
                 if asked.1.contains(&info::BLOCK_SIZE) {
@@ -213,30 +217,32 @@ fn shake_hands(
                 }
                 say(answer::ACK, &[])?;
                 if number == option::GO {
-                    let allocation = mapped.as_deref() == Some(&export.name);
-                    return Ok(begun(shared, Agreed { export, block_size, size, structured, allocation }));
+                    let contexts = of_export(chosen, &export);
+                    return Ok(begun(shared, Agreed { export, block_size, size, structured, contexts }));
                 }
             }
             option::EXPORT_NAME => {
-                let found = std::str::from_utf8(&data).ok().and_then(|name| shared.find(name));
+                let found = std::str::from_utf8(&data).ok().map(|name| look_up(shared, name));
                 // There is no way to say no but to hang up.
-                let Some((export, (block_size, size))) =
-                    found.and_then(|e| describe(&e).map(|facts| (e, facts)))
-                else {
-                    return Ok(None);
-                };
+                let Some(Ok((export, (block_size, size)))) = found else { return Ok(None) };
                 shared.clients.uses(client, &export.id);
                 socket.write_all(&handshake::Export { size, flags: flags(&export) }.to_info()[2..])?;
                 if theirs & u32::from(flag::NO_ZEROES) == 0 {
                     socket.write_all(&[0; 124])?;
                 }
-                let allocation = mapped.as_deref() == Some(&export.name);
-                return Ok(begun(shared, Agreed { export, block_size, size, structured, allocation }));
+                let contexts = of_export(chosen, &export);
+                return Ok(begun(shared, Agreed { export, block_size, size, structured, contexts }));
             }
             _ => say(answer::ERR_UNSUP, &[])?,
         }
     }
     Err(broken(Broken::new(format!("more than {MAX_OPTIONS} options"))))
+}
+
+/// What a client has chosen, if it was of that export: another that has come under its name has other bitmaps.
+fn of_export(chosen: Option<(Export, Vec<Context>)>, export: &Export) -> Vec<Context> {
+    let same = chosen.filter(|(of, _)| of.lun.is_same(&export.lun));
+    same.map(|(_, contexts)| contexts).unwrap_or_default()
 }
 
 /// The client is one of that export's from now on, if that is there still.
@@ -315,11 +321,14 @@ fn work(
     }
 }
 
+/// The extents of a context, by its number: bytes and flags.
+type Status = (u32, Vec<(u32, u32)>);
+
 /// What came of a request.
 enum Done {
     Plain,
     Data(Vec<u8>),
-    Extents(Vec<(u32, u32)>),
+    Extents(Vec<Status>),
 }
 
 /// An error number of NBD's, and why.
@@ -338,13 +347,17 @@ impl Done {
                 let head = chunk_head(chunk::DONE, chunk::OFFSET_DATA, request.cookie, 8 + data.len() as u32);
                 [&head[..], &request.offset.to_be_bytes(), data].concat()
             }
-            Done::Extents(extents) => {
-                let len = 4 + 8 * extents.len() as u32;
-                let mut out = chunk_head(chunk::DONE, chunk::BLOCK_STATUS, request.cookie, len).to_vec();
-                out.extend(CONTEXT.to_be_bytes());
-                extents
-                    .iter()
-                    .for_each(|(len, flags)| out.extend([len.to_be_bytes(), flags.to_be_bytes()].concat()));
+            Done::Extents(all) => {
+                let mut out = Vec::new();
+                for (i, (context, extents)) in all.iter().enumerate() {
+                    let flags = if i + 1 == all.len() { chunk::DONE } else { 0 };
+                    let len = 4 + 8 * extents.len() as u32;
+                    out.extend(chunk_head(flags, chunk::BLOCK_STATUS, request.cookie, len));
+                    out.extend(context.to_be_bytes());
+                    for (len, flags) in extents {
+                        out.extend([len.to_be_bytes(), flags.to_be_bytes()].concat());
+                    }
+                }
                 out
             }
         }
@@ -370,10 +383,15 @@ fn order(agreed: &Agreed, errand: Errand) -> Result<Answer, Refused> {
     match agreed.export.lun.order(errand) {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(Undone::Failed(failure))) => Err(Refused(number(&failure), told(&failure))),
-        Ok(Err(Undone::Unreachable)) | Err(LunError::Gone(_)) => {
-            Err(Refused(error::ESHUTDOWN, "the LUN is being removed".into()))
-        }
-        Err(e) => Err(Refused(error::EIO, e.to_string())),
+        Ok(Err(Undone::Unreachable)) => Err(undone(LunError::Gone(String::new()))),
+        Err(e) => Err(undone(e)),
+    }
+}
+
+fn undone(e: LunError) -> Refused {
+    match e {
+        LunError::Gone(_) => Refused(error::ESHUTDOWN, "the LUN is being removed".into()),
+        e => Refused(error::EIO, e.to_string()),
     }
 }
 
@@ -440,16 +458,9 @@ fn execute(agreed: &Agreed, request: &Request, data: &[u8]) -> Result<Done, Refu
             let may_unmap = request.kind == command::TRIM || request.flags & command::NO_HOLE == 0;
             order(agreed, Errand::Zero { lba: lba(at), blocks: blocks(len), may_unmap })?;
         }
-        command::BLOCK_STATUS if agreed.allocation => {
-            let Answer::Mapped(runs) = order(agreed, Errand::Map { lba: lba(at), blocks: blocks(len) })?
-            else {
-                return Err(Refused(error::EIO, "the LUN gave something else".into()));
-            };
-            let extents = extents(runs, len, request.flags & command::REQUEST_ONE != 0);
-            return match extents.is_empty() {
-                true => Err(Refused(error::EIO, "the LUN's map leaves it out".into())),
-                false => Ok(Done::Extents(extents)),
-            };
+        command::BLOCK_STATUS if !agreed.contexts.is_empty() => {
+            let one = request.flags & command::REQUEST_ONE != 0;
+            return status(agreed, (at, len), (lba(at), blocks(len)), one).map(Done::Extents);
         }
         _ => return invalid("no such command, or not agreed on"),
     }
@@ -459,30 +470,33 @@ fn execute(agreed: &Agreed, request: &Request, data: &[u8]) -> Result<Done, Refu
     Ok(Done::Plain)
 }
 
-/// The extents of `base:allocation` of a map, those of a kind together.
-fn extents(runs: Vec<(u64, ExtentKind)>, len: u64, one: bool) -> Vec<(u32, u32)> {
-    let (mut out, mut left) = (Vec::<(u32, u32)>::new(), len);
-    for (run, kind) in runs {
-        let n = run.min(left);
-        let flags = match kind {
-            ExtentKind::Data => 0,
-            ExtentKind::Zero => allocation::ZERO,
-            ExtentKind::Hole | ExtentKind::Unallocated => allocation::HOLE | allocation::ZERO,
+/// The extents of each context that was agreed on.
+fn status(
+    agreed: &Agreed,
+    (at, len): (u64, u64),
+    (lba, blocks): (Lba, u64),
+    one: bool,
+) -> Result<Vec<Status>, Refused> {
+    let (mut map, mut all) = (None, Vec::new());
+    for context in &agreed.contexts {
+        let extents = if let Context::Dirty(which) = context {
+            let marks = agreed.export.lun.marked(*which, at, len).map_err(undone)?;
+            contexts::extents(marks.into_iter().map(contexts::of_marks), len, one)
+        } else {
+            // One question for all that it answers.
+            let runs = match &mut map {
+                Some(runs) => runs,
+                none => match order(agreed, Errand::Map { lba, blocks })? {
+                    Answer::Mapped(runs) => none.insert(runs),
+                    _ => return Err(Refused(error::EIO, "the LUN gave something else".into())),
+                },
+            };
+            contexts::extents(runs.iter().map(|run| context.of_run(*run)), len, one)
         };
-        // No longer than the request, which has 32 bits.
-        let n = u32::try_from(n).unwrap_or(u32::MAX);
-        left -= u64::from(n);
-        match out.last_mut().filter(|(_, of)| *of == flags) {
-            Some(last) => last.0 += n,
-            None if n > 0 => out.push((n, flags)),
-            None => {}
+        if extents.is_empty() {
+            return Err(Refused(error::EIO, "the LUN's map leaves it out".into()));
         }
-        if left == 0 || out.len() == MAX_EXTENTS {
-            break;
-        }
+        all.push((context.number(), extents));
     }
-    if one {
-        out.truncate(1);
-    }
-    out
+    Ok(all)
 }

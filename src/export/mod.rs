@@ -5,6 +5,7 @@
 //! made for what is written. Called by `control`.
 
 mod connection;
+mod contexts;
 mod server;
 mod wire;
 
@@ -17,7 +18,7 @@ use std::{
 };
 
 use crate::{
-    lun::Remote,
+    lun::{Remote, exported::Exported},
     nbd::uri::{self, Place},
     tls::{self, TlsError},
 };
@@ -69,8 +70,10 @@ pub struct Export {
     pub description: String,
     /// Clients may write.
     pub writable: bool,
-    /// The LUN.
-    pub lun: Remote,
+    /// Clients may ask which image of the chain has the data.
+    pub allocation_depth: bool,
+    /// The LUN, as it is or as it was.
+    pub lun: Exported,
 }
 
 /// Why something is not done about exports.
@@ -171,6 +174,7 @@ impl Exports {
             let mut state = self.state();
             (state.server.take().ok_or(ExportError::NotRunning)?, std::mem::take(&mut state.exports))
         };
+        exports.values().for_each(|export| export.lun.end());
         drop(server);
         self.0.clients.hang_up(|_| true);
         Ok(exports.into_keys().collect())
@@ -185,6 +189,14 @@ impl Exports {
             Address::Inet(at) => Place::Tcp { host: at.ip().to_string(), port: at.port() },
         };
         Some(uri::of(&place, export, server.has_tls()))
+    }
+
+    /// Whether there is a server.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub fn is_there(&self) -> Result<(), ExportError> {
+        self.state().server.as_ref().map(drop).ok_or(ExportError::NotRunning)
     }
 
     /// Exports a LUN.
@@ -205,7 +217,7 @@ impl Exports {
         if state.exports.values().any(|there| there.name == export.name) {
             return Err(ExportError::NameInUse(export.name));
         }
-        if export.writable && export.lun.made().config.read_only {
+        if export.writable && export.lun.lun().made().config.read_only {
             return Err(ExportError::ReadOnly(export.device));
         }
         state.exports.insert(export.id.clone(), export);
@@ -225,7 +237,9 @@ impl Exports {
             if !hard && self.0.clients.of(id) > 0 {
                 return Err(ExportError::InUse(id.to_owned()));
             }
-            state.exports.remove(id);
+            if let Some(export) = state.exports.remove(id) {
+                export.lun.end();
+            }
         }
         self.0.clients.hang_up(|of| of == Some(id));
         Ok(())
@@ -236,7 +250,7 @@ impl Exports {
         let gone: Vec<String> = {
             let mut state = self.state();
             let ids: Vec<String> =
-                state.exports.values().filter(|e| e.lun.is_same(lun)).map(|e| e.id.clone()).collect();
+                state.exports.values().filter(|e| e.lun.lun().is_same(lun)).map(|e| e.id.clone()).collect();
             ids.iter().for_each(|id| drop(state.exports.remove(id)));
             ids
         };
@@ -305,7 +319,8 @@ mod tests {
             name: name.into(),
             description: String::new(),
             writable: false,
-            lun: Remote::of_nobody(),
+            allocation_depth: false,
+            lun: Exported::as_it_is(Remote::of_nobody()),
         };
         assert!(matches!(exports.add(export("a", "a")), Err(ExportError::NotRunning)));
         let socket = dir.path().join("nbd.sock");

@@ -28,9 +28,9 @@ use crate::{
 };
 
 /// What each block may have been at a moment; anything where a write had failed.
-type Past = Vec<Option<Vec<u64>>>;
+pub(super) type Past = Vec<Option<Vec<u64>>>;
 
-fn hooks(told: &Rc<RefCell<Vec<String>>>) -> Hooks {
+pub(super) fn hooks(told: &Rc<RefCell<Vec<String>>>) -> Hooks {
     let told = told.clone();
     Hooks {
         tell: Box::new(move |t| {
@@ -48,7 +48,7 @@ fn hooks(told: &Rc<RefCell<Vec<String>>>) -> Hooks {
     }
 }
 
-fn backup(
+pub(super) fn backup(
     front: &Front<Disk>,
     target: &Rc<Disk>,
     settings: Settings,

@@ -8,8 +8,15 @@
 //!
 //! Persistent bitmaps are kept in the image when that is closed in good order ([`Bitmaps::to_keep`]); until then the image says that they
 //! are in use, and whoever opens it after a crash finds them *inconsistent*: such a bitmap can be removed, and nothing else.
+//!
+//! One that is *exposed*, to clients of an export, is busy as well: what they are told is not changed under them, but by what is written.
 
-use std::{cell::RefCell, ops::Range};
+use std::{
+    cell::{Cell, RefCell},
+    ops::Range,
+};
+
+pub use super::bits::Bits;
 
 /// The longest name (bytes): QEMU's, and the qcow2 specification's.
 pub const MAX_NAME: usize = 1023;
@@ -45,7 +52,7 @@ pub enum BitmapError {
     /// Too fine for the size of the LUN.
     #[error("with a granularity of {0} bytes its bits would take more than 256 MiB: give a coarser one")]
     TooFine(u64),
-    /// A backup has it.
+    /// A backup has it, or an export.
     #[error("Bitmap '{0}' is currently in use by another operation and cannot be used")]
     Busy(String),
     /// It was in use when the image was last written to and not closed.
@@ -53,126 +60,15 @@ pub enum BitmapError {
         "Bitmap '{0}' is inconsistent and cannot be used: it can only be removed (block-dirty-bitmap-remove)"
     )]
     Inconsistent(String),
+    /// Clients that only read would be told of changes, but not of what is there since.
+    #[error("Enabled bitmap '{0}' incompatible with readonly export")]
+    Enabled(String),
     /// Nowhere to keep it.
     #[error("{0}")]
     CannotPersist(String),
     /// It could not be taken out of the image, or put there.
     #[error("{0}")]
     Image(String),
-}
-
-/// A set of granules of a volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bits {
-    shift: u32,
-    capacity: u64,
-    words: Vec<u64>,
-}
-
-impl Bits {
-    /// None. `granularity` is a power of two.
-    pub fn new(capacity: u64, granularity: u64) -> Bits {
-        let granules = capacity.div_ceil(granularity);
-        Bits { shift: granularity.trailing_zeros(), capacity, words: vec![0; granules.div_ceil(64) as usize] }
-    }
-
-    /// From 64 in a word, least significant first.
-    pub fn from_words(capacity: u64, granularity: u64, mut words: Vec<u64>) -> Bits {
-        let mut bits = Bits::new(capacity, granularity);
-        words.resize(bits.words.len(), 0);
-        bits.words = words;
-        bits.cut();
-        bits
-    }
-
-    /// 64 in a word, least significant first.
-    pub fn words(&self) -> &[u64] {
-        &self.words
-    }
-
-    /// Bytes of a granule.
-    pub fn granularity(&self) -> u64 {
-        1 << self.shift
-    }
-
-    fn granules(&self) -> u64 {
-        self.capacity.div_ceil(self.granularity())
-    }
-
-    /// Nothing is set beyond the end.
-    fn cut(&mut self) {
-        let used = self.granules() % 64;
-        if let Some(last) = self.words.last_mut().filter(|_| used != 0) {
-            *last &= (1 << used) - 1;
-        }
-    }
-
-    /// All that a range touches.
-    pub fn set(&mut self, at: u64, len: u64) {
-        let end = at.saturating_add(len).min(self.capacity);
-        if end <= at {
-            return;
-        }
-        let (first, last) = (at >> self.shift, (end - 1) >> self.shift);
-        let (from, to) = ((first / 64) as usize, (last / 64) as usize);
-        let (head, tail) = (u64::MAX << (first % 64), u64::MAX >> (63 - last % 64));
-        if from == to {
-            self.words[from] |= head & tail;
-            return;
-        }
-        self.words[from] |= head;
-        self.words[from + 1..to].fill(u64::MAX);
-        self.words[to] |= tail;
-    }
-
-    /// Bytes that are set.
-    pub fn bytes(&self) -> u64 {
-        self.runs().map(|run| run.end - run.start).sum()
-    }
-
-    /// The runs of bytes that are set, in order.
-    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let mut next = 0;
-        std::iter::from_fn(move || {
-            let first = self.find(next, true)?;
-            let end = self.find(first, false).unwrap_or(self.granules());
-            next = end;
-            Some(first << self.shift..(end << self.shift).min(self.capacity))
-        })
-    }
-
-    /// The first granule from `from` on that is set, or isn't.
-    fn find(&self, from: u64, set: bool) -> Option<u64> {
-        let mut granule = from;
-        while granule < self.granules() {
-            let word = self.words[(granule / 64) as usize];
-            let word = if set { word } else { !word } >> (granule % 64);
-            if word != 0 {
-                return Some(granule + u64::from(word.trailing_zeros())).filter(|g| *g < self.granules());
-            }
-            granule = (granule / 64 + 1) * 64;
-        }
-        None
-    }
-
-    /// All that is set in others, of any granularity.
-    pub fn add(&mut self, others: &Bits) {
-        if others.shift == self.shift {
-            self.words.iter_mut().zip(&others.words).for_each(|(word, more)| *word |= more);
-            return self.cut();
-        }
-        others.runs().for_each(|run| self.set(run.start, run.end - run.start));
-    }
-
-    fn clear(&mut self) {
-        self.words.fill(0);
-    }
-
-    fn resize(&mut self, capacity: u64) {
-        self.capacity = capacity;
-        self.words.resize(self.granules().div_ceil(64) as usize, 0);
-        self.cut();
-    }
 }
 
 /// A bitmap, as it is told of (BlockDirtyInfo).
@@ -186,7 +82,7 @@ pub struct BitmapInfo {
     pub granularity: u64,
     /// Changes are marked.
     pub recording: bool,
-    /// A backup has it.
+    /// A backup has it, or an export.
     pub busy: bool,
     /// It is kept in the image.
     pub persistent: bool,
@@ -210,6 +106,8 @@ pub struct KeptBitmap {
 /// One bitmap.
 #[derive(Clone)]
 struct Bitmap {
+    /// Its own, whatever others have its name later.
+    number: u64,
     name: String,
     enabled: bool,
     persistent: bool,
@@ -217,6 +115,14 @@ struct Bitmap {
     bits: Bits,
     /// What it had when a backup began that has it.
     before: Option<Bits>,
+    /// An export has it.
+    exposed: bool,
+}
+
+impl Bitmap {
+    fn is_busy(&self) -> bool {
+        self.before.is_some() || self.exposed
+    }
 }
 
 /// What a backup leaves of its bitmap (BitmapSyncMode).
@@ -234,6 +140,7 @@ pub enum BitmapMode {
 #[derive(Default)]
 pub struct Bitmaps {
     all: RefCell<Vec<Bitmap>>,
+    made: Cell<u64>,
 }
 
 /// What bitmaps were before something is done with them that may have to be undone: where each stood, and what it was if it was there.
@@ -284,7 +191,7 @@ impl Bitmaps {
                     count,
                     granularity: bitmap.bits.granularity(),
                     recording: bitmap.enabled,
-                    busy: bitmap.before.is_some(),
+                    busy: bitmap.is_busy(),
                     persistent: bitmap.persistent,
                     inconsistent: bitmap.inconsistent,
                 }
@@ -298,11 +205,15 @@ impl Bitmaps {
         found.map(work).ok_or_else(|| BitmapError::NotFound(name.to_owned()))
     }
 
-    /// One that is there, whole and of no backup.
+    fn number(&self) -> u64 {
+        self.made.replace(self.made.get() + 1)
+    }
+
+    /// One that is there, whole, and of no backup or export.
     fn usable<T>(&self, name: &str, work: impl FnOnce(&mut Bitmap) -> T) -> Done<T> {
         self.with(name, |bitmap| match bitmap {
             b if b.inconsistent => Err(BitmapError::Inconsistent(name.to_owned())),
-            b if b.before.is_some() => Err(BitmapError::Busy(name.to_owned())),
+            b if b.is_busy() => Err(BitmapError::Busy(name.to_owned())),
             b => Ok(work(b)),
         })?
     }
@@ -331,16 +242,18 @@ impl Bitmaps {
         }
         let bits = Bits::new(capacity, granularity);
         let name = name.to_owned();
-        all.push(Bitmap { name, enabled, persistent, inconsistent: false, bits, before: None });
+        let number = self.number();
+        let (inconsistent, before, exposed) = (false, None, false);
+        all.push(Bitmap { number, name, enabled, persistent, inconsistent, bits, before, exposed });
         Ok(())
     }
 
     /// Removes one; inconsistent ones too.
     ///
     /// # Errors
-    /// If there is none, or a backup has it.
+    /// If there is none, or a backup or an export has it.
     pub fn remove(&self, name: &str) -> Done {
-        let busy = self.with(name, |bitmap| bitmap.before.is_some())?;
+        let busy = self.with(name, |bitmap| bitmap.is_busy())?;
         if busy {
             return Err(BitmapError::Busy(name.to_owned()));
         }
@@ -351,7 +264,7 @@ impl Bitmaps {
     /// Nothing is marked in it any more.
     ///
     /// # Errors
-    /// If there is none, it is inconsistent, or a backup has it.
+    /// If there is none, it is inconsistent, or a backup or an export has it.
     pub fn clear(&self, name: &str) -> Done {
         self.usable(name, |bitmap| bitmap.bits.clear())
     }
@@ -445,6 +358,57 @@ impl Bitmaps {
         });
     }
 
+    /// An export has them from now on, all or none: gives their numbers. Those of which `lent` holds have to be a backup's, and what they
+    /// had when it began is what they are to clients. Others do not change but by what is written, and not even by that unless the export is
+    /// `live`: one that clients can write to, or of a volume that nobody writes to.
+    ///
+    /// # Errors
+    /// If there is none, it is inconsistent, somebody else has it, or it is enabled and the export is not `live`.
+    pub fn expose(&self, names: &[String], lent: impl Fn(&str) -> bool, live: bool) -> Done<Vec<u64>> {
+        let mut numbers = Vec::new();
+        for name in names {
+            let lent = lent(name);
+            let exposed = self.with(name, |bitmap| match bitmap {
+                b if b.inconsistent => Err(BitmapError::Inconsistent(name.clone())),
+                b if b.exposed || b.before.is_some() != lent => Err(BitmapError::Busy(name.clone())),
+                b if b.enabled && !lent && !live => Err(BitmapError::Enabled(name.clone())),
+                b => {
+                    b.exposed = true;
+                    Ok(b.number)
+                }
+            });
+            match exposed.and_then(|done| done) {
+                Ok(number) => numbers.push(number),
+                Err(e) => {
+                    self.cover(&numbers);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// No export has them any more.
+    pub fn cover(&self, numbers: &[u64]) {
+        let mut all = self.all.borrow_mut();
+        all.iter_mut().filter(|b| numbers.contains(&b.number)).for_each(|b| b.exposed = false);
+    }
+
+    /// What clients are told of an exposed bitmap: [`Bits::runs_in`]. `None` if it is gone, or the backup that had it.
+    pub fn exposed(
+        &self,
+        number: u64,
+        lent: bool,
+        range: Range<u64>,
+        unit: u64,
+        most: usize,
+    ) -> Option<Vec<(u64, bool)>> {
+        let all = self.all.borrow();
+        let bitmap = all.iter().find(|bitmap| bitmap.number == number && bitmap.exposed)?;
+        let bits = if lent { bitmap.before.as_ref()? } else { &bitmap.bits };
+        Some(bits.runs_in(range.start, range.end, unit, most))
+    }
+
     /// The volume has another size. What it has more is not marked, as in QEMU: it reads as zeros until it is written to.
     pub fn resize(&self, capacity: u64) {
         for bitmap in self.all.borrow_mut().iter_mut() {
@@ -489,7 +453,8 @@ impl Bitmaps {
             let inconsistent = bits.is_none();
             let bits = bits.unwrap_or_else(|| Bits::new(capacity, granularity));
             let enabled = enabled && !inconsistent;
-            all.push(Bitmap { name, enabled, persistent: true, inconsistent, bits, before: None });
+            let (number, before, exposed) = (self.number(), None, false);
+            all.push(Bitmap { number, name, enabled, persistent: true, inconsistent, bits, before, exposed });
         }
     }
 }

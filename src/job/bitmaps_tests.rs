@@ -152,3 +152,87 @@ fn what_is_undone_is_as_it_was_and_stands_where_it_stood() {
     assert_eq!(names, ["a", "c", "d"]);
     assert_eq!(marked(&bitmaps), [3 * G..4 * G]);
 }
+
+#[test]
+fn runs_in_units_are_those_of_a_naive_set_rounded_outward() {
+    for seed in 0..scaled(300) {
+        let mut rng = Rng::new(seed);
+        let unit = 512u64 << rng.below(4);
+        let capacity = unit * (1 + rng.below(2000));
+        let mut bits = Bits::new(capacity, 512 << rng.below(7));
+        let mut naive = vec![false; (capacity / unit) as usize];
+        for _ in 0..rng.below(12) {
+            bits.set(rng.below(capacity), 1 + rng.below(30_000));
+        }
+        for run in bits.runs() {
+            naive[(run.start / unit) as usize..run.end.div_ceil(unit) as usize].fill(true);
+        }
+        let first = rng.below(naive.len() as u64);
+        let last = first + 1 + rng.below(naive.len() as u64 - first);
+        let most = 1 + rng.below(20) as usize;
+        let mut at = first * unit;
+        // As a client asks: from where the last answer ended.
+        while at < last * unit {
+            let runs = bits.runs_in(at, last * unit, unit, most);
+            assert!(!runs.is_empty() && runs.len() <= most);
+            for (len, set) in runs {
+                assert!(len > 0 && len % unit == 0, "seed {seed}: {len}");
+                let units = (at / unit) as usize..((at + len) / unit) as usize;
+                assert!(naive[units].iter().all(|is| *is == set), "seed {seed}: {len} from {at}");
+                at += len;
+            }
+        }
+        assert_eq!(at, last * unit);
+    }
+}
+
+#[test]
+fn what_is_exposed_is_busy_and_is_what_it_was_if_a_backup_has_it() {
+    let bitmaps = one();
+    bitmaps.add("b", 100 * G, G, false, false).unwrap();
+    let kept = KeptBitmap { name: "old".into(), enabled: true, bits: None, granularity: G };
+    bitmaps.replace_kept(100 * G, vec![kept]);
+    drop(bitmaps.changing(2 * G, G));
+    let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+    let (nobody, lent) = (|_: &str| false, |name: &str| name == "a");
+    let free = bitmaps.infos();
+    for (asked, refused) in [
+        (&["b", "x"][..], BitmapError::NotFound("x".into())),
+        (&["b", "old"], BitmapError::Inconsistent("old".into())),
+        (&["b", "a"], BitmapError::Enabled("a".into())),
+        (&["b", "b"], BitmapError::Busy("b".into())),
+    ] {
+        assert_eq!(bitmaps.expose(&names(asked), nobody, false), Err(refused));
+        assert_eq!(bitmaps.infos(), free, "all or nothing");
+    }
+    // Nobody lends what is not lent.
+    assert_eq!(bitmaps.expose(&names(&["a"]), lent, false), Err(BitmapError::Busy("a".into())));
+    let live = bitmaps.expose(&names(&["a", "b"]), nobody, true).unwrap();
+    for verb in
+        [bitmaps.clear("a"), bitmaps.remove("b"), bitmaps.enable("b", true), bitmaps.lend("a").map(drop)]
+    {
+        assert!(matches!(verb, Err(BitmapError::Busy(_))), "{verb:?}");
+    }
+    let of = |number, lent| bitmaps.exposed(number, lent, 0..100 * G, 512, 9);
+    assert_eq!(of(live[0], false), Some(vec![(2 * G, false), (G, true), (97 * G, false)]));
+    drop(bitmaps.changing(0, 2 * G));
+    assert_eq!(of(live[0], false), Some(vec![(3 * G, true), (97 * G, false)]));
+    bitmaps.cover(&live);
+    assert_eq!(of(live[0], false), None);
+
+    bitmaps.lend("a").unwrap();
+    assert_eq!(bitmaps.expose(&names(&["a"]), nobody, true), Err(BitmapError::Busy("a".into())));
+    let past = bitmaps.expose(&names(&["a"]), lent, false).unwrap();
+    drop(bitmaps.changing(50 * G, G));
+    assert_eq!(of(past[0], true), Some(vec![(3 * G, true), (97 * G, false)]), "it is as it was");
+    bitmaps.give_back("a", BitmapMode::OnSuccess, true, [].into_iter());
+    assert_eq!(of(past[0], true), None);
+    assert!(matches!(bitmaps.remove("a"), Err(BitmapError::Busy(_))));
+    bitmaps.cover(&past);
+    assert_eq!(marked(&bitmaps), [50 * G..51 * G]);
+    bitmaps.remove("a").unwrap();
+    // Another of its name is another.
+    bitmaps.add("a", 100 * G, G, false, false).unwrap();
+    let next = bitmaps.expose(&names(&["a"]), nobody, false).unwrap();
+    assert!(of(past[0], false).is_none() && of(next[0], false).is_some());
+}

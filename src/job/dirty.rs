@@ -277,6 +277,17 @@ impl DirtyMap {
         self.bytes(&self.granules(at, len))
     }
 
+    /// Whether the byte at `at` is dirty, and where those end that are as it is, at `stop` at the latest.
+    pub fn alike(&self, at: u64, stop: u64) -> (bool, u64) {
+        let granules = self.granules(at, stop.saturating_sub(at));
+        let dirty = !granules.is_empty() && self.is_set(granules.start);
+        let end = match dirty {
+            true => self.run_end(granules.start, granules.end, u64::MAX),
+            false => self.next_set(granules.start, granules.end).unwrap_or(granules.end),
+        };
+        (dirty, (end << self.shift).min(stop))
+    }
+
     /// Nothing there is to be copied any more: only granules that lie inside as a whole, and that nobody copies, become clean.
     pub fn forgo(&self, at: u64, len: u64) {
         self.clear_inside(at, len);
@@ -462,6 +473,21 @@ mod tests {
                 let counted = (0..map.granules).filter(|g| map.is_set(*g)).count() as u64;
                 assert_eq!(map.dirty.get(), counted);
             }
+        }
+    }
+
+    #[test]
+    fn runs_of_granules_that_are_alike_end_where_they_end_or_where_the_question_does() {
+        let (map, _) = map(100);
+        map.set(5 * G, 70 * G);
+        for (at, stop, dirty, end) in [
+            (0, 100 * G, false, 5 * G),
+            (G + 1, 3 * G, false, 3 * G),
+            (5 * G + 512, 100 * G, true, 75 * G),
+            (6 * G, 6 * G + 512, true, 6 * G + 512),
+            (75 * G, 100 * G, false, 100 * G),
+        ] {
+            assert_eq!(map.alike(at, stop), (dirty, end), "{at} to {stop}");
         }
     }
 

@@ -6,11 +6,14 @@
 #[cfg(test)]
 mod backup_tests;
 pub mod bitmaps;
+mod bits;
 pub mod dirty;
 pub mod front;
 pub mod mirror;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod past_tests;
 
 use serde::{Deserialize, Serialize};
 

@@ -18,7 +18,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::{
     LunError, Stats,
     events::Watcher,
-    jobs::{JobError, JobInfo, JobOrder},
+    jobs::{
+        Expose, JobError, JobInfo, JobOrder,
+        exposed::{Ask, Shown, Told},
+    },
     neighbours::{self, Return},
     scrub::{Scrub, ScrubError, ScrubOrder},
     throttle::limits::Limits,
@@ -51,6 +54,12 @@ pub(super) enum Message {
     Errand(Errand, Return),
     /// Do something for somebody outside who waits for it.
     Order(Errand, SyncSender<neighbours::Outcome>),
+    /// An export begins, and is to show this.
+    Expose(Expose, SyncSender<Result<Shown, JobError>>),
+    /// The export that showed this has ended.
+    Cover(Shown),
+    /// What a client of an export asks of what it shows.
+    AskExposed(Ask, SyncSender<Result<Told, JobError>>),
     /// Another LUN's answer to the errand of that number.
     Answered(u64, neighbours::Outcome),
     /// Show that the loop turns: [`Pulse`].

@@ -10,6 +10,7 @@ pub mod continued;
 pub mod cpus;
 mod event_loop;
 pub mod events;
+pub mod exported;
 #[cfg(feature = "fault-points")]
 mod fault_points;
 pub mod handed_over;

@@ -473,6 +473,19 @@ impl Service for Lun {
             Message::Order(errand, back) => {
                 drop(back.send(self.target.run_errand(errand).await.map_err(Undone::Failed)));
             }
+            Message::Expose(order, back) => {
+                let shown = self.jobs.expose(&self.front, order).await;
+                if let Err(unheard) = back.send(shown)
+                    && let Ok(shown) = unheard.0
+                {
+                    self.jobs.cover(&self.front, shown).await;
+                }
+            }
+            Message::Cover(shown) => self.jobs.cover(&self.front, shown).await,
+            Message::AskExposed(ask, back) => {
+                let block_size = self.target.block_size();
+                drop(back.send(self.jobs.ask_exposed(&self.front, block_size, ask).await));
+            }
             Message::Answered(ticket, outcome) => self.calls.answered(ticket, outcome),
             Message::Stop | Message::Ping => {}
         }

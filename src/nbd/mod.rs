@@ -30,6 +30,11 @@ pub const DEFAULT_MAX_PAYLOAD: u32 = 32 << 20;
 /// The context that tells holes from data.
 pub const BASE_ALLOCATION: &str = "base:allocation";
 
+/// Before the name of a dirty bitmap: QEMU's context that tells what it has marked (docs/interop/nbd.txt).
+pub const QEMU_DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+/// QEMU's context that tells which image of a chain has the data.
+pub const QEMU_ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+
 /// Handshake flags, of server and client alike.
 pub mod flag {
     /// NBD_FLAG_FIXED_NEWSTYLE.
@@ -176,6 +181,12 @@ pub mod allocation {
     pub const HOLE: u32 = 1 << 0;
     /// NBD_STATE_ZERO: reads as zeros.
     pub const ZERO: u32 = 1 << 1;
+}
+
+/// Bits of an extent of a dirty bitmap.
+pub mod dirty {
+    /// NBD_STATE_DIRTY.
+    pub const DIRTY: u32 = 1 << 0;
 }
 
 /// Error numbers: Linux' own, but only these.

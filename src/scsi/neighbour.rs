@@ -109,8 +109,8 @@ pub enum Answer {
     Moved(Moved),
     /// To [`Errand::Write`], [`Errand::Flush`] and [`Errand::Zero`].
     Written,
-    /// To [`Errand::Map`]: runs of bytes from the first block on, and what they hold.
-    Mapped(Vec<(u64, ExtentKind)>),
+    /// To [`Errand::Map`]: runs of bytes from the first block on, what they hold, and which image of the chain holds it (0 for the LUN's own).
+    Mapped(Vec<(u64, ExtentKind, u32)>),
 }
 
 /// Why an errand came to nothing.

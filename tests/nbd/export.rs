@@ -33,7 +33,7 @@ pub fn socket(rig: &Rig) -> PathBuf {
     rig.dir.path().join("nbd.sock")
 }
 
-fn start(rig: &Rig, talk: &mut Talk) {
+pub fn start(rig: &Rig, talk: &mut Talk) {
     let addr = json!({ "type": "unix", "data": { "path": socket(rig) } });
     talk.get("nbd-server-start", json!({ "addr": addr }));
 }
@@ -240,14 +240,14 @@ fn what_is_asked_of_exports_in_the_wrong_order_is_refused_in_qemus_words() {
 }
 
 /// The client's half of the shortest handshake there is.
-fn go(client: &mut (impl Read + Write), name: &str) {
+pub fn go(client: &mut (impl Read + Write), name: &str) {
     client.read_exact(&mut [0; 18]).unwrap();
     client.write_all(&3u32.to_be_bytes()).unwrap();
     client.write_all(&handshake::option(option::EXPORT_NAME, name.as_bytes())).unwrap();
     client.read_exact(&mut [0; 10]).unwrap();
 }
 
-fn connect(at: &Path) -> UnixStream {
+pub fn connect(at: &Path) -> UnixStream {
     let client = UnixStream::connect(at).unwrap();
     client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     client

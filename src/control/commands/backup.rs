@@ -19,7 +19,7 @@ use crate::{
     lun::jobs::{BackupOrder, BitmapMode, JobOrder, Settings, SyncMode, Task},
 };
 
-/// Those of QEMU's DriveBackup, but for `compress`, `encrypt`, `filter-node-name` and what is unstable there; `sidecar` is ours.
+/// Those of QEMU's DriveBackup, but for `compress`, `encrypt`, `filter-node-name` and what is unstable there; `sidecar` and `scratch` are ours.
 pub(super) const TO_A_FILE: &[Member] = &[
     may("job-id", Type::Str),
     has("device", Type::Str),
@@ -35,6 +35,7 @@ pub(super) const TO_A_FILE: &[Member] = &[
     may("auto-finalize", Type::Bool),
     may("auto-dismiss", Type::Bool),
     may("sidecar", Type::Str),
+    may("scratch", Type::Bool),
 ];
 
 /// Those of QEMU's BlockdevBackup, with the same left out, and `on-cbw-error` and its like; `sidecar` is ours.
@@ -72,7 +73,9 @@ pub(super) const DRIVE_BACKUP: Command = Command {
     help: "as in QEMU: copies a LUN as it is at that moment to `target`, an absolute path, or with `mode` existing an NBD URI, while it is in use: what a write is about to \
            change is copied before. A copy that fails there ends the job, and never the write. The job's id is `device` unless `job-id` is \
            given. `mode` is absolute-paths unless it is given: a new image is made, with protection information as the LUN has it (`sidecar` \
-           says where, if not beside it)",
+           says where, if not beside it). With `sync` none only what is overwritten is copied, and `block-export-add` exports the LUN as it was; a `bitmap` \
+           goes with it, with `bitmap-mode` on-success: it is exported as it was then, and has afterwards what was written since if `job-complete` ends \
+           the job, and otherwise all. With `scratch` the target is removed when the job ends",
     run: |luns, args| begin(luns, args, to_a_file),
     after: None,
 };
@@ -122,6 +125,7 @@ pub(super) fn to_a_file(luns: &Registry, args: &Arguments) -> Result<BackupOrder
         existing: args.maybe_text("mode") == Some("existing"),
         sidecar: args.maybe_text("sidecar").map(Into::into),
         bitmap: bitmap(args)?,
+        scratch: args.flag("scratch"),
         settings,
     })
 }
@@ -146,8 +150,12 @@ fn bitmap(args: &Arguments) -> Result<Option<(String, BitmapMode)>, Error> {
                 "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'".into(),
             );
         }
+        // In QEMU there is none: what is read of an export, and whether it was read to its end, it does not know.
+        ("none", Some("on-success")) => BitmapMode::OnSuccess,
         ("none", _) => {
-            return refused("sync mode 'none' does not produce meaningful bitmap outputs".into());
+            let words = "sync mode 'none' does not produce meaningful bitmap outputs: Bitmap sync mode must be 'on-success', for a point in time that \
+                         is exported";
+            return refused(words.into());
         }
         (_, None) => return refused("Bitmap sync mode must be given when providing a bitmap".into()),
         ("full" | "top", Some("never")) => {

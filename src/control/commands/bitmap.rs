@@ -43,7 +43,7 @@ pub(super) fn order(command: &str, args: &Arguments) -> Result<BitmapOrder, Erro
         "block-dirty-bitmap-merge" => {
             let node = args.text("node")?;
             let listed = args.all().get("bitmaps").and_then(Value::as_array);
-            let sources = listed.into_iter().flatten().map(|one| source(node, one));
+            let sources = listed.into_iter().flatten().map(|one| named(node, one));
             BitmapOrder::Merge {
                 target: args.text("target")?.to_owned(),
                 sources: sources.collect::<Result<_, _>>()?,
@@ -113,14 +113,14 @@ pub(super) const MERGE: Command = Command {
     after: None,
 };
 
-/// BlockDirtyBitmapOrStr.
-fn source(node: &str, one: &Value) -> Result<String, Error> {
+/// BlockDirtyBitmapOrStr: a bitmap of that LUN.
+pub(super) fn named(node: &str, one: &Value) -> Result<String, Error> {
     let text = |member: &str| one.get(member).and_then(Value::as_str);
     match (one.as_str(), text("node"), text("name")) {
         (Some(name), ..) => Ok(name.to_owned()),
         (None, Some(other), Some(name)) if other == node => Ok(name.to_owned()),
         (None, Some(other), Some(_)) => Err(Error::generic(format!(
-            "node '{other}': bitmaps of another LUN than '{node}' cannot be merged"
+            "node '{other}': a bitmap of another LUN than '{node}' cannot be used here"
         ))),
         _ => {
             Err(Error::generic("Invalid parameter type for 'bitmaps', expected: string or BlockDirtyBitmap"))

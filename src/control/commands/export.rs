@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Arguments, Command, NOTHING, done, find};
+use super::{Arguments, Command, NOTHING, bitmap, done, find, mirror, told};
 use crate::{
     control::{
         Registry,
@@ -11,6 +11,7 @@ use crate::{
         types, without_nulls,
     },
     export::{Address, Export, ExportError},
+    lun::jobs::Expose,
 };
 
 pub(super) const SERVER_START: Command = Command {
@@ -35,6 +36,7 @@ pub(super) const SERVER_ADD: Command = Command {
         may("name", Type::Str),
         may("description", Type::Str),
         may("writable", Type::Bool),
+        may("bitmap", Type::Str),
     ],
     returns: NOTHING,
     help: "as in QEMU, the older form of `block-export-add`; `device` is the LUN, and `name` is the export's id too",
@@ -80,10 +82,15 @@ pub(super) const ADD: Command = Command {
         may("name", Type::Str),
         may("description", Type::Str),
         may("writable", Type::Bool),
+        may("bitmaps", Type::List(&Type::Any)),
+        may("allocation-depth", Type::Bool),
     ],
     returns: NOTHING,
     help: "as in QEMU: the LUN `node-name` is exported by the NBD server, by its name unless `name` is another, read-only unless `writable` is true; \
-           with the context `base:allocation`. What is exported is the LUN as it is, and changes while others write to it",
+           with the contexts `base:allocation`, `qemu:dirty-bitmap:NAME` of each of its `bitmaps` (names, or objects with `node` and `name`), and with \
+           `allocation-depth` true `qemu:allocation-depth`. What is exported is the LUN as it is, and changes while others write to it; if `node-name` \
+           is the id of a backup with `sync` none, and no LUN's name, it is the LUN as it was when that began, until the job ends: then reads fail. A \
+           bitmap is busy while it is exported; it has to be disabled, unless the export is `writable` or it is the backup's own",
     run: |luns, args| {
         let device = args.text("node-name")?;
         export(luns, args, device, args.text("id")?, args.maybe_text("name").unwrap_or(device))
@@ -141,13 +148,30 @@ fn start(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
 }
 
 fn export(luns: &Registry, args: &Arguments, device: &str, id: &str, name: &str) -> Result<Value, Error> {
+    luns.exports().is_there().map_err(refused)?;
+    // A LUN's name comes first: one who means it is not to get the past.
+    let backup = if luns.find(device).is_some() { None } else { mirror::lun_of(luns, device) };
+    let (lun, node, moment_of) = match backup {
+        Some((node, lun)) => (lun, node, Some(device.to_owned())),
+        None => (find(luns, device)?, device.to_owned(), None),
+    };
+    let (writable, allocation_depth) = (args.flag("writable"), args.flag("allocation-depth"));
+    if moment_of.is_some() && allocation_depth {
+        return Err(Error::generic("'allocation-depth' is not known of a point in time: leave it out"));
+    }
+    let listed = args.all().get("bitmaps").and_then(Value::as_array).into_iter().flatten();
+    let named = listed.map(|one| bitmap::named(&node, one));
+    let mut bitmaps = named.collect::<Result<Vec<_>, _>>()?;
+    bitmaps.extend(args.maybe_text("bitmap").map(str::to_owned));
+    let expose = Expose { moment_of, bitmaps, writable };
     let export = Export {
         id: id.to_owned(),
         device: device.to_owned(),
         name: name.to_owned(),
         description: args.maybe_text("description").unwrap_or_default().to_owned(),
-        writable: args.flag("writable"),
-        lun: find(luns, device)?,
+        writable,
+        allocation_depth,
+        lun: told(lun.expose(expose))?,
     };
     luns.exports().add(export).map_err(refused)?;
     done()

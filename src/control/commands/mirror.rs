@@ -180,6 +180,11 @@ fn all(luns: &Registry) -> Vec<(String, Remote, JobInfo)> {
     jobs
 }
 
+/// The LUN that has a job of that name, with its own name.
+pub(super) fn lun_of(luns: &Registry, id: &str) -> Option<(String, Remote)> {
+    all(luns).into_iter().find(|(_, _, job)| job.id == id).map(|(name, lun, _)| (name, lun))
+}
+
 /// Orders a job about, whichever LUN's it is.
 pub(super) fn order(luns: &Registry, id: &str, order: JobOrder) -> Result<(), Error> {
     let (_, lun, _) = all(luns)

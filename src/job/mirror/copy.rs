@@ -23,7 +23,7 @@ use crate::{
 /// Bytes of one piece while guests are idle ...
 pub(super) const PIECE: u64 = 1 << 20;
 /// ... and while they are at work.
-const SMALL_PIECE: u64 = 256 << 10;
+pub(super) const SMALL_PIECE: u64 = 256 << 10;
 /// Holes between data that are not worth a system call of their own: they are copied as zeros.
 const SMALL_HOLE: u64 = 32 << 10;
 /// Guests are at work for so long after a command.
@@ -162,7 +162,7 @@ impl<S: Side> Mirror<S> {
         state.ready && state.asked.is_none() && !state.cancelled && state.failed.is_none()
     }
 
-    fn guests_are_at_work(&self) -> bool {
+    pub(super) fn guests_are_at_work(&self) -> bool {
         let recent = |came: Instant| came.elapsed() < AT_WORK;
         self.guests.get() > 0 || self.guest_came.get().is_some_and(recent)
     }

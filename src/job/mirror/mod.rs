@@ -18,6 +18,8 @@
 mod backup;
 mod copy;
 mod guest;
+pub mod past;
+mod settings;
 
 use std::{
     cell::{Cell, RefCell},
@@ -26,160 +28,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde::{Deserialize, Serialize};
+pub use settings::{CopyMode, Settings, SyncMode, Task};
 
 use super::{ErrorAction, IoStatus, JobStatus, OnError, Side, dirty::DirtyMap, front::Ending};
 use crate::{
     sync::{Notify, RangeLock},
-    volume::{Extent, ExtentKind, IoError, IoErrorKind, PiMismatch},
+    volume::{IoError, IoErrorKind, PiMismatch},
 };
-
-/// What is copied (MirrorSyncMode).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SyncMode {
-    /// All that a guest can read.
-    Full,
-    /// What the image itself holds; the target has the same backing file.
-    Top,
-    /// What is written from now on.
-    None,
-    /// What a dirty bitmap has.
-    Bitmap,
-}
-
-/// What a job is for. All of them copy what a dirty map says; they differ in what there is to copy, and in how they end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Task {
-    /// The volume is copied to another, and may go over to it.
-    #[default]
-    Mirror,
-    /// What lies beneath the volume, above the image at that depth, is copied into the volume itself (`block-stream`). It ends by itself.
-    Stream {
-        /// [`u32::MAX`]: all that lies beneath.
-        below: u32,
-    },
-    /// What the volume has above the image at that depth is copied to that image, and the volume goes over to it (`block-commit` of the
-    /// active layer).
-    Commit {
-        /// 1 or more.
-        below: u32,
-    },
-    /// The same of an image that nobody writes to, seen from that. It ends by itself.
-    CommitBeneath {
-        /// 1 or more.
-        below: u32,
-    },
-    /// The volume as it was when the job began is copied to another, before each change of it (`drive-backup`). It ends by itself.
-    Backup,
-}
-
-impl Task {
-    /// Whether it ends when it has copied all, without being told to.
-    pub fn ends_by_itself(self) -> bool {
-        matches!(self, Task::Stream { .. } | Task::CommitBeneath { .. } | Task::Backup)
-    }
-
-    /// Whether what there is to copy is what there was when it began, so that no change may come before its copy.
-    pub fn keeps_the_past(self) -> bool {
-        self == Task::Backup
-    }
-
-    /// Whether its target is the volume itself.
-    pub fn is_within(self) -> bool {
-        matches!(self, Task::Stream { .. })
-    }
-
-    /// QEMU's word for it (JobType).
-    pub fn word(self) -> &'static str {
-        match self {
-            Task::Mirror => "mirror",
-            Task::Backup => "backup",
-            Task::Stream { .. } => "stream",
-            Task::Commit { .. } | Task::CommitBeneath { .. } => "commit",
-        }
-    }
-
-    /// Whether a run of the source's map is to be copied, where the map alone says it.
-    pub(super) fn wants(self, extent: &Extent) -> bool {
-        match self {
-            Task::Mirror | Task::Backup => true,
-            // With nothing left beneath, what no file says anything of reads as zeros anyway. Over a base its zeros are kept, and where a
-            // file in between was too short to say anything, too.
-            Task::Stream { below: u32::MAX } => extent.depth > 0 && extent.kind == ExtentKind::Data,
-            Task::Stream { below } => match extent.kind {
-                ExtentKind::Unallocated => extent.depth < below,
-                _ => (1..below).contains(&extent.depth),
-            },
-            Task::Commit { below } | Task::CommitBeneath { below } => extent.depth < below,
-        }
-    }
-}
-
-/// How it keeps up (MirrorCopyMode).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CopyMode {
-    /// Writes go to the source, and are copied later.
-    #[default]
-    Background,
-    /// Writes go to both.
-    WriteBlocking,
-}
-
-/// What a mirror is told at its beginning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Settings {
-    /// What it is for.
-    #[serde(default)]
-    pub task: Task,
-    /// What is copied.
-    pub sync: SyncMode,
-    /// How it keeps up.
-    pub copy_mode: CopyMode,
-    /// Zeros take no space in the target.
-    pub unmap: bool,
-    /// Bytes a second; 0 for no limit.
-    pub speed: u64,
-    /// About errors of the source.
-    pub on_source_error: OnError,
-    /// About errors of the target.
-    pub on_target_error: OnError,
-    /// It ends as soon as it can once it is told to; otherwise it waits to be told once more.
-    pub auto_finalize: bool,
-    /// It is forgotten as soon as it has ended.
-    pub auto_dismiss: bool,
-    /// It waits to be resumed.
-    pub paused: bool,
-}
-
-impl Settings {
-    /// Whether a run of the source's map is to be copied, where the map alone says it.
-    fn wants(&self, extent: &Extent) -> bool {
-        match (self.task, self.sync) {
-            (Task::Backup, SyncMode::Top) => extent.depth == 0 && extent.kind != ExtentKind::Unallocated,
-            (task, _) => task.wants(extent),
-        }
-    }
-}
-
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings {
-            task: Task::Mirror,
-            sync: SyncMode::Full,
-            copy_mode: CopyMode::Background,
-            unmap: true,
-            speed: 0,
-            on_source_error: OnError::Report,
-            on_target_error: OnError::Report,
-            auto_finalize: true,
-            auto_dismiss: true,
-            paused: false,
-        }
-    }
-}
 
 /// What a mirror tells while it goes on.
 #[derive(Debug)]
@@ -340,9 +195,9 @@ impl<S: Side> Mirror<S> {
         self.settings.get()
     }
 
-    /// Whether all is copied at this moment.
+    /// Whether all is copied at this moment; of one that copies only what is overwritten there is nothing that it has to.
     pub fn is_settled(&self) -> bool {
-        self.map.is_settled()
+        self.settings.get().keeps_only_the_past() || self.map.is_settled()
     }
 
     /// Bytes copied, and bytes in all as far as it is known; as in QEMU the second grows with what is written meanwhile.
@@ -405,12 +260,27 @@ impl<S: Side> Mirror<S> {
         Err(VerbError::State { id: self.id.clone(), state: word(self.status()), verb })
     }
 
-    /// The LUN is to go over to the target.
+    /// The LUN is to go over to the target. Of one that copies only what is overwritten: its moment is not needed any more, because what was
+    /// wanted of it has been read ([`past`]).
     ///
     /// # Errors
     /// If it has not caught up, or its target is not whole.
     pub fn complete(&self) -> Result<(), VerbError> {
         let settings = self.settings.get();
+        if settings.keeps_only_the_past() {
+            if self.is_over() {
+                return self.in_state("complete");
+            }
+            self.change(|state| {
+                *state = State {
+                    asked: Some(Ending::Leave),
+                    finalize: true,
+                    told: state.told,
+                    ..State::default()
+                };
+            });
+            return Ok(());
+        }
         if settings.task.ends_by_itself() {
             return self.in_state("complete");
         }
@@ -560,7 +430,7 @@ impl<S: Side> Mirror<S> {
             return Some(Verdict::Cancelled);
         }
         let may = self.settings.get().auto_finalize || state.finalize;
-        let can = !state.paused && state.stopped == IoStatus::Ok && self.map.is_settled();
+        let can = !state.paused && state.stopped == IoStatus::Ok && self.is_settled();
         state.asked.filter(|_| may && can).map(Verdict::End)
     }
 

@@ -18,6 +18,9 @@ use crate::{
 /// What becomes of a backup that finds itself under way at the start of the LUN.
 pub(super) const PAST_IS_LOST: &str = "the daemon has stopped while the backup was under way, and with that the moment that it was of is \
                                        lost: its target is not whole, remove it and begin anew";
+/// The same of one whose target went with it.
+pub(super) const SCRATCH_IS_GONE: &str = "the daemon has stopped while the point in time was kept, and with that it is lost: its scratch \
+                                          file is removed, begin anew";
 
 impl Jobs {
     /// Begins a backup.
@@ -43,12 +46,17 @@ impl Jobs {
         block_size: BlockSize,
         order: BackupOrder,
     ) -> Result<Launch, JobError> {
-        let BackupOrder { id, target, format, existing, sidecar, bitmap, settings } = order;
+        let BackupOrder { id, target, format, existing, sidecar, bitmap, scratch, settings } = order;
+        if scratch && existing {
+            let words = "a scratch file is made for the job and removed with it: leave out 'scratch', or 'mode' existing";
+            return Err(JobError::Target(words.into()));
+        }
         // A new image of what a bitmap has may be put over another: zeros have to stand there themselves.
         let unmap = settings.sync != SyncMode::Bitmap || existing;
         let settings = Settings { task: Task::Backup, unmap, ..settings };
         let order = MirrorOrder { id, target, format, existing, sidecar, granularity: None, settings };
-        self.prepare_copy(front, block_size, order, bitmap).await
+        let launch = self.prepare_copy(front, block_size, order, bitmap).await?;
+        if scratch { self.as_scratch(launch).await } else { Ok(launch) }
     }
 
     /// Does something with dirty bitmaps.

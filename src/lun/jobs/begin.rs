@@ -8,6 +8,7 @@ use tracing::info;
 use super::{
     Active, BitmapMode, JobError, Jobs, MirrorOrder, Record, close,
     group::Member,
+    record::Scratch,
     target::{self, Made, Prepared},
 };
 use crate::{
@@ -97,6 +98,22 @@ impl Jobs {
             Err(e) => {
                 close(&target).await;
                 Err(e)
+            }
+        }
+    }
+
+    /// Notes that the target goes with the job.
+    pub(super) async fn as_scratch(&self, mut launch: Launch) -> Result<Launch, JobError> {
+        let files = launch.made.files.iter();
+        let noted = files.map(|file| Scratch::of(file)).collect::<io::Result<_>>().and_then(|scratch| {
+            launch.record.scratch = scratch;
+            self.place.save(&launch.record)
+        });
+        match noted {
+            Ok(()) => Ok(launch),
+            Err(e) => {
+                self.come_to_nothing(launch).await;
+                Err(JobError::Record(e.to_string()))
             }
         }
     }

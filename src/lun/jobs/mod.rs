@@ -13,6 +13,7 @@ mod begin;
 mod beneath;
 mod chain;
 mod commit;
+pub mod exposed;
 mod group;
 mod record;
 mod snapshot;
@@ -29,6 +30,7 @@ use std::{
 use tracing::{error, info, warn};
 
 pub use ballot::Ballot;
+pub use exposed::Expose;
 pub use group::Group;
 pub use record::FOLDER;
 pub use types::{
@@ -108,6 +110,8 @@ pub(super) struct Jobs {
     ended: RefCell<Vec<JobInfo>>,
     starting: Cell<bool>,
     added: Notify,
+    /// Those whose moment an export shows.
+    exposed: exposed::Moments,
     repaired: Cell<u64>,
     made: SharedMade,
     events: Rc<Events>,
@@ -125,7 +129,11 @@ impl Drop for Starting<'_> {
 
 /// Forgets the job of the LUN with that serial number, which is gone.
 pub fn forget(state_dir: &std::path::Path, serial: &str) {
-    Place::new(Some(StateFile::new(state_dir, FOLDER, serial))).remove();
+    let place = Place::new(Some(StateFile::new(state_dir, FOLDER, serial)));
+    if let Ok(Some(record)) = place.load() {
+        record.remove_scratch();
+    }
+    place.remove();
 }
 
 /// Opens the target of a job that was under way. Before the LUN serves: no write may pass the mirror by.
@@ -138,6 +146,9 @@ pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, stack: &S
             return None;
         }
     };
+    if record.settings.task.keeps_the_past() {
+        record.remove_scratch();
+    }
     if record.source != params.config.image {
         // It went over to the target, or was made anew with another image; then nobody is served by it.
         info!(job = record.id, "the job of another image is over");
@@ -149,7 +160,8 @@ pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, stack: &S
         Err(e) => return Some(Resumed::Lost(Box::new(record), e.to_string())),
     };
     if record.settings.task.keeps_the_past() {
-        return Some(Resumed::Lost(Box::new(record), backup::PAST_IS_LOST.to_owned()));
+        let why = if record.scratch.is_empty() { backup::PAST_IS_LOST } else { backup::SCRATCH_IS_GONE };
+        return Some(Resumed::Lost(Box::new(record), why.to_owned()));
     }
     if record.settings.task.is_within() {
         return Some(match chain::stream_again(&mut record, stack.image()) {
@@ -197,6 +209,7 @@ impl Jobs {
             ended: RefCell::default(),
             starting: Cell::new(false),
             added: Notify::new(),
+            exposed: Default::default(),
             repaired: Cell::new(0),
             made,
             events,
@@ -488,8 +501,10 @@ impl Jobs {
         if matches!(info.settings.task, Task::CommitBeneath { .. }) {
             Jobs::close_sides(active).await;
         } else if !info.settings.task.is_within() {
+            self.leave_the_past(mirror).await;
             close(if pivoted { mirror.source() } else { mirror.target() }).await;
         }
+        active.record.borrow().remove_scratch();
         self.place.remove();
         self.repaired.set(self.repaired.get() + mirror.repaired());
         self.active.replace(None);
@@ -525,6 +540,7 @@ impl Jobs {
         let active = self.active.borrow().clone();
         if let Some(active) = active {
             Jobs::close_sides(&active).await;
+            active.record.borrow().remove_scratch();
         }
     }
 

@@ -7,11 +7,13 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     job::{
@@ -29,6 +31,35 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A target that was closed: neither it nor the bits depend on the kernel's memory.
 const CLOSED: &str = "closed";
+
+/// A file that was made for a job, and goes with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::lun) struct Scratch {
+    path: PathBuf,
+    /// Which file that is: another of its name is somebody else's, and may have got its inode.
+    inode: u64,
+    /// When it was made, where the file system says so.
+    born: Option<Duration>,
+}
+
+impl Scratch {
+    /// A file that is there.
+    pub(in crate::lun) fn of(path: &Path) -> io::Result<Scratch> {
+        let found = path.symlink_metadata()?;
+        let born = found.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        Ok(Scratch { path: path.to_owned(), inode: found.ino(), born })
+    }
+
+    /// Whether it is gone; one that another stands in the place of is not.
+    fn remove(&self) -> io::Result<bool> {
+        match Scratch::of(&self.path) {
+            Ok(found) if found == *self => fs::remove_file(&self.path).map(|()| true),
+            Ok(_) => Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(e) => Err(e),
+        }
+    }
+}
 
 /// A mirror as it is kept.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -55,6 +86,9 @@ pub(in crate::lun) struct Record {
     pub(in crate::lun) copied: u64,
     /// For which boot of the host the bits hold.
     trust: Option<String>,
+    /// What goes with the job, whatever becomes of it.
+    #[serde(default)]
+    pub(in crate::lun) scratch: Vec<Scratch>,
 }
 
 impl Record {
@@ -78,6 +112,23 @@ impl Record {
             scanned: false,
             copied: 0,
             trust: boot(),
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The job is over: what was made to go with it goes.
+    pub(in crate::lun) fn remove_scratch(&self) {
+        for scratch in &self.scratch {
+            let path = scratch.path.display();
+            match scratch.remove() {
+                Ok(true) => info!(job = self.id, %path, "the job's scratch file is removed"),
+                Ok(false) => {
+                    warn!(job = self.id, %path, "another file has the name of the job's scratch file: it stays")
+                }
+                Err(error) => {
+                    warn!(job = self.id, %path, %error, "the scratch file of a job that is over cannot be removed: remove it");
+                }
+            }
         }
     }
 }
@@ -183,6 +234,24 @@ mod tests {
     fn record() -> Record {
         let target = DeviceConfig::new("/b");
         Record::new("vm1".into(), Path::new("/a"), &target, 4096, Settings::default(), true)
+    }
+
+    #[test]
+    fn a_scratch_file_goes_with_its_job_and_another_of_its_name_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs, gone) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
+        [&ours, &theirs, &gone].iter().for_each(|path| fs::write(path, "").unwrap());
+        let scratch = [&ours, &theirs, &gone].map(|path| Scratch::of(path).unwrap());
+        // The inode is not free as long as it is open.
+        let _held = File::open(&theirs).unwrap();
+        fs::remove_file(&theirs).unwrap();
+        fs::write(&theirs, "another's").unwrap();
+        fs::remove_file(&gone).unwrap();
+        let record = Record { scratch: scratch.to_vec(), ..record() };
+        record.remove_scratch();
+        assert!(!ours.exists() && fs::read(&theirs).unwrap() == b"another's");
+        let kept = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&kept).unwrap().scratch, record.scratch);
     }
 
     #[test]

@@ -49,6 +49,8 @@ pub struct BackupOrder {
     pub sidecar: Option<PathBuf>,
     /// The dirty bitmap that says what is copied, or is to say afterwards what has changed since.
     pub bitmap: Option<(String, BitmapMode)>,
+    /// The target goes with the job, whatever becomes of that.
+    pub scratch: bool,
     /// All else.
     pub settings: Settings,
 }
@@ -254,6 +256,9 @@ pub enum JobError {
     /// A dirty bitmap.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
+    /// A point in time that is to be exported, or is.
+    #[error("{0}")]
+    Past(String),
     /// The chain.
     #[error("{0}")]
     Chain(String),

@@ -255,7 +255,7 @@ impl<V: Volume> Target<V> {
             Errand::Map { lba, blocks } => {
                 let (at, len) = self.place(lba, blocks)?;
                 let runs = self.volume.map_extents(at, len).await.map_err(|e| self.failure(e))?;
-                Ok(Answer::Mapped(runs.iter().map(|run| (run.len, run.kind)).collect()))
+                Ok(Answer::Mapped(runs.iter().map(|run| (run.len, run.kind, run.depth)).collect()))
             }
         }
     }
