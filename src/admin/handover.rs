@@ -65,6 +65,7 @@ struct Going<'a> {
     admin: &'a Admin,
     luns: &'a Registry,
     name: Name,
+    goes: &'a dyn Fn(),
     known: Option<Known>,
     /// Its ports, if they are held.
     held: Option<Held>,
@@ -235,6 +236,7 @@ impl Source for Going<'_> {
     }
 
     fn freeze(&mut self) -> Result<(), Failure> {
+        (self.goes)();
         self.pausing()?.pause().map_err(Failure::new)
     }
 
@@ -290,7 +292,8 @@ impl Source for Going<'_> {
 }
 
 impl Admin {
-    /// Hands a LUN of the daemon's over to whoever receives there; with TLS, if the certificate shows that it is that host.
+    /// Hands a LUN of the daemon's over to whoever receives there; with TLS, if the certificate shows that it is that host. `goes` is called when both
+    /// have looked at it, and it stops.
     ///
     /// # Errors
     /// Which step failed; the LUN serves here then, or the words say why it does not.
@@ -300,6 +303,7 @@ impl Admin {
         name: &Name,
         to: &Address,
         with: Option<&Certificates>,
+        goes: &dyn Fn(),
     ) -> Result<Given, Refusal> {
         let mut connection = to.connect(with).map_err(|e| match TlsError::of(&e) {
             Some(tls) => Refusal::new("handover", to, tls.why.clone()).then(tls.next.clone()),
@@ -311,7 +315,8 @@ impl Admin {
             }),
         })?;
         tracing::info!(lun = %name, %to, "is handed over");
-        let mut going = Going { admin: self, luns, name: name.clone(), known: None, held: None, sent: None };
+        let mut going =
+            Going { admin: self, luns, name: name.clone(), goes, known: None, held: None, sent: None };
         let given = handover::give(&mut connection, &mut going).map_err(|e| {
             tracing::error!(lun = %name, %to, "not handed over: {e}");
             let next = e.down.as_ref().and_then(|down| down.next.clone()).or_else(|| e.failure.next.clone());
@@ -321,12 +326,18 @@ impl Admin {
         Ok(given)
     }
 
-    /// Has one LUN handed over from whoever is at the other end, under its own name or another.
+    /// Has one LUN handed over from whoever is at the other end, under its own name or another. `comes` is called with that name when it could be had, and says
+    /// whether it is wanted still.
     ///
     /// # Errors
     /// Why not; nothing of it is here then.
-    pub fn receive(&self, connection: &mut Connection, name: Option<&Name>) -> Result<Value, Refusal> {
-        let mut coming = Coming { admin: self, name: name.cloned() };
+    pub fn receive(
+        &self,
+        connection: &mut Connection,
+        name: Option<&Name>,
+        comes: &dyn Fn(&str) -> bool,
+    ) -> Result<Value, Refusal> {
+        let mut coming = Coming { admin: self, name: name.cloned(), comes };
         let (identity, made) = handover::take(connection, &mut coming)
             .map_err(|e| Refusal::new("receive", "", e.reason).maybe_next(e.next))?;
         tracing::info!(lun = identity.name, "has come from another host");
@@ -339,6 +350,7 @@ struct Coming<'a> {
     admin: &'a Admin,
     /// Another name than it had.
     name: Option<Name>,
+    comes: &'a dyn Fn(&str) -> bool,
 }
 
 impl Coming<'_> {
@@ -431,6 +443,9 @@ impl Destination for Coming<'_> {
                 return Err(Failure::new(format!("the target {wwn} is there already"))
                     .then("take it down there first"));
             }
+        }
+        if !(self.comes)(order.name.as_str()) {
+            return Err(Failure::new("the destination does not want it any more: migrate_cancel"));
         }
         Ok(())
     }

@@ -144,6 +144,7 @@ pub fn run<B>(
                     tracing::info!(devices = devices.len(), "stopping");
                     registry.shut_down(ShutdownCause::Signal);
                     manager.stopping(devices.len());
+                    registry.wait_for_no_source();
                     devices.stop(STOP_PATIENCE, |left| manager.still_stopping(Instant::now(), left));
                     return Ok(());
                 }
