@@ -13,7 +13,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 use tcmu_dif::{
-    control::{Host, Registry, ShutdownCause, To, qmp::Error},
+    control::{Host, Registry, ShutdownCause, qmp::Error},
     image::{create::create_qcow2, qcow2::CreateOptions},
     lun::config::DeviceConfig,
     sys,
@@ -258,44 +258,9 @@ impl Host for Asked {
         Ok(json!({ "name": device, "deleted": true, "left": [], "leftovers": [] }))
     }
 
-    fn hand_over(&self, _: &Registry, device: &str, to: &To<'_>) -> Result<Value, Error> {
-        let To { uri: to, certificates, hostname } = *to;
-        let tls = certificates.map(|dir| format!(" {dir} {}", hostname.unwrap_or("-"))).unwrap_or_default();
-        self.0.lock().unwrap().push(format!("hand over {device} {to}{tls}"));
-        match to {
-            "unix:/there" => Ok(json!({ "device": device, "uri": to, "answered": true, "left": null })),
-            _ => Err(Error::generic("nobody is there")),
-        }
-    }
-
     fn quit(&self) {
         self.0.lock().unwrap().push("quit".into());
     }
-}
-
-#[test]
-fn a_handover_is_the_daemons_and_its_events_are_told() {
-    let asked = Asked::default();
-    let rig = Rig::new(Registry::with_host(asked.clone()));
-    let mut talk = rig.talk();
-    let schema = Schema(talk.get("query-qmp-schema", json!({})));
-    let given = talk.get("migrate", json!({ "device": "vm1", "uri": "unix:/there" }));
-    schema.check_answer("migrate", &given);
-    let refused = talk.ask("migrate", json!({ "device": "vm1", "uri": "unix:/elsewhere" }));
-    assert_eq!(refused["error"]["desc"], "nobody is there");
-    let with =
-        json!({ "device": "vm1", "uri": "tls://b:1", "tls-certificates": "/pki", "tls-hostname": "c" });
-    talk.ask("migrate", with);
-    let told: Vec<Value> = (0..6).map(|_| talk.event("MIGRATION")).collect();
-    told.iter().for_each(|event| schema.check_event(event));
-    let statuses: Vec<&Value> = told.iter().map(|event| &event["data"]["status"]).collect();
-    assert_eq!(statuses, ["active", "completed", "active", "failed", "active", "failed"]);
-    let asked = asked.0.lock().unwrap().clone();
-    assert_eq!(asked[..2], ["hand over vm1 unix:/there", "hand over vm1 unix:/elsewhere"]);
-    assert_eq!(asked[2..], ["hand over vm1 tls://b:1 /pki c"]);
-    let nobody = Rig::new(Registry::default());
-    let refused = nobody.talk().ask("migrate", json!({ "device": "vm1", "uri": "unix:/there" }));
-    assert!(refused["error"]["desc"].as_str().unwrap().contains("no daemon here"), "{refused}");
 }
 
 #[test]

@@ -15,6 +15,7 @@ use super::{
     Admin, Refusal,
     half::{self, Half},
     images::{self, Looked},
+    inherited::Inherited,
     luns::{self, DISK_TIMEOUT, ExportView, Places, refused},
     order::{ExportOrder, Order},
     require_root,
@@ -97,6 +98,11 @@ impl Admin {
     /// # Errors
     /// Nothing that was made is left then.
     pub fn create(&self, order: &Order) -> Result<Created, Refusal> {
+        self.create_with(order, &Inherited::default())
+    }
+
+    /// The same of one that has been another host's.
+    pub(super) fn create_with(&self, order: &Order, inherited: &Inherited) -> Result<Created, Refusal> {
         let places = &self.places;
         let config = order.config()?;
         let _turn = places.turn("create", &order.name)?;
@@ -147,7 +153,7 @@ impl Admin {
             order.exports.iter().zip(&names).map(|(e, wwn)| (e.fabric.word(), wwn.as_str())).filter(new);
         let half = Half::new(&serial, exports);
         half.note(places, &order.name)?;
-        let made = self.build(order, &config, looked, serial);
+        let made = self.build(order, &config, looked, serial, inherited);
         match &made {
             Ok(_) => Half::forget(places, &order.name),
             // Nothing is left, or what could not be undone was said; then the note stays for whoever tries again.
@@ -171,6 +177,7 @@ impl Admin {
         config: &DeviceConfig,
         looked: Option<Looked>,
         serial: String,
+        inherited: &Inherited,
     ) -> Result<Created, Refusal> {
         let (places, name) = (&self.places, &order.name);
         let failed = |e: backstore::ConfigfsError| refused("create", name, &e);
@@ -206,6 +213,7 @@ impl Admin {
             Refusal::new("create", name, "another `create` of the same name was faster").then("tcmu-dif list")
         })?;
         let state = wait_until_up(places, order, &there)?;
+        inherited.before_exports(&places.tree, &path, &mut undo).map_err(failed)?;
         let mut views = Vec::new();
         for (export, wwn) in order.exports.iter().zip(world_wide_names(order)) {
             let made = fabric::create(&places.tree, &path, export.fabric, &wwn, &mut undo).map_err(|e| {
@@ -216,6 +224,7 @@ impl Admin {
                 }
                 failed(e)
             })?;
+            inherited.exported(&places.tree, &path, &made).map_err(failed)?;
             views.push(match export.fabric {
                 Fabric::Vhost => luns::view_of(&made, None),
                 Fabric::Loopback => wait_for_disk(places, order, &made)?,

@@ -3,12 +3,14 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde_json::Value;
 
 use super::{
     Admin, Refusal, config_check,
+    inherited::{Inherited, Stays, alua_of, reservations_of},
     luns::refused,
     order::{ExportOrder, Order},
     require_root,
@@ -16,12 +18,20 @@ use super::{
 };
 use crate::{
     control::Registry,
-    handover::{self, Destination, Failure, Given, Identity, Source, State, Thawed, state::Modes},
+    daemon::held::Held,
+    handover::{
+        self, Destination, Failure, Given, Identity, Source, State, Thawed, port::ExportName, state::Modes,
+    },
     image::{
         nbd::is_uri,
         owner::{self, Claim, OwnerState},
     },
-    kernel::{backstore::Backstore, fabric, names::Name, reservations, usage},
+    kernel::{
+        backstore::Backstore,
+        fabric::{self, Export, Fabric},
+        names::{Name, Wwn},
+        reservations, usage,
+    },
     lun::{
         Remote, chain,
         config::DeviceConfig,
@@ -47,17 +57,26 @@ fn failed(e: &Refusal) -> Failure {
     Failure { reason, next: e.next.clone() }
 }
 
+/// How long the kernel may take with a reservation that it has begun with when the ports are held.
+const SETTLING: Duration = Duration::from_millis(50);
+
 /// A LUN of the daemon's, which goes.
 struct Going<'a> {
     admin: &'a Admin,
     luns: &'a Registry,
     name: Name,
+    goes: &'a dyn Fn(),
     known: Option<Known>,
+    /// Its ports, if they are held.
+    held: Option<Held>,
+    /// The reservations that were sent.
+    sent: Option<reservations::Held>,
 }
 
 /// What is known of it once it has been looked at.
 struct Known {
     store: Backstore,
+    exports: Vec<Export>,
     identity: Identity,
     image: PathBuf,
     counters: Option<Counters>,
@@ -73,6 +92,72 @@ impl Going<'_> {
 
     fn known(&self) -> Result<&Known, Failure> {
         self.known.as_ref().ok_or_else(|| Failure::new("the LUN has not been looked at"))
+    }
+
+    /// A kernel's refusal, in words.
+    fn refused(&self, e: &crate::kernel::backstore::ConfigfsError) -> Failure {
+        failed(&refused("handover", &self.name, e))
+    }
+
+    fn stays(&self, why: Stays) -> Failure {
+        match why {
+            Stays::Kernel(e) => self.refused(&e),
+            Stays::Because(failure) => failure,
+        }
+    }
+
+    fn resume(&self) -> Result<Thawed, Failure> {
+        let image = &self.known()?.image;
+        let Err(reason) = self.pausing()?.resume() else { return Ok(Thawed::Serves) };
+        let claim =
+            Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))?;
+        match owner::read(image) {
+            Ok(Some(now)) if now.state != OwnerState::Released && now.host.id != claim.host.id => {
+                Ok(Thawed::Taken)
+            }
+            _ => Err(Failure::new(reason).then(format!("see how it is: tcmu-dif show {}", self.name))),
+        }
+    }
+
+    /// Initiators may go on as they could before.
+    fn release(&mut self) {
+        if let Some(held) = self.held.take() {
+            held.release(&self.admin.places.tree, &self.admin.places.run, self.name.as_str());
+        }
+    }
+
+    /// The reservations as they are, in terms of the exports. From here on nobody changes them: who is registered finds the ports in transition, whatever the command.
+    /// (Where nobody is registered, ports are as they are. Who registers now has a key that is not known there, and is told so by the next command that needs one.)
+    fn reservations(&mut self) -> Result<Option<handover::port::Reservations>, Failure> {
+        let (admin, name, path) = (self.admin, self.name.clone(), self.known()?.store.path.clone());
+        let tree = &admin.places.tree;
+        let of = || reservations::of(tree, &path).map_err(|e| failed(&refused("handover", &name, &e)));
+        let mut found = of()?;
+        if matches!(&found, reservations::Held::Persistent { registrants, .. } if !registrants.is_empty()) {
+            let held = Held::hold(tree, &admin.places.run, name.as_str(), &path).map_err(|e| {
+                Failure::new(format!("initiators could not be kept from their reservations: {}", chain(&e)))
+                    .then("look at the kernel's messages: dmesg")
+            })?;
+            self.held = Some(held);
+            std::thread::sleep(SETTLING);
+            found = of()?;
+        }
+        let Known { store, exports, .. } = self.known()?;
+        let told = reservations_of(tree, store, exports, &found).map_err(|e| self.stays(e))?;
+        self.sent = Some(found);
+        Ok(told)
+    }
+
+    /// What initiators have changed of their reservations since they were sent.
+    fn changed(&self) -> Option<Failure> {
+        let Known { store, .. } = self.known.as_ref()?;
+        let now = reservations::of(&self.admin.places.tree, &store.path).ok()?;
+        (*self.sent.as_ref()? != now).then(|| {
+            Failure::new(format!(
+                "initiators have reserved it meanwhile, and that is not known where the LUN is now: {now:?}"
+            ))
+            .then("have them register there")
+        })
     }
 
     fn pausing(&self) -> Result<std::sync::Arc<dyn crate::control::Pausing>, Failure> {
@@ -123,18 +208,14 @@ impl Source for Going<'_> {
                 job.id
             )));
         }
-        let tree = |e: crate::kernel::backstore::ConfigfsError| failed(&refused("handover", &self.name, &e));
-        if let Some(held) = reservations::of(&places.tree, &store.path).map_err(tree)? {
-            return Err(Failure::new(format!(
-                "initiators have reserved it, and reservations do not go along: {held}"
-            ))
-            .then("have them give the reservation up first"));
-        }
-        let exports = fabric::of(&places.tree, &store).map_err(tree)?;
+        let exports = fabric::of(&places.tree, &store).map_err(|e| self.refused(&e))?;
         if let Some(foreign) = exports.iter().find_map(usage::of_foreign) {
             return Err(Failure::new(foreign.to_string())
                 .then("take that export down first, with the tool that made it: targetcli"));
         }
+        // What cannot go along is said before anything is touched.
+        let held = reservations::of(&places.tree, &store.path).map_err(|e| self.refused(&e))?;
+        reservations_of(&places.tree, &store, &exports, &held).map_err(|e| self.stays(e))?;
         let stats = remote.stats().map_err(lun)?;
         let owner = owner::read(&config.image).map_err(|e| Failure::new(chain(&e)))?;
         let image = config.image.clone();
@@ -147,19 +228,24 @@ impl Source for Going<'_> {
             block_size: store.block_size,
             capacity: stats.capacity_bytes,
             write_cache: store.write_cache,
-            exports: exports.into_iter().map(|e| (e.fabric, e.target)).collect(),
+            exports: exports.iter().map(|e| (e.fabric.clone(), e.target.clone())).collect(),
             generation: owner.map(|o| o.generation),
         };
-        self.known = Some(Known { store, identity: identity.clone(), image, counters: stats.pi });
+        self.known = Some(Known { store, exports, identity: identity.clone(), image, counters: stats.pi });
         Ok(identity)
     }
 
     fn freeze(&mut self) -> Result<(), Failure> {
+        (self.goes)();
         self.pausing()?.pause().map_err(Failure::new)
     }
 
     fn state(&mut self) -> Result<State, Failure> {
-        let Known { store, identity, image, counters } = self.known()?;
+        // Before the ports are held, which is a state too.
+        let Known { store, exports, .. } = self.known()?;
+        let alua = alua_of(&self.admin.places.tree, store, exports).map_err(|e| self.refused(&e))?;
+        let reservations = self.reservations()?;
+        let Known { store, identity, image, counters, .. } = self.known()?;
         let owner = |e: owner::OwnerError| Failure::new(format!("{}: {}", image.display(), chain(&e)));
         let claim =
             Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))?;
@@ -180,6 +266,8 @@ impl Source for Going<'_> {
         Ok(State {
             modes,
             saved_pages: saved(saved_pages::FOLDER)?,
+            reservations,
+            alua,
             limits: saved(throttle::FOLDER)?,
             scrub: saved(scrub::FOLDER)?,
             counters: counters.as_ref().and_then(|c| serde_json::to_value(c).ok()),
@@ -188,25 +276,24 @@ impl Source for Going<'_> {
     }
 
     fn thaw(&mut self) -> Result<Thawed, Failure> {
-        let image = &self.known()?.image;
-        let Err(reason) = self.pausing()?.resume() else { return Ok(Thawed::Serves) };
-        let claim =
-            Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))?;
-        match owner::read(image) {
-            Ok(Some(now)) if now.state != OwnerState::Released && now.host.id != claim.host.id => {
-                Ok(Thawed::Taken)
-            }
-            _ => Err(Failure::new(reason).then(format!("see how it is: tcmu-dif show {}", self.name))),
+        let thawed = self.resume();
+        if !matches!(thawed, Ok(Thawed::Taken)) {
+            self.release();
         }
+        thawed
     }
 
     fn finish(&mut self) -> Result<(), Failure> {
-        self.admin.delete_handed_over(&self.name).map(drop).map_err(|e| failed(&e))
+        let changed = self.changed();
+        self.admin.delete_handed_over(&self.name).map_err(|e| failed(&e))?;
+        Held::forget(&self.admin.places.run, self.name.as_str());
+        changed.map_or(Ok(()), Err)
     }
 }
 
 impl Admin {
-    /// Hands a LUN of the daemon's over to whoever receives there; with TLS, if the certificate shows that it is that host.
+    /// Hands a LUN of the daemon's over to whoever receives there; with TLS, if the certificate shows that it is that host. `goes` is called when both
+    /// have looked at it, and it stops.
     ///
     /// # Errors
     /// Which step failed; the LUN serves here then, or the words say why it does not.
@@ -216,6 +303,7 @@ impl Admin {
         name: &Name,
         to: &Address,
         with: Option<&Certificates>,
+        goes: &dyn Fn(),
     ) -> Result<Given, Refusal> {
         let mut connection = to.connect(with).map_err(|e| match TlsError::of(&e) {
             Some(tls) => Refusal::new("handover", to, tls.why.clone()).then(tls.next.clone()),
@@ -227,7 +315,8 @@ impl Admin {
             }),
         })?;
         tracing::info!(lun = %name, %to, "is handed over");
-        let mut going = Going { admin: self, luns, name: name.clone(), known: None };
+        let mut going =
+            Going { admin: self, luns, name: name.clone(), goes, known: None, held: None, sent: None };
         let given = handover::give(&mut connection, &mut going).map_err(|e| {
             tracing::error!(lun = %name, %to, "not handed over: {e}");
             let next = e.down.as_ref().and_then(|down| down.next.clone()).or_else(|| e.failure.next.clone());
@@ -237,12 +326,18 @@ impl Admin {
         Ok(given)
     }
 
-    /// Has one LUN handed over from whoever is at the other end, under its own name or another.
+    /// Has one LUN handed over from whoever is at the other end, under its own name or another. `comes` is called with that name when it could be had, and says
+    /// whether it is wanted still.
     ///
     /// # Errors
     /// Why not; nothing of it is here then.
-    pub fn receive(&self, connection: &mut Connection, name: Option<&Name>) -> Result<Value, Refusal> {
-        let mut coming = Coming { admin: self, name: name.cloned() };
+    pub fn receive(
+        &self,
+        connection: &mut Connection,
+        name: Option<&Name>,
+        comes: &dyn Fn(&str) -> bool,
+    ) -> Result<Value, Refusal> {
+        let mut coming = Coming { admin: self, name: name.cloned(), comes };
         let (identity, made) = handover::take(connection, &mut coming)
             .map_err(|e| Refusal::new("receive", "", e.reason).maybe_next(e.next))?;
         tracing::info!(lun = identity.name, "has come from another host");
@@ -255,6 +350,7 @@ struct Coming<'a> {
     admin: &'a Admin,
     /// Another name than it had.
     name: Option<Name>,
+    comes: &'a dyn Fn(&str) -> bool,
 }
 
 impl Coming<'_> {
@@ -272,6 +368,25 @@ impl Coming<'_> {
         })
     }
 
+    /// Each export as it is called there, and what it is here: the same, or of a LUN that gets another name what `create` would call it.
+    fn exports(&self, of: &Identity) -> Result<Vec<(ExportName, (Fabric, Wwn))>, Failure> {
+        let mut out: Vec<(ExportName, (Fabric, Wwn))> = Vec::new();
+        for (word, wwn) in &of.exports {
+            let no = |why: String| Failure::new(format!("the export {word}:{wwn}: {why}"));
+            let fabric =
+                Fabric::of(word).ok_or_else(|| no("the fabrics are loopback and vhost".to_owned()))?;
+            let here = match &self.name {
+                None => Wwn::new(wwn).map_err(|e| no(e.to_string()))?,
+                Some(name) => match out.iter().filter(|(_, (of, _))| *of == fabric).count() {
+                    0 => Wwn::derived(&[word, name.as_str()]),
+                    before => Wwn::derived(&[word, name.as_str(), &before.to_string()]),
+                },
+            };
+            out.push(((word.clone(), wwn.clone()), (fabric, here)));
+        }
+        Ok(out)
+    }
+
     fn order(&self, of: &Identity) -> Result<Order, Failure> {
         let block_size = BlockSize::new(of.block_size)
             .ok_or_else(|| Failure::new(format!("blocks of {} bytes are not served here", of.block_size)))?;
@@ -283,14 +398,11 @@ impl Coming<'_> {
             ),
             ..Self::config(of)?
         };
-        let export = |(fabric, wwn): &(String, String)| {
-            let text = if self.name.is_some() { fabric.clone() } else { format!("{fabric}:{wwn}") };
-            text.parse::<ExportOrder>().map_err(|why| Failure::new(format!("the export {text}: {why}")))
-        };
+        let here = self.exports(of)?.into_iter().map(|(_, (fabric, wwn))| (fabric, Some(wwn)));
         Ok(Order {
             name: self.name(of)?,
             serial: Some(of.serial.clone()),
-            exports: of.exports.iter().map(export).collect::<Result<_, _>>()?,
+            exports: here.map(|(fabric, wwn)| ExportOrder { fabric, wwn }).collect(),
             ..config_check::order(&config, block_size).map_err(|e| failed(&e))?
         })
     }
@@ -332,6 +444,9 @@ impl Destination for Coming<'_> {
                     .then("take it down there first"));
             }
         }
+        if !(self.comes)(order.name.as_str()) {
+            return Err(Failure::new("the destination does not want it any more: migrate_cancel"));
+        }
         Ok(())
     }
 
@@ -341,6 +456,7 @@ impl Destination for Coming<'_> {
         let generation = of
             .generation
             .ok_or_else(|| Failure::new("it is not told in which generation the image was given back"))?;
+        let inherited = Inherited::of(state.reservations.as_ref(), state.alua.as_ref(), &self.exports(of)?)?;
         let counters = state.counters.clone().and_then(|c| serde_json::from_value(c).ok());
         let begin = HandedOver { generation, modes: state.modes.clone(), counters };
         let begin = serde_json::to_value(begin).map_err(|e| Failure::new(e.to_string()))?;
@@ -360,7 +476,7 @@ impl Destination for Coming<'_> {
             None => file.remove(),
         };
         let made = all.iter().try_for_each(|(file, value)| put(file, value)).map_err(io).and_then(|()| {
-            let made = self.admin.create(&order).map_err(|e| failed(&e))?;
+            let made = self.admin.create_with(&order, &inherited).map_err(|e| failed(&e))?;
             if !made.created || made.capacity_bytes != of.capacity {
                 return Err(Failure::new(format!(
                     "the disk has {} bytes here, and {} there",

@@ -1,6 +1,9 @@
 //! What those who ask over QMP want of the daemon itself: LUNs made and taken down, the kernel's part of a resize, and its end.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
 
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::{Map, Value, json};
@@ -8,11 +11,12 @@ use serde_json::{Map, Value, json};
 use super::{
     Admin, Refusal,
     order::Words,
-    way::{Address, Certificates},
+    require_root,
+    way::{Address, Certificates, Listener},
 };
 use crate::{
     control::{
-        Host, Registry, To,
+        Host, Incoming, Registry, To,
         qmp::{Class, Error},
     },
     daemon::resize::{ResizeError, resize},
@@ -55,17 +59,23 @@ impl Host for Admin {
         serde_json::to_value(&gone).map_err(|e| Error::generic(e.to_string()))
     }
 
-    fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>) -> Result<Value, Error> {
-        let To { uri, certificates, hostname } = to;
-        let to: Address = uri.parse().map_err(|why| Error::generic(format!("uri: {uri}: {why}")))?;
-        let with = Certificates::of(&to, certificates.map(PathBuf::from), hostname.map(str::to_owned))
-            .map_err(|why| Error::generic(format!("tls-certificates: {why}")))?;
-        let given =
-            Admin::hand_over(self, luns, &name_of(device)?, &to, with.as_ref()).map_err(|e| told(&e))?;
+    fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>, goes: &dyn Fn()) -> Result<Value, Error> {
+        let (to, with) = way(to)?;
+        let given = Admin::hand_over(self, luns, &name_of(device)?, &to, with.as_ref(), goes);
+        let given = given.map_err(|e| told(&e))?;
         Ok(json!({
             "device": device, "uri": to.to_string(), "answered": given.made.is_some(),
             "left": given.left.map(|left| left.reason),
         }))
+    }
+
+    fn listen(&self, from: &To<'_>, device: Option<&str>) -> Result<Box<dyn Incoming>, Error> {
+        require_root("migrate-incoming").map_err(|e| told(&e))?;
+        let name = device.map(name_of).transpose()?;
+        let (at, with) = way(from)?;
+        let listener = at.listen(with.as_ref());
+        let listener = listener.map_err(|e| Error::generic(format!("uri: {at}: {e}")))?;
+        Ok(Box::new(Listening { admin: self.clone(), listener, name }))
     }
 
     fn quit(&self) {
@@ -73,6 +83,33 @@ impl Host for Admin {
         if let Err(e) = kill_process(getpid(), Signal::TERM) {
             tracing::error!("quit: {e}");
         }
+    }
+}
+
+/// Where the other side is, and what shows who it is.
+fn way(To { uri, certificates, hostname }: &To<'_>) -> Result<(Address, Option<Certificates>), Error> {
+    let to: Address = uri.parse().map_err(|why| Error::generic(format!("uri: {uri}: {why}")))?;
+    let with = Certificates::of(&to, certificates.map(PathBuf::from), hostname.map(str::to_owned));
+    with.map(|with| (to, with)).map_err(|why| Error::generic(format!("tls-certificates: {why}")))
+}
+
+/// One who listens for a source.
+struct Listening {
+    admin: Admin,
+    listener: Listener,
+    name: Option<Name>,
+}
+
+impl Incoming for Listening {
+    fn take(&mut self, stop: &AtomicBool, comes: &dyn Fn(&str) -> bool) -> Result<bool, Error> {
+        let connection = self.listener.accept_unless(stop);
+        let connection = connection.map_err(|e| Error::generic(format!("who listens for a source: {e}")))?;
+        let Some(mut connection) = connection else { return Ok(false) };
+        let came = self.admin.receive(&mut connection, self.name.as_ref(), comes);
+        came.map(|_| true).map_err(|e| {
+            tracing::error!("no LUN has come: {}", e.in_one_line());
+            told(&e)
+        })
     }
 }
 

@@ -13,6 +13,7 @@ mod half;
 pub mod handover;
 pub mod host;
 pub mod images;
+mod inherited;
 pub mod luns;
 pub mod order;
 mod owed;

@@ -7,13 +7,18 @@ use std::{
     fmt,
     io::{self, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::PathBuf,
     str::FromStr,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, fchmod},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
     process::geteuid,
@@ -32,6 +37,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a stranger may take to show who it is, since others wait behind it.
 const INTRODUCTION: Duration = Duration::from_secs(10);
+
+/// How often who waits for a source looks whether it is to stop.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Where the other side is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -252,25 +260,54 @@ impl Listener {
     /// The socket's.
     pub fn accept(&self) -> io::Result<Connection> {
         loop {
-            match self {
-                Listener::Unix(listener, _) => {
-                    let (stream, _) = listener.accept()?;
-                    let peer = socket::peer(&stream)?;
-                    if peer.uid == 0 || peer.uid == geteuid().as_raw() {
-                        return Connection::unix(stream);
-                    }
-                    sent_away(&format!("uid {}", peer.uid), "LUNs are handed over by root alone");
+            if let Some(connection) = self.accept_one()? {
+                return Ok(connection);
+            }
+        }
+    }
+
+    /// The same; none, if it is told to stop before one has come.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn accept_unless(&self, stop: &AtomicBool) -> io::Result<Option<Connection>> {
+        while !stop.load(Ordering::Acquire) {
+            let fd = match self {
+                Listener::Unix(listener, _) => listener.as_fd(),
+                Listener::Tls(listener, _) => listener.as_fd(),
+            };
+            match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&LOOK)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+                done => done?,
+            };
+            if let Some(connection) = self.accept_one()? {
+                return Ok(Some(connection));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whoever comes next; none, if that one is sent away.
+    fn accept_one(&self) -> io::Result<Option<Connection>> {
+        match self {
+            Listener::Unix(listener, _) => {
+                let (stream, _) = listener.accept()?;
+                let peer = socket::peer(&stream)?;
+                if peer.uid == 0 || peer.uid == geteuid().as_raw() {
+                    return Connection::unix(stream).map(Some);
                 }
-                Listener::Tls(listener, dir) => {
-                    let (stream, from) = listener.accept()?;
-                    let session = tls::Server::read(dir).and_then(|server| Session::server(&server));
-                    match session.map_err(io::Error::from).and_then(|s| Connection::tls(stream, s)) {
-                        Ok(connection) => return Ok(connection),
-                        Err(e) => sent_away(&from.ip().to_string(), &e.to_string()),
-                    }
+                sent_away(&format!("uid {}", peer.uid), "LUNs are handed over by root alone");
+            }
+            Listener::Tls(listener, dir) => {
+                let (stream, from) = listener.accept()?;
+                let session = tls::Server::read(dir).and_then(|server| Session::server(&server));
+                match session.map_err(io::Error::from).and_then(|s| Connection::tls(stream, s)) {
+                    Ok(connection) => return Ok(Some(connection)),
+                    Err(e) => sent_away(&from.ip().to_string(), &e.to_string()),
                 }
             }
         }
+        Ok(None)
     }
 }
 
@@ -329,9 +366,12 @@ mod tests {
         let listener = address.listen(None).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(address.listen(None).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let stop = AtomicBool::new(true);
+        assert!(listener.accept_unless(&stop).unwrap().is_none(), "told to stop");
+        stop.store(false, Ordering::Release);
         let mut here = address.connect(None).unwrap();
         here.write_all(b"a").unwrap();
-        let mut there = listener.accept().unwrap();
+        let mut there = listener.accept_unless(&stop).unwrap().unwrap();
         assert_eq!(there.read(&mut [0; 4]).unwrap(), 1);
         drop(listener);
         assert!(!path.exists());

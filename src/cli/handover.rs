@@ -85,7 +85,7 @@ pub fn take(cli: &Cli, args: &Receive) -> Done {
     let admin = cli.admin();
     loop {
         let mut connection = listener.accept().map_err(|e| CliError::from("receive", &args.listen, &e))?;
-        let came = admin.receive(&mut connection, args.name.as_ref());
+        let came = admin.receive(&mut connection, args.name.as_ref(), &|_| true);
         match came {
             Ok(made) => tell(args, &made)?,
             Err(e) if args.once => return Err(e),

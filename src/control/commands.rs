@@ -10,6 +10,7 @@ mod chain;
 mod export;
 mod jobs;
 mod luns;
+mod migrate;
 mod mirror;
 mod snapshot;
 mod throttle;
@@ -217,7 +218,9 @@ static COMMANDS: &[Command] = &[
         run: luns::del,
         after: None,
     },
-    luns::MIGRATE,
+    migrate::MIGRATE,
+    migrate::INCOMING,
+    migrate::CANCEL,
     export::SERVER_ADD,
     export::SERVER_REMOVE,
     export::SERVER_START,
@@ -294,6 +297,7 @@ static COMMANDS: &[Command] = &[
         run: block::query_luns,
         after: None,
     },
+    migrate::QUERY,
     Command {
         name: "query-named-block-nodes",
         args: &[],

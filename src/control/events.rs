@@ -119,8 +119,9 @@ pub(super) static EVENTS: &[Declared] = &[
     },
     Declared {
         name: "MIGRATION",
-        data: &[has("device", Type::Str), has("status", Type::Enum(&MIGRATION_STATUS))],
-        help: "as QEMU's, of one LUN that `migrate` hands over; `device` is ours. `failed` means that it is here as before, unless the command's error says otherwise",
+        data: &[may("device", Type::Str), has("status", Type::Enum(&MIGRATION_STATUS))],
+        help: "as QEMU's, of one LUN that goes over (`migrate`) or comes (`migrate-incoming`); `device` is ours, and not known while a source is waited for. `failed` means of \
+               one that goes that it is here as before, unless the command's error says otherwise, and of one that comes that nothing of it is here",
     },
     Declared {
         name: "PI_MISMATCH",

@@ -12,6 +12,7 @@ mod commands;
 mod door;
 pub mod events;
 pub mod metrics;
+mod migrations;
 pub mod qmp;
 mod schema;
 pub mod server;
@@ -30,6 +31,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{export::Exports, lun::Remote};
 use events::Bus;
+use migrations::Migrations;
 
 /// The socket's name in the run directory.
 pub const SOCKET: &str = "qmp.sock";
@@ -63,16 +65,43 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Why it is there still.
     fn del(&self, device: &str, force: bool) -> Result<Value, qmp::Error>;
-    /// Hands a LUN over to another host's daemon, and tells what came of it.
+    /// Hands a LUN over to another host's daemon, and tells what came of it; `goes` is called when both have looked at it, and it stops.
     ///
     /// # Errors
     /// Why it is here still.
-    fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>) -> Result<Value, qmp::Error> {
-        let _ = (luns, to);
+    fn hand_over(
+        &self,
+        luns: &Registry,
+        device: &str,
+        to: &To<'_>,
+        goes: &dyn Fn(),
+    ) -> Result<Value, qmp::Error> {
+        let _ = (luns, to, goes);
         Err(qmp::Error::generic(format!("there is no daemon here that could hand LUN '{device}' over")))
+    }
+    /// Listens for a source, whose LUN gets that name, or has its own here too.
+    ///
+    /// # Errors
+    /// Why nobody listens.
+    fn listen(&self, from: &To<'_>, device: Option<&str>) -> Result<Box<dyn Incoming>, qmp::Error> {
+        let _ = device;
+        Err(qmp::Error::generic(format!(
+            "there is no daemon here that could have a LUN come over {}",
+            from.uri
+        )))
     }
     /// Begins to end the daemon, as SIGTERM does.
     fn quit(&self);
+}
+
+/// One who listens for a source, until it is dropped.
+pub trait Incoming: Send {
+    /// Waits for one, and takes its LUN; false if it was told to stop before one had come. `comes` is called with the LUN's name when this side has
+    /// looked at it, and says whether it is wanted still.
+    ///
+    /// # Errors
+    /// Why it is not here.
+    fn take(&mut self, stop: &AtomicBool, comes: &dyn Fn(&str) -> bool) -> Result<bool, qmp::Error>;
 }
 
 /// Where a LUN goes to, as a client says it.
@@ -121,6 +150,8 @@ struct Inner {
     clients: Arc<AtomicUsize>,
     /// LUNs that are exported over NBD.
     exports: Exports,
+    /// LUNs that go and come.
+    migrations: Migrations,
     /// Who can take LUNs out of service, by their names.
     pausing: Mutex<BTreeMap<String, Arc<dyn Pausing>>>,
 }

@@ -343,7 +343,22 @@ pub(super) static LUN_DELETED: Object = object(
 
 /// How far a handover is.
 pub(super) static MIGRATION_STATUS: Enum =
-    Enum { name: "MigrationStatus", values: &["active", "completed", "failed"] };
+    Enum { name: "MigrationStatus", values: &["setup", "active", "completed", "failed", "cancelled"] };
+
+/// MigrationInfo, of one LUN.
+pub(super) static MIGRATION_INFO: Object = object(
+    "MigrationInfo",
+    &[
+        may("status", Type::Enum(&MIGRATION_STATUS)),
+        // Not known while a source is waited for.
+        may("device", Type::Str),
+        may("uri", Type::Str),
+        may("incoming", Type::Bool),
+        // In milliseconds.
+        may("total-time", Type::Int),
+        may("error-desc", Type::Str),
+    ],
+);
 
 /// A LUN that another host has now.
 pub(super) static LUN_MIGRATED: Object = object(

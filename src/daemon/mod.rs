@@ -7,6 +7,7 @@
 mod beside;
 pub mod declaring;
 pub mod devices;
+pub mod held;
 pub mod known;
 pub mod pauses;
 pub mod real;

@@ -15,6 +15,7 @@ use super::{
     beside::Beside,
     declaring::{Declared, Declaring},
     devices::Devices,
+    held,
     rundir::RunDir,
     settings::{InForce, Settings, Shared},
     systemd::Manager,
@@ -98,6 +99,7 @@ pub fn run<B>(
     let tree = Real::at(configfs);
     let uio = Uio::default();
     free_orphans(&uio, &tree);
+    held::release_all(&tree, &run);
 
     let in_configfs =
         move |device: &UioDevice| tree.has_now(&backstore::path_of(device.name.hba, &device.name.name));
@@ -142,6 +144,7 @@ pub fn run<B>(
                     tracing::info!(devices = devices.len(), "stopping");
                     registry.shut_down(ShutdownCause::Signal);
                     manager.stopping(devices.len());
+                    registry.wait_for_no_source();
                     devices.stop(STOP_PATIENCE, |left| manager.still_stopping(Instant::now(), left));
                     return Ok(());
                 }

@@ -9,6 +9,7 @@
 
 pub mod format;
 mod give;
+pub mod port;
 pub mod state;
 mod take;
 pub mod wire;
@@ -120,4 +121,4 @@ pub trait Destination {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

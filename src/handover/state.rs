@@ -3,15 +3,28 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::format::{FormatError, Sections};
+use super::{
+    format::{FormatError, Sections},
+    port::{Alua, Reservations},
+};
 
 /// The sections that this version knows, and the newest version of each.
-const KNOWN: &[(&str, u16)] =
-    &[(IDENTITY, 1), (MODES, 1), (SAVED, 1), (LIMITS, 1), (SCRUB, 1), (COUNTERS, 1)];
+const KNOWN: &[(&str, u16)] = &[
+    (IDENTITY, 1),
+    (MODES, 1),
+    (SAVED, 1),
+    (RESERVATIONS, 1),
+    (ALUA, 1),
+    (LIMITS, 1),
+    (SCRUB, 1),
+    (COUNTERS, 1),
+];
 
 const IDENTITY: &str = "identity";
 const MODES: &str = "modes";
 const SAVED: &str = "saved-mode-pages";
+const RESERVATIONS: &str = "reservations";
+const ALUA: &str = "alua";
 const LIMITS: &str = "limits";
 const SCRUB: &str = "scrub";
 const COUNTERS: &str = "counters";
@@ -62,6 +75,10 @@ pub struct State {
     pub modes: Option<Modes>,
     /// What MODE SELECT has saved.
     pub saved_pages: Option<Value>,
+    /// Persistent reservations, if there are any.
+    pub reservations: Option<Reservations>,
+    /// Target port groups, if something of them is not as the kernel makes it.
+    pub alua: Option<Alua>,
     /// The limits that were set while it was in use.
     pub limits: Option<Value>,
     /// The account of its scrub.
@@ -73,7 +90,16 @@ pub struct State {
 impl State {
     /// A LUN of which no more is known.
     pub fn new(identity: Identity) -> State {
-        State { identity, modes: None, saved_pages: None, limits: None, scrub: None, counters: None }
+        State {
+            identity,
+            modes: None,
+            saved_pages: None,
+            reservations: None,
+            alua: None,
+            limits: None,
+            scrub: None,
+            counters: None,
+        }
     }
 
     /// The bytes.
@@ -89,6 +115,13 @@ impl State {
         }
         if let Some(saved) = &self.saved_pages {
             out.add(SAVED, 1, true, saved)?;
+        }
+        // Without these, initiators would write that were shut out, or be answered by ports that are to refuse them.
+        if let Some(reservations) = &self.reservations {
+            out.add(RESERVATIONS, 1, true, reservations)?;
+        }
+        if let Some(alua) = &self.alua {
+            out.add(ALUA, 1, true, alua)?;
         }
         for (name, value) in [(LIMITS, &self.limits), (SCRUB, &self.scrub), (COUNTERS, &self.counters)] {
             if let Some(value) = value {
@@ -109,6 +142,8 @@ impl State {
             identity: sections.need(IDENTITY, 1)?,
             modes: sections.get(MODES, 1)?,
             saved_pages: sections.get(SAVED, 1)?,
+            reservations: sections.get(RESERVATIONS, 1)?,
+            alua: sections.get(ALUA, 1)?,
             limits: sections.get(LIMITS, 1)?,
             scrub: sections.get(SCRUB, 1)?,
             counters: sections.get(COUNTERS, 1)?,

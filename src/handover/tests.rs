@@ -16,7 +16,7 @@ use super::{
     *,
 };
 
-fn identity() -> Identity {
+pub(crate) fn identity() -> Identity {
     Identity {
         name: "vm1".into(),
         serial: "serial-1".into(),
@@ -277,6 +277,42 @@ fn full() -> State {
         counters: Some(json!({ "verified": 9 })),
         ..State::new(identity())
     }
+}
+
+/// The sections that came after the first version.
+fn kept_by_the_kernel() -> State {
+    let export = || ("vhost".to_owned(), "naa.5001405000000001".to_owned());
+    let registration = port::Registration {
+        export: export(),
+        initiator: "naa.6001405000000001".into(),
+        key: "0x00000000000abc12".into(),
+        all_target_ports: false,
+        holds: Some(5),
+    };
+    let attributes = [("alua_access_state".to_owned(), 2)].into();
+    State {
+        reservations: Some(port::Reservations { registrations: vec![registration] }),
+        alua: Some(port::Alua {
+            groups: vec![port::Group { name: "far".into(), id: Some(7), attributes }],
+            ports: vec![port::Port { export: export(), group: Some("far".into()), offline: false }],
+        }),
+        ..full()
+    }
+}
+
+#[test]
+fn reservations_and_port_groups_are_refused_by_who_does_not_know_them_and_cost_nobody_else_anything() {
+    let state = kept_by_the_kernel();
+    let bytes = state.to_bytes().unwrap();
+    assert_eq!(State::from_bytes(&bytes).unwrap(), state);
+    // What the version before this knows.
+    let known =
+        ["identity", "modes", "saved-mode-pages", "limits", "scrub", "counters"].map(|name| (name, 1));
+    let of = |state: &State| format::Sections::parse(&state.to_bytes().unwrap()).unwrap();
+    let refused = |name: &str| Err(format::FormatError::Unknown { name: name.into(), version: 1 });
+    assert_eq!(of(&state).check_known(&known), refused("reservations"));
+    assert_eq!(of(&State { reservations: None, ..state }).check_known(&known), refused("alua"));
+    assert_eq!(of(&full()).check_known(&known), Ok(()));
 }
 
 #[test]

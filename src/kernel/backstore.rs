@@ -13,7 +13,7 @@ use std::{
 
 use thiserror::Error;
 
-use super::{names::Name, tree::Tree, undo::Undo};
+use super::{alua, names::Name, tree::Tree, undo::Undo};
 use crate::units::BlockSize;
 
 /// Seconds after which the kernel gives up on a command: more than the minute that a restart may take.
@@ -237,6 +237,7 @@ impl Backstore {
         // Also for a device that somebody else made: nobody waits for a daemon that may be gone.
         let answers = self.path.join("attrib/nl_reply_supported");
         tree.write(&answers, "-1").context("write", &answers)?;
+        alua::remove_groups(tree, &self.path)?;
         tree.remove_dir(&self.path).context("remove", &self.path)?;
         if let Some(hba) = self.path.parent() {
             match tree.remove_dir(hba) {

@@ -176,8 +176,8 @@ pub fn create(
     Ok(export)
 }
 
-/// The initiator's port of a target's nexus: a name of its own, which nobody else sees.
-fn initiator(wwn: &Wwn) -> Wwn {
+/// The initiator's port of the nexus of a target that was made here: a name of its own, which nobody else sees.
+pub fn initiator(wwn: &Wwn) -> Wwn {
     Wwn::derived(&["initiator", wwn.as_str()])
 }
 

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::tree::Tree;
+use super::{fake_reservations::Prepared, tree::Tree};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Node {
@@ -24,10 +24,13 @@ pub struct Fake {
     pub nodes: RefCell<BTreeMap<PathBuf, Node>>,
     pub changes_left: Cell<Option<usize>>,
     pub removals_left: Cell<Option<usize>>,
+    /// The change that fails is the only one that does.
+    pub fails_once: Cell<bool>,
     pub busy: RefCell<Vec<PathBuf>>,
+    pub prepared: RefCell<Prepared>,
 }
 
-fn errno(n: i32) -> io::Error {
+pub fn errno(n: i32) -> io::Error {
     io::Error::from_raw_os_error(n)
 }
 
@@ -56,10 +59,14 @@ impl Fake {
     }
 
     fn change(&self) -> io::Result<()> {
-        one_less(&self.changes_left)
+        let done = one_less(&self.changes_left);
+        if done.is_err() && self.fails_once.take() {
+            self.changes_left.set(None);
+        }
+        done
     }
 
-    fn put(&self, path: PathBuf, node: Node) {
+    pub fn put(&self, path: PathBuf, node: Node) {
         self.nodes.borrow_mut().insert(path, node);
     }
 
@@ -87,10 +94,69 @@ impl Fake {
             attr("attrib/emulate_write_cache", "0");
             attr("wwn/vpd_unit_serial", "T10 VPD Unit Serial Number: ");
             attr("statistics/scsi_dev/indx", "7");
+            self.furnish_reservations(path);
+            self.put(path.join("alua"), Node::Default);
+            self.furnish_group(&path.join("alua/default_tg_pt_gp"), Node::Default, "0");
         } else if text.contains("/tpgt_") && depth == 4 {
             self.put(path.join("lun"), Node::Default);
             attr("nexus", "");
             attr("address", "2:0:1");
+        } else if text.contains("/alua/") {
+            self.furnish_group(path, Node::Dir, "");
+        } else if text.contains("/lun/lun_") {
+            attr("alua_tg_pt_gp", "");
+            attr("alua_tg_pt_offline", "0");
+        }
+    }
+
+    fn furnish_group(&self, path: &Path, node: Node, id: &str) {
+        self.put(path.to_owned(), node);
+        for (name, value) in [
+            ("alua_access_state", "0"),
+            ("alua_access_status", "None"),
+            ("alua_access_type", "Implicit and Explicit"),
+            ("alua_support_active_nonoptimized", "1"),
+            ("alua_support_active_optimized", "1"),
+            ("alua_support_lba_dependent", "0"),
+            ("alua_support_offline", "1"),
+            ("alua_support_standby", "1"),
+            ("alua_support_transitioning", "1"),
+            ("alua_support_unavailable", "1"),
+            ("implicit_trans_secs", "0"),
+            ("nonop_delay_msecs", "100"),
+            ("preferred", "0"),
+            ("tg_pt_gp_id", id),
+            ("trans_delay_msecs", "0"),
+        ] {
+            self.put(path.join(name), Node::Attr(value.to_owned()));
+        }
+    }
+
+    /// What of ALUA becomes of a value that is written: other words, or a refusal.
+    fn write_alua(&self, path: &Path, value: &str) -> io::Result<String> {
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let words = |words: &[&str]| {
+            let number: usize = value.parse().map_err(|_| errno(libc::EINVAL))?;
+            words.get(number).map(|word| (*word).to_owned()).ok_or_else(|| errno(libc::EINVAL))
+        };
+        match name {
+            "alua_access_type" => words(&["None", "Implicit", "Explicit", "Implicit and Explicit"]),
+            "alua_access_status" => words(&["None", "Altered by Explicit STPG", "Altered by Implicit ALUA"]),
+            "alua_access_state" => {
+                let group = path.parent().unwrap();
+                let store = group.parent().and_then(Path::parent).unwrap();
+                let usable = self.read(&store.join("enable"))? == "1"
+                    && !self.read(&group.join("tg_pt_gp_id"))?.is_empty()
+                    && self.read(&group.join("alua_access_type"))?.contains("Implicit");
+                if !usable {
+                    return Err(errno(libc::EINVAL));
+                }
+                let status = Node::Attr("Altered by Implicit ALUA".into());
+                self.put(group.join("alua_access_status"), status);
+                Ok(value.to_owned())
+            }
+            "alua_tg_pt_gp" => Ok(format!("TG Port Alias: {value}\nTG Port Group ID: 1\n")),
+            _ => Ok(value.to_owned()),
         }
     }
 }
@@ -127,6 +193,7 @@ impl Tree for Fake {
             return Err(errno(libc::EBUSY));
         }
         nodes.retain(|p, _| !p.starts_with(path));
+        self.forget_prepared(path);
         Ok(())
     }
 
@@ -144,6 +211,10 @@ impl Tree for Fake {
             value = v;
         } else if path.ends_with("wwn/vpd_unit_serial") {
             value = format!("T10 VPD Unit Serial Number: {value}");
+        } else if path.ends_with("pr/res_aptpl_metadata") {
+            return self.prepare_registration(&path, &value);
+        } else {
+            value = self.write_alua(&path, &value)?;
         }
         self.put(path, Node::Attr(value));
         Ok(())
@@ -162,6 +233,11 @@ impl Tree for Fake {
             return Err(errno(libc::ENOENT));
         }
         self.put(link.to_owned(), Node::Link(target.to_owned()));
+        self.begin_registrations(target, link);
+        if let Some(lun) = link.parent() {
+            let group = Node::Attr("TG Port Alias: default_tg_pt_gp\nTG Port Group ID: 0\n".into());
+            self.put(lun.join("alua_tg_pt_gp"), group);
+        }
         Ok(())
     }
 

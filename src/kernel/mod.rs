@@ -3,6 +3,7 @@
 //! Two callers: the daemon listens ([`netlink`]) and looks devices up ([`uio`]); `create`, `delete` and their kin build and
 //! take down what the kernel exports ([`backstore`], [`fabric`], over [`tree`]), and ask who uses it ([`usage`]).
 
+pub mod alua;
 pub mod backstore;
 pub mod dif;
 pub mod fabric;
@@ -18,7 +19,9 @@ pub mod undo;
 pub mod usage;
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
+#[cfg(test)]
+mod fake_reservations;
 #[cfg(test)]
 mod tests;
 

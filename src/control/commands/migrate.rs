@@ -1,0 +1,86 @@
+//! LUNs that go to another host and come from one. That is the daemon's: see [`Host`].
+
+use serde_json::{Value, json};
+
+use super::{
+    super::{
+        To, migrations,
+        schema::{Type, has, may},
+        types, without_nulls,
+    },
+    Arguments, Command, Error, NOTHING, Registry, luns,
+};
+
+pub(super) const MIGRATE: Command = Command {
+    name: "migrate",
+    args: &[
+        has("device", Type::Str),
+        has("uri", Type::Str),
+        may("tls-certificates", Type::Str),
+        may("tls-hostname", Type::Str),
+    ],
+    returns: Type::Object(&types::LUN_MIGRATED),
+    help: "as QEMU's, of one LUN: hands it over to `tcmu-dif receive` or `migrate-incoming`, which listens at `uri` (`unix:/PATH`, or `tls://HOST:PORT` with the \
+           directory `tls-certificates`; `tls-hostname` is the name in the other side's certificate, if it is not HOST), and answers when it \
+           serves there and is gone here. If a step fails it serves here as before, and the error says which",
+    run: migrate,
+    after: None,
+};
+
+pub(super) const CANCEL: Command = Command {
+    name: "migrate_cancel",
+    args: &[],
+    returns: NOTHING,
+    help: "as in QEMU: `migrate-incoming` waits no longer for a source that has not come. A LUN that goes over cannot be called back",
+    run: cancel,
+    after: None,
+};
+
+pub(super) const INCOMING: Command = Command {
+    name: "migrate-incoming",
+    args: &[has("uri", Type::Str), may("device", Type::Str), may("tls-certificates", Type::Str)],
+    returns: NOTHING,
+    help: "as in QEMU: listens at `uri` for one source, as `tcmu-dif receive --once` does, and answers when it listens. What becomes of it is told by MIGRATION and `query-migrate`. \
+           `device` is another name for the LUN than it has there",
+    run: incoming,
+    after: None,
+};
+
+pub(super) const QUERY: Command = Command {
+    name: "query-migrate",
+    args: &[may("device", Type::Str)],
+    returns: Type::Object(&types::MIGRATION_INFO),
+    help: "as in QEMU: what goes over or has come since the daemon began, the newest, or the newest of the LUN `device`; empty if there is none. `device`, `uri` and \
+           `incoming` are ours",
+    run: query,
+    after: None,
+};
+
+fn to<'a>(args: &'a Arguments) -> Result<To<'a>, Error> {
+    Ok(To {
+        uri: args.text("uri")?,
+        certificates: args.maybe_text("tls-certificates"),
+        hostname: args.maybe_text("tls-hostname"),
+    })
+}
+
+fn migrate(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let (host, device, to) = (luns::host(registry)?, args.text("device")?, to(args)?);
+    let going = migrations::UnderWay::begin(registry, false, Some(device), to.uri);
+    let given = host.hand_over(registry, device, &to, &|| going.is_active(device));
+    going.ends(given.as_ref().map(drop));
+    given.map(without_nulls)
+}
+
+fn incoming(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
+    migrations::wait_for_one(registry, luns::host(registry)?, &to(args)?, args.maybe_text("device"))?;
+    Ok(json!({}))
+}
+
+fn cancel(registry: &Registry, _: &Arguments) -> Result<Value, Error> {
+    migrations::cancel(registry).map(|()| json!({}))
+}
+
+fn query(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
+    Ok(without_nulls(registry.migrations().query(args.maybe_text("device"))))
+}

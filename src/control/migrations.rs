@@ -1,0 +1,252 @@
+//! LUNs that go to another host or come from one: what is under way, what became of those of late, and the source that is waited for.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use super::{Host, Registry, To, qmp::Error};
+
+/// How many are remembered.
+const KEPT: usize = 64;
+/// How long whoever waits for a source may take to notice that it is to end.
+const END_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The number of one that does not listen yet.
+const NOT_YET: u64 = u64::MAX;
+
+/// How far it is, in QEMU's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Status {
+    /// The other side is looked for, or waited for.
+    Setup,
+    /// Both have looked at it, and it goes.
+    Active,
+    /// It serves there.
+    Completed,
+    /// It does not.
+    Failed,
+    /// The source was not waited for any longer.
+    Cancelled,
+}
+
+impl Status {
+    fn word(self) -> &'static str {
+        match self {
+            Status::Setup => "setup",
+            Status::Active => "active",
+            Status::Completed => "completed",
+            Status::Failed => "failed",
+            Status::Cancelled => "cancelled",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Migration {
+    id: u64,
+    incoming: bool,
+    device: Option<String>,
+    uri: String,
+    status: Status,
+    error: Option<String>,
+    began: Instant,
+    total: Option<Duration>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    next: u64,
+    /// The newest last.
+    all: VecDeque<Migration>,
+    /// A source is waited for, until that is true.
+    waiting: Option<(u64, Arc<AtomicBool>)>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Migrations(Mutex<Inner>);
+
+impl Migrations {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The newest, or the newest of that LUN, as `query-migrate` tells it.
+    pub(super) fn query(&self, device: Option<&str>) -> Value {
+        let inner = self.inner();
+        let is_it = |m: &&Migration| device.is_none_or(|device| m.device.as_deref() == Some(device));
+        let Some(found) = inner.all.iter().rev().find(is_it) else { return json!({}) };
+        let total = found.total.unwrap_or_else(|| found.began.elapsed());
+        json!({
+            "status": found.status.word(), "device": found.device, "uri": found.uri, "incoming": found.incoming,
+            "total-time": u64::try_from(total.as_millis()).unwrap_or(u64::MAX), "error-desc": found.error,
+        })
+    }
+}
+
+/// One that is under way; it is told of as it goes.
+pub(super) struct UnderWay<'a> {
+    luns: &'a Registry,
+    id: u64,
+}
+
+impl<'a> UnderWay<'a> {
+    /// Begins one.
+    pub(super) fn begin(luns: &'a Registry, incoming: bool, device: Option<&str>, uri: &str) -> UnderWay<'a> {
+        let id = {
+            let mut inner = luns.migrations().inner();
+            let id = inner.next;
+            inner.next += 1;
+            if inner.all.len() == KEPT {
+                // One that has ended, if there is one.
+                let gone = inner.all.iter().position(|m| m.total.is_some()).unwrap_or(0);
+                inner.all.remove(gone);
+            }
+            inner.all.push_back(Migration {
+                id,
+                incoming,
+                device: device.map(str::to_owned),
+                uri: uri.to_owned(),
+                status: Status::Setup,
+                error: None,
+                began: Instant::now(),
+                total: None,
+            });
+            id
+        };
+        let begun = UnderWay { luns, id };
+        begun.tell(Status::Setup, device);
+        begun
+    }
+
+    fn tell(&self, status: Status, device: Option<&str>) {
+        let data = json!({ "device": device, "status": status.word() });
+        self.luns.bus().publish("MIGRATION", super::without_nulls(data));
+    }
+
+    fn set(&self, status: Status, device: Option<&str>, error: Option<&Error>) {
+        let device = {
+            let mut inner = self.luns.migrations().inner();
+            let Some(found) = inner.all.iter_mut().find(|m| m.id == self.id) else { return };
+            found.status = status;
+            if let Some(device) = device {
+                found.device = Some(device.to_owned());
+            }
+            if status != Status::Active {
+                found.total = Some(found.began.elapsed());
+            }
+            found.error = error.map(|e| e.desc.clone());
+            found.device.clone()
+        };
+        self.tell(status, device.as_deref());
+    }
+
+    /// Both sides have looked, and it goes: that LUN.
+    pub(super) fn is_active(&self, device: &str) {
+        self.set(Status::Active, Some(device), None);
+    }
+
+    /// It has come to its end.
+    pub(super) fn ends(&self, with: Result<(), &Error>) {
+        match with {
+            Ok(()) => self.set(Status::Completed, None, None),
+            Err(e) => self.set(Status::Failed, None, Some(e)),
+        }
+    }
+}
+
+/// Waits in a thread of its own for one source, and takes its LUN.
+///
+/// # Errors
+/// Why nobody is waited for.
+pub(super) fn wait_for_one(
+    luns: &Registry,
+    host: &dyn Host,
+    from: &To<'_>,
+    device: Option<&str>,
+) -> Result<(), Error> {
+    let stop = Arc::new(AtomicBool::new(false));
+    {
+        let mut inner = luns.migrations().inner();
+        if let Some((id, _)) = &inner.waiting {
+            let at = inner.all.iter().find(|m| m.id == *id).map(|m| m.uri.clone()).unwrap_or_default();
+            let e = format!("a source is waited for already, {at}; end that: migrate_cancel");
+            return Err(Error::generic(e));
+        }
+        // Whatever comes next has this number.
+        inner.waiting = Some((NOT_YET, stop.clone()));
+    }
+    let mut incoming = host.listen(from, device).inspect_err(|_| luns.migrations().inner().waiting = None)?;
+    let id = UnderWay::begin(luns, true, device, from.uri).id;
+    luns.migrations().inner().waiting = Some((id, stop.clone()));
+    let luns = luns.clone();
+    let begun = thread::Builder::new().name("incoming".into()).spawn({
+        let luns = luns.clone();
+        move || {
+            let coming = UnderWay { luns: &luns, id };
+            let wanted = || !stop.load(Ordering::Acquire);
+            let comes = |device: &str| {
+                wanted() && {
+                    coming.is_active(device);
+                    true
+                }
+            };
+            let took = incoming.take(&stop, &comes);
+            // Nobody listens any more when that is told.
+            drop(incoming);
+            luns.migrations().inner().waiting = None;
+            match took {
+                Ok(true) => coming.ends(Ok(())),
+                Err(e) if wanted() => coming.ends(Err(&e)),
+                _ => coming.set(Status::Cancelled, None, None),
+            }
+        }
+    });
+    begun.map(drop).map_err(|e| {
+        luns.migrations().inner().waiting = None;
+        let e = Error::generic(format!("there is no thread to wait in: {e}"));
+        UnderWay { luns: &luns, id }.ends(Err(&e));
+        e
+    })
+}
+
+/// Ends the wait for a source that has not come.
+///
+/// # Errors
+/// That there is none.
+pub(super) fn cancel(luns: &Registry) -> Result<(), Error> {
+    let inner = luns.migrations().inner();
+    let Some((id, stop)) = &inner.waiting else {
+        return Err(Error::generic("no source is waited for; a LUN that goes over cannot be called back"));
+    };
+    if inner.all.iter().any(|m| m.id == *id && m.status == Status::Active) {
+        return Err(Error::generic("the LUN is coming, and cannot be sent back: wait for its end"));
+    }
+    stop.store(true, Ordering::Release);
+    Ok(())
+}
+
+impl Registry {
+    pub(super) fn migrations(&self) -> &Migrations {
+        &self.0.migrations
+    }
+
+    /// The daemon ends: no source is waited for any longer, and its socket goes.
+    pub fn wait_for_no_source(&self) {
+        if cancel(self).is_err() {
+            return;
+        }
+        let end = Instant::now() + END_PATIENCE;
+        while self.migrations().inner().waiting.is_some() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
