@@ -166,7 +166,7 @@ impl Going<'_> {
 }
 
 /// Refuses images of which no owner can be kept where the other host sees it.
-fn check_image(config: &DeviceConfig) -> Result<(), Failure> {
+pub(super) fn check_image(config: &DeviceConfig) -> Result<(), Failure> {
     let image = config.image.display();
     if config.read_only {
         return Err(
