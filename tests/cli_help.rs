@@ -47,6 +47,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["job", "speed"],
         &["handover"],
         &["receive"],
+        &["standby"],
         &["trace"],
         &["image"],
         &["image", "create"],

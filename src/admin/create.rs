@@ -426,7 +426,7 @@ pub(crate) fn differences(
 }
 
 /// Every export's world wide name; what isn't given follows from the names, so that it is the same next time.
-fn world_wide_names(order: &Order) -> Vec<Wwn> {
+pub(super) fn world_wide_names(order: &Order) -> Vec<Wwn> {
     let derived = |e: &ExportOrder| Wwn::derived(&[e.fabric.word(), order.name.as_str()]);
     order.exports.iter().map(|e| e.wwn.clone().unwrap_or_else(|| derived(e))).collect()
 }

@@ -385,7 +385,8 @@ fn read(dir: &Path) -> io::Result<Option<BTreeMap<String, Result<Order, Refusal>
     Ok(Some(out))
 }
 
-fn parse(path: &Path, name: &str) -> Result<Order, Refusal> {
+/// What a file declares of the LUN of that name.
+pub(super) fn parse(path: &Path, name: &str) -> Result<Order, Refusal> {
     let at = || path.display().to_string();
     let next = || {
         format!(

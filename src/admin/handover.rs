@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{
     Admin, Refusal, config_check,
-    inherited::{Inherited, Stays, alua_of, reservations_of},
+    inherited::{Inherited, Renamed, Stays, alua_of, reservations_of},
     luns::refused,
     order::{ExportOrder, Order},
     require_root,
@@ -19,9 +19,7 @@ use super::{
 use crate::{
     control::Registry,
     daemon::held::Held,
-    handover::{
-        self, Destination, Failure, Given, Identity, Source, State, Thawed, port::ExportName, state::Modes,
-    },
+    handover::{self, Destination, Failure, Given, Identity, Source, State, Thawed, state::Modes},
     image::{
         nbd::is_uri,
         owner::{self, Claim, OwnerState},
@@ -168,7 +166,7 @@ impl Going<'_> {
 }
 
 /// Refuses images of which no owner can be kept where the other host sees it.
-fn check_image(config: &DeviceConfig) -> Result<(), Failure> {
+pub(super) fn check_image(config: &DeviceConfig) -> Result<(), Failure> {
     let image = config.image.display();
     if config.read_only {
         return Err(
@@ -369,8 +367,8 @@ impl Coming<'_> {
     }
 
     /// Each export as it is called there, and what it is here: the same, or of a LUN that gets another name what `create` would call it.
-    fn exports(&self, of: &Identity) -> Result<Vec<(ExportName, (Fabric, Wwn))>, Failure> {
-        let mut out: Vec<(ExportName, (Fabric, Wwn))> = Vec::new();
+    fn exports(&self, of: &Identity) -> Result<Vec<Renamed>, Failure> {
+        let mut out: Vec<Renamed> = Vec::new();
         for (word, wwn) in &of.exports {
             let no = |why: String| Failure::new(format!("the export {word}:{wwn}: {why}"));
             let fabric =

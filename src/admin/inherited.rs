@@ -130,6 +130,9 @@ pub(super) fn alua_of(
     Ok((!groups.is_empty() || !ports.is_empty()).then_some(Alua { groups, ports }))
 }
 
+/// An export as it is called there, and what it is here.
+pub(super) type Renamed = (ExportName, (Fabric, Wwn));
+
 /// What a LUN gets in this kernel that it had in another.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Inherited {
@@ -147,7 +150,7 @@ impl Inherited {
     pub(super) fn of(
         reservations: Option<&Reservations>,
         alua: Option<&Alua>,
-        exports: &[(ExportName, (Fabric, Wwn))],
+        exports: &[Renamed],
     ) -> Result<Inherited, Failure> {
         let here = |there: &ExportName| {
             let found = exports.iter().find(|(name, _)| name == there).map(|(_, here)| here.clone());

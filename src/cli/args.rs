@@ -8,7 +8,7 @@ use super::{
     daemon_args::Daemon,
     handover_args,
     image_args::{ImageCheck, ImageMap, ImageMeasure, ImageOwner, ImageRepair, ImageResize, ImageSnapshot},
-    job_args,
+    job_args, standby,
 };
 use crate::{
     admin::{
@@ -98,6 +98,8 @@ pub enum Command {
     Handover(handover_args::Handover),
     /// Wait for LUNs that other hosts hand over, and serve them here
     Receive(handover_args::Receive),
+    /// Wait until the host that has LUNs on the same storage is gone, and serve them here then
+    Standby(standby::Standby),
     /// Watch the LUNs on the terminal: operations and bytes a second, commands in flight, protection errors, jobs
     Top(Top),
     /// Show a LUN's commands as they pass, until interrupted

@@ -38,6 +38,7 @@ mod scrub;
 mod settings;
 mod show;
 mod size;
+mod standby;
 mod support_bundle;
 mod throttle;
 mod top;
@@ -117,6 +118,7 @@ fn run(cli: &Cli) -> Done {
         Command::Job(args) => job::job(cli, args),
         Command::Handover(args) => handover::give(cli, args),
         Command::Receive(args) => handover::take(cli, args),
+        Command::Standby(args) => standby::run(cli, args),
         Command::Top(args) => top::run(cli, args),
         Command::SupportBundle(args) => support_bundle::run(cli, args),
         Command::Trace(args) => trace::run(cli, args),

@@ -14,6 +14,7 @@
 
 mod keeper;
 mod record;
+mod watch;
 
 use std::{
     fmt, io,
@@ -26,6 +27,7 @@ use uuid::Uuid;
 
 pub use keeper::Keeper;
 pub use record::{HostId, OwnerState, Record, path_of};
+pub use watch::{Fencing, Heard, Taken, Watch};
 
 use super::open::OpenError;
 use crate::sys::{fence::since_boot, io::Io};
@@ -56,6 +58,9 @@ pub enum OwnerError {
     /// Its holder shows signs of life.
     #[error("host {} uses it at this moment", .0.host.name)]
     Alive(Box<Record>),
+    /// This host has it.
+    #[error("this host has it already (generation {})", .0.generation)]
+    Ours(Box<Record>),
     /// There is no such file.
     #[error("there is no {}", .0.display())]
     NotShared(PathBuf),
@@ -91,6 +96,7 @@ impl OwnerError {
                 "see that no host uses the image, and begin anew: rm {0} && tcmu-dif image owner --share {image}",
                 path_of(Path::new(&image.to_string())).display()
             )),
+            OwnerError::Ours(_) => Some("see what it is for: tcmu-dif list".to_owned()),
             OwnerError::Generation { .. } | OwnerError::Version(_) | OwnerError::Io(_) => None,
         }
     }
@@ -342,19 +348,34 @@ pub fn take_over(image: &Path, claim: &Claim, force: bool) -> Result<Record, Own
     if before.state == OwnerState::Released {
         return Ok(before);
     }
+    let mut heard = None;
     if before.state == OwnerState::Held && !force {
         let first = file.pulse().map_err(OwnerError::Io)?;
         std::thread::sleep(before.lease);
-        let _locked = file.lock(false)?;
-        if file.pulse().map_err(OwnerError::Io)? != first {
-            return Err(OwnerError::Alive(Box::new(before)));
-        }
+        heard = Some(first);
     }
+    seize(&file, &before, claim, heard, false)
+}
+
+/// Writes that an image is taken from the holder of that record, if nothing has changed since and the holder's last sign of life is that still; waits until that has begun its last
+/// I/O, unless it is known to be `gone`; and writes that it is nobody's.
+fn seize(
+    file: &OwnerFile,
+    before: &Record,
+    claim: &Claim,
+    heard: Option<[u8; 24]>,
+    gone: bool,
+) -> Result<Record, OwnerError> {
     let taking = {
         let _locked = file.lock(true)?;
         let now = file.record()?;
         if now.generation != before.generation {
             return Err(OwnerError::Held(Box::new(now)));
+        }
+        if let Some(heard) = heard
+            && file.pulse().map_err(OwnerError::Io)? != heard
+        {
+            return Err(OwnerError::Alive(Box::new(now)));
         }
         // Whoever goes on from here, should this process not, has to wait as long.
         let lease = before.lease.max(claim.lease);
@@ -362,8 +383,10 @@ pub fn take_over(image: &Path, claim: &Claim, force: bool) -> Result<Record, Own
         file.write_record(&taking).map_err(OwnerError::Io)?;
         taking
     };
-    // Half as much again, for clocks that do not run alike and for what storage does late.
-    std::thread::sleep(taking.lease * 3 / 2);
+    if !gone {
+        // Half as much again, for clocks that do not run alike and for what storage does late.
+        std::thread::sleep(taking.lease * 3 / 2);
+    }
     let _locked = file.lock(true)?;
     let now = file.record()?;
     if now != taking {

@@ -23,18 +23,20 @@ use crate::{
     volume::{Volume, WriteFlags},
 };
 
-const SIZE: u64 = 1 << 20;
-const SHORT: Duration = Duration::from_millis(400);
+pub(super) const SIZE: u64 = 1 << 20;
+pub(super) const SHORT: Duration = Duration::from_millis(400);
 
-fn claim(host: u8) -> Claim {
+pub(super) fn claim(host: u8) -> Claim {
     Claim { host: HostId { id: [host; 16], name: format!("host-{host}") }, lease: SHORT }
 }
 
 fn own(host: u8) -> Option<Own> {
-    Some(Own { claim: claim(host), expected: None, lost: Arc::new(|| {}) })
+    let lease = std::env::var(OLD_LEASE).ok().map(|ms| Duration::from_millis(ms.parse().unwrap()));
+    let claim = Claim { lease: lease.unwrap_or(SHORT), ..claim(host) };
+    Some(Own { claim, expected: None, lost: Arc::new(|| {}) })
 }
 
-fn make(path: &Path, format: Format) {
+pub(super) fn make(path: &Path, format: Format) {
     let path = path.to_owned();
     run(async move |io| match format {
         Format::Raw => create_raw(&io, &path, SIZE).await.unwrap(),
@@ -42,11 +44,11 @@ fn make(path: &Path, format: Format) {
     });
 }
 
-async fn opened(io: &Io, path: &Path, host: u8) -> Result<Image, OpenError> {
+pub(super) async fn opened(io: &Io, path: &Path, host: u8) -> Result<Image, OpenError> {
     open(io, path, &OpenOptions { own: own(host), ..OpenOptions::default() }).await
 }
 
-async fn fill(image: &Image, byte: u8) -> crate::volume::Result<()> {
+pub(super) async fn fill(image: &Image, byte: u8) -> crate::volume::Result<()> {
     let data = Buffer::from_slice(&[byte; 65536]);
     for at in (0..SIZE).step_by(65536) {
         image.write(ByteOffset(at), &data.sg(), WriteFlags::default()).await?;
@@ -165,11 +167,13 @@ fn a_take_over_that_was_cut_off_leaves_the_image_to_nobody_until_it_is_repeated(
 }
 
 /// The name of the image, for the process that is the old owner.
-const OLD_OWNER: &str = "TCMU_DIF_TEST_OLD_OWNER";
+pub(super) const OLD_OWNER: &str = "TCMU_DIF_TEST_OLD_OWNER";
+/// Its lease, in milliseconds, if it is not the usual one.
+pub(super) const OLD_LEASE: &str = "TCMU_DIF_TEST_OLD_LEASE";
 
 /// Writes for as long as it may. Its locks are gone, as a server drops those of a host that it does not hear of. Between two writes it stands still while it is told
 /// to: what the kernel has been given before it is stopped is the kernel's, and no look of ours brings it back.
-fn be_the_old_owner(path: &Path) {
+pub(super) fn be_the_old_owner(path: &Path) {
     let path = path.to_owned();
     run(async move |io| {
         let image = opened(&io, &path, 1).await.unwrap();
@@ -189,7 +193,7 @@ fn be_the_old_owner(path: &Path) {
 }
 
 #[track_caller]
-fn wait_for(path: &Path) {
+pub(super) fn wait_for(path: &Path) {
     let end = Instant::now() + Duration::from_secs(20);
     while !path.exists() {
         assert!(Instant::now() < end, "{} does not come", path.display());

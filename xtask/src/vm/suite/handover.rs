@@ -16,6 +16,13 @@ pub const TESTS: &[Test] = &[
         run: reservations,
     },
     Test {
+        name: "lifecycle.standby",
+        promise: "a standby takes a LUN over when its host is gone, by the lease and by a fencing agent's word, and says what that took",
+        limit: 400,
+        group: None,
+        run: standby,
+    },
+    Test {
         name: "lifecycle.handover",
         promise: "a LUN is handed over with its data, protection, serial number and mode pages, serves on if that fails, and an image of another host is refused",
         limit: 300,
@@ -262,4 +269,69 @@ fn reservations(run: &mut Run<'_>) -> Result<()> {
     received(guest)?;
     delete(guest, "b")?;
     assert_nothing_left(guest)
+}
+
+/// Becomes another host, whose daemon starts: the one before is gone with all that it had in the kernel.
+fn become_host(guest: &mut Guest, number: u32, lun: Option<&str>) -> Result<()> {
+    if let Some(lun) = lun {
+        guest.sh(&format!("kill -9 $(cat /run/tcmu-dif/daemon.pid); tcmu-dif delete --force {lun}"))?;
+    }
+    guest.sh(&format!(
+        "[ -e /etc/machine-id ] || touch /etc/machine-id; printf '%032x\\n' {number} > /tmp/id-{number}
+         mount --bind /tmp/id-{number} /etc/machine-id && hostname host-{number}"
+    ))?;
+    start_daemon(guest, "auto")
+}
+
+fn standby(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    let image = "/scratch/s.qcow2";
+    become_host(guest, 1, None)?;
+    let made = format!("--image {image} --pi type1 --serial standby-1");
+    create_on_loopback(guest, "s", &format!("{made} --size 64M --format qcow2"))?;
+    delete(guest, "s")?;
+    guest.sh(&format!("tcmu-dif image owner --share {image}"))?;
+    let first = create_on_loopback(guest, "s", &made)?;
+    guest.sh(&format!(
+        "dd if=/dev/urandom of=/tmp/data bs=1M count=24 status=none && dd if=/tmp/data of={} bs=1M oflag=direct status=none
+         mkdir -p /scratch/standby.d
+         printf 'image = \"{image}\"\\npi = \"type1\"\\nserial = \"standby-1\"\\nexport = [\"loopback\"]\\n' > /scratch/standby.d/s.toml
+         printf '#!/bin/sh\\necho $1 > /tmp/fenced\\n' > /scratch/agent && chmod +x /scratch/agent",
+        first.device
+    ))?;
+    // It is here.
+    let refused = guest.try_sh("tcmu-dif standby /scratch/standby.d/s.toml 2>&1")?;
+    ensure!(refused.status == Some(1) && refused.stdout.contains("is here already"), "{}", refused.stdout);
+    for (number, agent) in [(2, ""), (3, "--fence-agent /scratch/agent")] {
+        become_host(guest, number, Some("s"))?;
+        let refused = guest.try_sh(&format!("tcmu-dif create s {made} --export loopback 2>&1"))?;
+        let gone = format!("host-{}", number - 1);
+        ensure!(refused.status == Some(1) && refused.stdout.contains(&gone), "{}", refused.stdout);
+        let over = guest.json(&format!("tcmu-dif standby /scratch/standby.d/s.toml --json {agent}"))?;
+        let ms = |name: &str| over[name].as_u64().unwrap_or(u64::MAX);
+        ensure!(over["from"] == gone.as_str() && ms("silent-ms") >= 10_000, "{over}");
+        ensure!(over["fenced"] == !agent.is_empty(), "{over}");
+        ensure!(if agent.is_empty() { ms("image-ms") >= 15_000 } else { ms("image-ms") < 10_000 }, "{over}");
+        let device =
+            over["lun"]["exports"][0]["device"].as_str().with_context(|| format!("no disk in {over}"))?;
+        guest.sh(&format!(
+            "cmp -n $((24 << 20)) /tmp/data <(dd if={device} bs=1M iflag=direct status=none)"
+        ))?;
+        ensure!(
+            guest
+                .sh("cat /sys/kernel/config/target/core/user_*/s/wwn/vpd_unit_serial")?
+                .contains("standby-1")
+        );
+        ensure!(
+            guest.json(&format!("tcmu-dif image owner --json {image}"))?["host"]
+                == format!("host-{number}").as_str()
+        );
+    }
+    ensure!(guest.sh("cat /tmp/fenced")?.trim() == "host-2");
+    delete(guest, "s")?;
+    assert_nothing_left(guest)?;
+    // Hosts that are gone may have leaked clusters; a reference to a free one would be corruption.
+    let check = guest.try_sh(&format!("qemu-img check -f qcow2 {image}"))?;
+    ensure!(matches!(check.status, Some(0 | 3)), "{}", check.stdout);
+    assert_image_clean(guest, image, "raw", true)
 }
