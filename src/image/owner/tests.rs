@@ -1,9 +1,9 @@
 //! Images that change hands: in order, by force, and under an old owner that was stopped and goes on.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::FileExt,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
     time::Instant,
 };
@@ -192,6 +192,23 @@ pub(super) fn be_the_old_owner(path: &Path) {
     });
 }
 
+/// SIGSTOP, and waits until its threads stand still: a system call that one of them is in goes on until it ends. Those of the kernel's own making may
+/// not, and are waited for in vain.
+pub(super) fn stop(process: &Child) -> Pid {
+    let pid = Pid::from_raw(process.id() as i32).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    let stands = |task: io::Result<fs::DirEntry>| {
+        let stat = task.and_then(|task| fs::read_to_string(task.path().join("stat")));
+        stat.is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')))
+    };
+    let tasks = format!("/proc/{}/task", process.id());
+    let end = Instant::now() + Duration::from_secs(2);
+    while !fs::read_dir(&tasks).unwrap().all(stands) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    pid
+}
+
 #[track_caller]
 pub(super) fn wait_for(path: &Path) {
     let end = Instant::now() + Duration::from_secs(20);
@@ -224,8 +241,7 @@ fn an_old_owner_that_was_stopped_and_goes_on_never_writes_again() {
         std::thread::sleep(SHORT * (2 * round as u32) / 3);
         fs::write(path.with_extension("hold"), "").unwrap();
         wait_for(&path.with_extension("held"));
-        let pid = Pid::from_raw(old.id() as i32).unwrap();
-        kill_process(pid, Signal::STOP).unwrap();
+        let pid = stop(&old);
         fs::remove_file(path.with_extension("hold")).unwrap();
         let free = take_over(&path, &claim(2), false).unwrap();
         assert_eq!(free.generation, 4);

@@ -10,12 +10,15 @@ use std::{
     time::Instant,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 
 use super::{
     super::{
         Holding, Keeper, read, share,
-        tests::{OLD_LEASE, OLD_OWNER, SHORT, SIZE, be_the_old_owner, claim, fill, make, opened, wait_for},
+        tests::{
+            OLD_LEASE, OLD_OWNER, SHORT, SIZE, be_the_old_owner, claim, fill, make, opened, stop as stopped,
+            wait_for,
+        },
     },
     *,
 };
@@ -77,8 +80,7 @@ fn a_host_that_lives_is_left_alone_and_one_that_stands_still_is_relieved_and_nev
             assert!(!done.load(Ordering::Acquire), "it lives");
             fs::write(path.with_extension("hold"), "").unwrap();
             wait_for(&path.with_extension("held"));
-            let pid = Pid::from_raw(old.id() as i32).unwrap();
-            kill_process(pid, Signal::STOP).unwrap();
+            let pid = stopped(&old);
             fs::remove_file(path.with_extension("hold")).unwrap();
             let taken = standby.join().unwrap();
             assert_eq!((taken.from.host.name.as_str(), taken.fenced), ("host-1", false));

@@ -197,6 +197,9 @@ impl Place {
         let map = match there.filter(|_| known) {
             Some(kept) => (DirtyMap::load(capacity, record.granularity, kept), true),
             None => {
+                // A process that dies between the next lines leaves bits of which none is set, and nobody may believe those.
+                record.scanned = false;
+                self.save(record)?;
                 let map = self.begin(capacity, record.granularity)?;
                 map.set(0, capacity);
                 (map, false)
