@@ -14,6 +14,7 @@ mod fault;
 mod handover;
 pub(super) mod initiator;
 mod iscsi;
+mod job_rounds;
 mod jobs;
 mod lifecycle;
 mod limits;
@@ -117,6 +118,7 @@ pub fn all() -> Vec<&'static Test> {
         limits::TESTS,
         chain::TESTS,
         jobs::TESTS,
+        job_rounds::TESTS,
         handover::TESTS,
         qmp::TESTS,
         conformance::TESTS,
@@ -143,6 +145,7 @@ const LONG: &[&str] = &[
     "pi.differential-lio",
     "jobs.mirror-under-fio",
     "jobs.chain-under-fio",
+    "jobs.rounds-",
     "service.upgrade",
     "tools.targetcli",
     "fault.hung-device",
