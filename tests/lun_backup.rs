@@ -227,6 +227,47 @@ fn a_cancelled_backup_leaves_the_lun_alone_and_another_may_begin() {
 }
 
 #[test]
+fn a_command_whose_backup_is_cancelled_does_not_call_it_whole() {
+    let rig = Rig::new(Registry::default());
+    let (_, known) = new_lun(&rig, Format::Raw, true);
+    let dir = rig.dir.path();
+    let mut talk = rig.talk();
+    for by_command in [false, true] {
+        let target = dir.join(format!("{by_command}.raw"));
+        let said = std::thread::scope(|scope| {
+            let waits =
+                scope.spawn(|| tcmu_dif(&["backup", "vm1", path(&target), "--speed", "512"], Some(dir)));
+            let end = Instant::now() + Duration::from_secs(30);
+            while talk.get("query-block-jobs", json!({}))[0]["status"] != "running" {
+                assert!(Instant::now() < end);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if by_command {
+                // That one is content: it is what was wanted.
+                let (good, said) = tcmu_dif(&["job", "cancel", "vm1"], Some(dir));
+                assert!(good && said.contains("vm1 has ended"), "{said}");
+            } else {
+                talk.get("block-job-cancel", json!({ "device": "vm1" }));
+            }
+            waits.join().unwrap()
+        });
+        assert!(!said.0 && !said.1.contains("as it was"), "{said:?}");
+        // Whichever of two commands has it forgotten first.
+        let why = ["Operation canceled", "another command has ended the job"];
+        assert!(why.iter().any(|why| said.1.contains(why)), "{said:?}");
+        assert_eq!(talk.get("query-jobs", json!({})), json!([]));
+    }
+    let target = dir.join("kept.raw");
+    talk.get("drive-backup", backup(&target, json!({ "speed": 1, "auto-dismiss": false })));
+    talk.get("block-job-cancel", json!({ "device": "vm1" }));
+    talk.event("BLOCK_JOB_CANCELLED");
+    let jobs = talk.get("query-jobs", json!({}));
+    assert_eq!((&jobs[0]["status"], &jobs[0]["error"]), (&json!("concluded"), &json!("Operation canceled")));
+    talk.get("job-dismiss", json!({ "id": "vm1" }));
+    known.guest.lun.stop().unwrap();
+}
+
+#[test]
 fn a_paused_backup_keeps_its_moment_and_goes_on() {
     let rig = Rig::new(Registry::default());
     let (_, mut known) = new_lun(&rig, Format::Qcow2, true);

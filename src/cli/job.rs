@@ -28,6 +28,9 @@ use crate::{
 /// How often a command asks how far a job is.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// The error of a job that was cancelled.
+const CANCELED: &str = "Operation canceled";
+
 /// The daemon, asked about jobs.
 pub(super) struct Asked {
     command: &'static str,
@@ -77,10 +80,39 @@ impl Asked {
         Ok(job)
     }
 
-    /// Waits until a job has ended, and has it forgotten; an error is its own.
+    /// Waits until the job that this command has begun has ended, and has it forgotten; an error is its own. If somebody else had it
+    /// forgotten, nobody knows what came of it.
     pub(super) fn end(&mut self, id: &str, words: &'static str) -> Result<(), CliError> {
-        let Some(job) = self.follow(id, words, |job| job["status"] == "concluded")? else { return Ok(()) };
-        self.ask("job-dismiss", json!({ "id": id }))?;
+        match self.concluded(id, words)? {
+            Some(job) => self.judged(&job),
+            None => {
+                let reason = "another command has ended the job, and what came of it is not known".to_owned();
+                Err(CliError::new(self.command, &self.about, reason).then(
+                    "see what the LUN has (tcmu-dif show), and begin anew if it is not that".to_owned(),
+                ))
+            }
+        }
+    }
+
+    /// Waits until a job that was told to end has done so, and has it forgotten, whoever began it.
+    fn told_to_end(&mut self, id: &str) -> Result<(), CliError> {
+        match self.concluded(id, "ending")? {
+            Some(job) if job["error"] != CANCELED => self.judged(&job),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until a job has concluded, and has it forgotten; none if there is none any more.
+    fn concluded(&mut self, id: &str, words: &'static str) -> Result<Option<Value>, CliError> {
+        let job = self.follow(id, words, |job| job["status"] == "concluded")?;
+        if job.is_some() {
+            // Somebody else may have been quicker.
+            let _ = self.ask("job-dismiss", json!({ "id": id }));
+        }
+        Ok(job)
+    }
+
+    fn judged(&self, job: &Value) -> Result<(), CliError> {
         match job["error"].as_str() {
             None => Ok(()),
             Some(reason) => Err(CliError::new(self.command, &self.about, reason.to_owned())
@@ -223,7 +255,7 @@ fn order(cli: &Cli, one: &job_args::One, verb: &'static str, ends: bool, tell: O
     let mut asked = Asked::new(cli, "job", &format!("{verb} {id}"))?;
     tell(&mut asked, id)?;
     if ends {
-        asked.end(id, "ending")?;
+        asked.told_to_end(id)?;
         return said(one.json.json, json!({ "id": id, "ended": true }), || format!("{id} has ended\n"));
     }
     let job = asked.job(id)?.unwrap_or_default();

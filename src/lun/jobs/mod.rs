@@ -65,6 +65,9 @@ use crate::{
     volume::Volume,
 };
 
+/// The error of a job that was cancelled: strerror(ECANCELED), as in QEMU.
+const CANCELED: &str = "Operation canceled";
+
 /// The job under way.
 struct Active {
     mirror: Rc<Mirror<Stack>>,
@@ -467,7 +470,11 @@ impl Jobs {
                 };
                 (BlockJob::Completed(None), left.to_vec())
             }
-            Outcome::Cancelled => (BlockJob::Cancelled, Vec::new()),
+            Outcome::Cancelled => {
+                // As in QEMU, and so that nobody takes for whole what it leaves.
+                info.error = Some(CANCELED.to_owned());
+                (BlockJob::Cancelled, Vec::new())
+            }
             Outcome::Failed(reason) => {
                 error!(job = info.id, "the job could not go on: {reason}");
                 info.error = Some(reason.clone());
