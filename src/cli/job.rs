@@ -87,8 +87,9 @@ impl Asked {
             Some(job) => self.judged(&job),
             None => {
                 let reason = "another command has ended the job, and what came of it is not known".to_owned();
-                Err(CliError::new(self.command, &self.about, reason)
-                    .then("see what the LUN has (tcmu-dif show), and begin anew if it is not that".to_owned()))
+                Err(CliError::new(self.command, &self.about, reason).then(
+                    "see what the LUN has (tcmu-dif show), and begin anew if it is not that".to_owned(),
+                ))
             }
         }
     }

@@ -111,9 +111,16 @@ pub struct DirtyMap {
 impl DirtyMap {
     /// All clean. `granularity` is a power of two.
     pub fn new(capacity: u64, granularity: u64, kept: Kept) -> DirtyMap {
+        let me = DirtyMap::of(capacity, granularity, kept);
+        (0..me.words.borrow().len()).for_each(|word| me.kept.put(word, 0));
+        me
+    }
+
+    /// None dirty; what is kept stays as it is.
+    fn of(capacity: u64, granularity: u64, kept: Kept) -> DirtyMap {
         let granules = capacity.div_ceil(granularity);
         debug_assert!(granularity.is_power_of_two() && kept.words() as u64 * 64 >= granules);
-        let me = DirtyMap {
+        DirtyMap {
             shift: granularity.trailing_zeros(),
             capacity,
             granules,
@@ -123,16 +130,14 @@ impl DirtyMap {
             copying: RefCell::default(),
             writers: RefCell::default(),
             kept,
-        };
-        (0..me.words.borrow().len()).for_each(|word| me.kept.put(word, 0));
-        me
+        }
     }
 
-    /// As they were kept.
+    /// As they were kept. Nothing of that is touched: this process may be killed as well, at whatever instruction.
     pub fn load(capacity: u64, granularity: u64, kept: Kept) -> DirtyMap {
         let granules = capacity.div_ceil(granularity);
         let found: Vec<u64> = (0..granules.div_ceil(64) as usize).map(|word| kept.get(word)).collect();
-        let me = DirtyMap::new(capacity, granularity, kept);
+        let me = DirtyMap::of(capacity, granularity, kept);
         for granule in (0..granules).filter(|g| found[(g / 64) as usize] >> (g % 64) & 1 == 1) {
             me.set_granules(granule..granule + 1);
         }

@@ -266,6 +266,9 @@ impl<S: Side> Mirror<S> {
         let len = range.end - range.start;
         let task = self.settings.get().task;
         debug_assert!(!task.keeps_the_past(), "a granule may be taken once nobody changes it");
+        // A guest that writes here in the background makes it dirty again, and another lane may take it while this one still copies what was
+        // there before: that must not come last. Taken before the other lock, by copies alone.
+        let _one = self.copies.exclusive(range.start, len).await;
         // What is copied within one volume has to be so before a guest may change it.
         let _together = if self.is_write_blocking() || task.is_within() {
             self.lock.exclusive(range.start, len).await

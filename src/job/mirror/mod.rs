@@ -120,6 +120,7 @@ pub struct Mirror<S> {
     map: DirtyMap,
     /// Writes that go to both take their range alone; in the background they and the copies share it.
     lock: RangeLock,
+    copies: RangeLock,
     settings: Cell<Settings>,
     state: RefCell<State>,
     /// Something is to be looked at again.
@@ -155,6 +156,7 @@ impl<S: Side> Mirror<S> {
             target,
             map,
             lock: RangeLock::new(),
+            copies: RangeLock::new(),
             settings: Cell::new(settings),
             state: RefCell::new(state),
             changed: Notify::new(),
