@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use super::{CliError, error, export::words, export_args::Export};
+use super::{CliError, error, export::words, export_args::Export, job::CANCELED};
 use crate::control::client::{Client, ClientError};
 
 /// How often one looks whether the job has ended, and for how long.
@@ -109,7 +109,8 @@ impl Past {
         if !job.is_null() {
             self.dismiss(client)?;
         }
-        let why = job["error"].as_str();
+        // That it was told to end is not why.
+        let why = job["error"].as_str().filter(|why| copied || !heard || *why != CANCELED);
         match why.or((!heard).then_some("the job that kept it had been ended")) {
             None => Ok(None),
             Some(why) if copied => {

@@ -29,7 +29,7 @@ use crate::{
 const LOOK: Duration = Duration::from_millis(200);
 
 /// The error of a job that was cancelled.
-const CANCELED: &str = "Operation canceled";
+pub(super) const CANCELED: &str = "Operation canceled";
 
 /// The daemon, asked about jobs.
 pub(super) struct Asked {

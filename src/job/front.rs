@@ -266,6 +266,7 @@ impl<S: Side> Front<S> {
         if how == Ending::Pivot {
             self.parted.replace(self.bitmaps.part());
         }
+        mirror.part();
         self.replace(volume, None);
         drop(gate);
         Ended::Done
@@ -307,6 +308,7 @@ impl<S: Side> Front<S> {
                 Verdict::Cancelled => Outcome::Cancelled,
                 Verdict::Failed(reason) => Outcome::Failed(reason),
             };
+            mirror.part();
             self.detach().await;
             return outcome;
         }
@@ -436,7 +438,8 @@ impl<S: Side> Volume for Front<S> {
     async fn reformat(&self, protection: Option<PiType>) -> Result<()> {
         let layer = self.hold().await;
         if let Some(mirror) = &layer.mirror {
-            // Its target has another type of protection from now on.
+            // Its target has another type of protection from now on, and what this changes is not marked by the block.
+            mirror.map().set(0, u64::MAX);
             mirror.give_up("FORMAT UNIT has changed the LUN's protection");
         }
         let _changing = self.bitmaps.changing(0, u64::MAX);

@@ -29,6 +29,9 @@ use crate::{
     volume::{Extent, IoErrorKind, Limits, Result, TupleCheck, Volume, WriteFlags},
 };
 
+mod parting;
+mod slow_target;
+
 pub(super) const SIZE: u64 = 512 << 10;
 pub(super) const BLOCKS: usize = (SIZE / 512) as usize;
 pub(super) const GRANULE: u64 = 8192;

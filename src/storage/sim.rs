@@ -9,7 +9,7 @@
 //! the operation ([`SimDisk::fail_at`]).
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     io,
     ops::Range,
@@ -126,6 +126,7 @@ struct State {
     fail_at: Option<u64>,
     fail_from: Option<(OpKind, i32)>,
     max_delay: u64,
+    held: Option<Rc<Cell<bool>>>,
     rng: Rng,
     watcher: Option<Watcher>,
 }
@@ -151,6 +152,7 @@ impl SimDisk {
             fail_at: None,
             fail_from: None,
             max_delay: 3,
+            held: None,
             rng: Rng::new(seed),
             watcher: None,
         })))
@@ -213,6 +215,13 @@ impl SimDisk {
         self.0.borrow_mut().max_delay = turns;
     }
 
+    /// The next write waits until what is given is true.
+    pub fn hold_next_write(&self) -> Rc<Cell<bool>> {
+        let go = Rc::new(Cell::new(false));
+        self.0.borrow_mut().held = Some(go.clone());
+        go
+    }
+
     /// Calls `watcher` after every step that changes what a cut may leave: each write, sync, change of space or of length, as
     /// it takes effect.
     pub fn watch(&self, watcher: Option<Rc<dyn Fn()>>) {
@@ -264,7 +273,7 @@ impl SimDisk {
     }
 
     async fn begin(&self, kind: OpKind) -> Option<io::Error> {
-        let (turns, fail) = {
+        let (held, fail) = {
             let mut s = self.0.borrow_mut();
             let op = s.ops;
             s.ops += 1;
@@ -274,16 +283,16 @@ impl SimDisk {
                 _ if s.fail_at == Some(op) => Some(io::Error::from_raw_os_error(libc::EIO)),
                 _ => None,
             };
-            let max = s.max_delay;
-            (s.rng.below(max + 1), fail)
+            (if kind == OpKind::Write { s.held.take() } else { None }, fail)
         };
-        for _ in 0..turns {
+        while held.as_ref().is_some_and(|go| !go.get()) {
             yield_now().await;
         }
+        self.some_turns().await;
         fail
     }
 
-    async fn end(&self) {
+    async fn some_turns(&self) {
         let turns = {
             let mut s = self.0.borrow_mut();
             let max = s.max_delay;
@@ -399,7 +408,7 @@ impl Storage for SimDisk {
             return Err(e);
         }
         to.copy_in(0, &self.peek(at, to.len()));
-        self.end().await;
+        self.some_turns().await;
         Ok(())
     }
 
@@ -419,7 +428,7 @@ impl Storage for SimDisk {
             s.seq
         };
         self.stepped();
-        self.end().await;
+        self.some_turns().await;
         if let Some(e) = fail {
             return Err(e);
         }
@@ -443,7 +452,7 @@ impl Storage for SimDisk {
         }
         self.0.borrow_mut().settle_all(seq);
         self.stepped();
-        self.end().await;
+        self.some_turns().await;
         Ok(())
     }
 
@@ -460,7 +469,7 @@ impl Storage for SimDisk {
             }
         }
         self.stepped();
-        self.end().await;
+        self.some_turns().await;
         Ok(())
     }
 
@@ -484,7 +493,7 @@ impl Storage for SimDisk {
             s.newer_len.push((seq, len));
         }
         self.stepped();
-        self.end().await;
+        self.some_turns().await;
         Ok(())
     }
 

@@ -1,7 +1,5 @@
 //! Backups, in QEMU's words.
 
-use std::path::Path;
-
 use serde_json::Value;
 
 use super::{
@@ -15,8 +13,7 @@ use super::{
 };
 use crate::{
     control::{Registry, qmp::Error},
-    image::nbd::is_uri,
-    lun::jobs::{BackupOrder, BitmapMode, JobOrder, Settings, SyncMode, Task},
+    lun::jobs::{BackupOrder, BitmapMode, JobOrder, Settings, SyncMode, Task, names_an_image},
 };
 
 /// Those of QEMU's DriveBackup, but for `compress`, `encrypt`, `filter-node-name` and what is unstable there; `sidecar` and `scratch` are ours.
@@ -103,7 +100,7 @@ pub(super) fn free_node(luns: &Registry, target: &str) -> Result<(), Error> {
             "node '{target}' is a LUN's: a job copies to an image that no LUN has; give its absolute path, or its NBD URI"
         )));
     }
-    if !target.starts_with('/') && !is_uri(Path::new(target)) {
+    if !names_an_image(target) {
         return Err(Error::generic(format!(
             "Cannot find device='{target}' nor node-name='{target}': an image that no LUN has is a node by its absolute path, or its NBD URI"
         )));

@@ -56,6 +56,8 @@ pub enum Told {
     },
     /// A block of the source was brought back from the target.
     Repaired(u64),
+    /// Commands are about to pass it by, for good: what is kept of it outside the process must not be there any more after this.
+    Parting,
 }
 
 /// A future of no type that anybody needs to know.
@@ -121,6 +123,7 @@ pub struct Mirror<S> {
     /// Writes that go to both take their range alone; in the background they and the copies share it.
     lock: RangeLock,
     copies: RangeLock,
+    parted: Cell<bool>,
     settings: Cell<Settings>,
     state: RefCell<State>,
     /// Something is to be looked at again.
@@ -157,6 +160,7 @@ impl<S: Side> Mirror<S> {
             map,
             lock: RangeLock::new(),
             copies: RangeLock::new(),
+            parted: Cell::new(false),
             settings: Cell::new(settings),
             state: RefCell::new(state),
             changed: Notify::new(),
@@ -405,6 +409,18 @@ impl<S: Side> Mirror<S> {
         let state = self.state.borrow();
         let wanted = self.settings.get().copy_mode == CopyMode::WriteBlocking || state.asked.is_some();
         wanted && state.stopped == IoStatus::Ok && state.failed.is_none() && !state.cancelled
+    }
+
+    /// Commands are about to pass it by: it is at its end, and no successor may take it up, since nobody marks any more what they change.
+    pub fn part(&self) {
+        if !self.parted.replace(true) {
+            (self.hooks.tell)(Told::Parting);
+        }
+    }
+
+    /// Whether commands may pass it by.
+    pub fn has_parted(&self) -> bool {
+        self.parted.get()
     }
 
     /// The LUN stops: no further piece is begun, and those that are under way are not to be cut off, which leaks clusters of a qcow2 target.

@@ -116,6 +116,7 @@ impl Jobs {
                 Verdict::Cancelled => Outcome::Cancelled,
                 Verdict::Failed(reason) => Outcome::Failed(reason),
             };
+            mirror.part();
             front.detach().await;
             return outcome;
         }

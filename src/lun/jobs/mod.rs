@@ -35,7 +35,7 @@ pub use group::Group;
 pub use record::FOLDER;
 pub use types::{
     Act, BackupOrder, BitmapOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder,
-    PartOrder, SnapshotOrder, StreamOrder, copy_mode, sync_mode,
+    PartOrder, SnapshotOrder, StreamOrder, copy_mode, names_an_image, sync_mode,
 };
 
 pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
@@ -79,17 +79,6 @@ struct Active {
     bitmap: Option<(String, BitmapMode)>,
     /// The jobs that it succeeds together with.
     group: Option<group::Member>,
-}
-
-impl Active {
-    fn cancel(&self, force: bool) {
-        self.mirror.cancel(force);
-        let (source, target) = (self.mirror.source(), self.mirror.target());
-        if self.mirror.status() == JobStatus::Aborting && !Rc::ptr_eq(source, target) {
-            // What still waits for a server that is away holds up neither the end nor a guest.
-            target.image().ending();
-        }
-    }
 }
 
 /// A job that was under way when the LUN stopped.
@@ -289,7 +278,8 @@ impl Jobs {
     }
 
     fn hooks(&self, id: &str, task: Task) -> Hooks {
-        let (events, io, id) = (self.events.clone(), self.io.clone(), id.to_owned());
+        let (events, io, id, place) =
+            (self.events.clone(), self.io.clone(), id.to_owned(), self.place.clone());
         Hooks {
             tell: Box::new(move |told| match told {
                 Told::Status(status) => events.tell(Event::Job { id: id.clone(), status }),
@@ -306,6 +296,9 @@ impl Jobs {
                     events.tell(Event::BlockJobError { id: id.clone(), read: source, action, reason });
                 }
                 Told::Repaired(_) => {}
+                // A restart has a backup's past to see to, and never takes it up.
+                Told::Parting if task.keeps_the_past() => {}
+                Told::Parting => place.remove(),
             }),
             sleep: Box::new(move |time| {
                 let io = io.clone();
@@ -391,6 +384,9 @@ impl Jobs {
     }
 
     fn save(&self, active: &Active) -> Result<(), JobError> {
+        if active.mirror.has_parted() {
+            return Ok(());
+        }
         let mut record = active.record.borrow_mut();
         record.settings = active.mirror.settings();
         record.copied = active.mirror.progress().0;
@@ -553,7 +549,8 @@ impl Jobs {
 
     /// The LUN has stopped, and its volumes are closed: what is under way goes on at the next start.
     pub(super) fn stop(&self) {
-        let Some(active) = self.active.borrow().clone() else { return };
+        let active = self.active.borrow().clone().filter(|active| !active.mirror.has_parted());
+        let Some(active) = active else { return };
         let saved =
             self.save(&active).map_err(|e| e.to_string()).and_then(|()| match active.mirror.is_closed() {
                 true => self.place.closed(&mut active.record.borrow_mut()).map_err(|e| e.to_string()),
@@ -572,6 +569,15 @@ async fn close(stack: &Stack) {
 }
 
 impl Active {
+    fn cancel(&self, force: bool) {
+        self.mirror.cancel(force);
+        let (source, target) = (self.mirror.source(), self.mirror.target());
+        if self.mirror.status() == JobStatus::Aborting && !Rc::ptr_eq(source, target) {
+            // What still waits for a server that is away holds up neither the end nor a guest.
+            target.image().ending();
+        }
+    }
+
     fn info(&self) -> JobInfo {
         let (mirror, settings) = (&self.mirror, self.mirror.settings());
         let (offset, len) = mirror.progress();

@@ -1,12 +1,15 @@
 //! What the jobs of a LUN are told, and what they tell.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::Serialize;
 
 use super::{ballot::Ballot, group::Group};
 use crate::{
-    image::Format,
+    image::{Format, nbd::is_uri},
     job::{
         IoStatus, JobStatus,
         bitmaps::{BitmapError, BitmapMode},
@@ -14,6 +17,11 @@ use crate::{
         mirror::{CopyMode, Settings, SyncMode, VerbError},
     },
 };
+
+/// Whether that names an image as a job's target is named: an absolute path, or an NBD URI.
+pub fn names_an_image(target: &str) -> bool {
+    target.starts_with('/') || is_uri(Path::new(target))
+}
 
 /// A mirror that is asked for (`drive-mirror`).
 #[derive(Debug, Clone, PartialEq, Eq)]

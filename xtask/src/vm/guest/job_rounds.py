@@ -17,6 +17,7 @@ WITNESSES = MIB // BLOCK
 LOG, MODEL, CHECKED = "/scratch/daemon.log", "/scratch/cold.model", "/scratch/checked.raw"
 rng = random.Random(f"{SEED} {KIND}")
 counts = {}
+CANCELED = "Operation canceled"
 
 
 def count(what, by=1):
@@ -513,7 +514,7 @@ class Kind:
             ended = {"cancel", "force", "kill"} & set(lead.did)
             if job is None and not lead.killed:
                 raise Exception("the job is lost")
-            if job is not None and "error" in job:
+            if job is not None and job.get("error", CANCELED) != CANCELED:
                 without_room = full and "no space left" in job["error"]
                 count("ended without room") if without_room else None
                 if not (without_room or lead.killed and self.dies_with_the_daemon):
