@@ -17,6 +17,7 @@ use tcmu_dif::{
 use crate::{
     export::{connect, socket, start, uri},
     known::{self, Known, SIZE, new_lun, path, refused},
+    past::unexport,
     rig::{MIB, Rig, Talk},
     servers::qemu_nbd,
     support::must,
@@ -127,7 +128,7 @@ fn dirty_bitmaps_are_read_by_qemu_and_libnbd() {
     let blocks = talk.get("query-block", json!({}));
     let listed = &blocks[0]["inserted"]["dirty-bitmaps"];
     assert!(listed.as_array().unwrap().iter().all(|b| b["busy"] == true), "{listed}");
-    talk.get("block-export-del", json!({ "id": "e1" }));
+    unexport(&mut talk);
     for name in ["a", "fine", "none"] {
         bitmap(&mut talk, "remove", name, json!({}));
     }

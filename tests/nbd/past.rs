@@ -40,14 +40,19 @@ pub fn export(talk: &mut Talk, more: Value) {
     talk.get("block-export-add", arguments);
 }
 
-/// Ends the export, and waits for the end of the job.
-pub fn end(talk: &mut Talk, verb: &str) {
+/// Ends the export.
+pub fn unexport(talk: &mut Talk) {
     // A client that has gone is not known to have gone at once.
     let end = Instant::now() + Duration::from_secs(60);
     while !talk.ask("block-export-del", json!({ "id": "e1" }))["error"].is_null() {
         assert!(Instant::now() < end, "it is used");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Ends the export, and waits for the end of the job.
+pub fn end(talk: &mut Talk, verb: &str) {
+    unexport(talk);
     talk.get(verb, json!({ "id": "past" }));
     idle(talk);
 }
