@@ -297,7 +297,7 @@ fn overlay(of: &Path, file: PathBuf) -> PathBuf {
 fn full_and_incremental_backups_are_what_qemus_are_with_the_bitmaps_of_either() {
     let rig = Rig::new(Registry::default());
     let dir = rig.dir.path();
-    let (old, mut known) = new_lun(&rig, Format::Qcow2, false);
+    let (old, known) = new_lun(&rig, Format::Qcow2, false);
     let mut talk = rig.talk();
     talk.get("block-dirty-bitmap-add", json!({ "node": "vm1", "name": "b", "persistent": true }));
     let full = dir.join("full.qcow2");
