@@ -8,11 +8,10 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 
 /// Those that there are, in the order in which they run.
-const BENCHES: &[&str] = &["guard", "ring", "image", "scale", VM, JOBS];
+const BENCHES: &[&str] = &["guard", "ring", "image", "scale", VM];
 
-/// Those that are no programs of cargo's, but a boot of the VM.
+/// The one that is no program of cargo's, but a boot of the VM.
 const VM: &str = "vm";
-const JOBS: &str = "jobs";
 
 /// Runs those benches, or all; `keep` puts their pictures where the documentation has them. With `draw` none is run, and their last figures are drawn.
 ///
@@ -26,7 +25,7 @@ pub(crate) fn main(wanted: &[String], keep: bool, draw: bool, more: &[String]) -
         BENCHES.iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == *name)).collect();
     let directory = sh::target_dir().join("bench");
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    if !draw && chosen.iter().any(|name| ![VM, JOBS].contains(name)) {
+    if !draw && chosen.iter().any(|name| **name != VM) {
         let built = sh::cargo().args(["bench", "--package=tcmu-dif", "--benches", "--no-run"]).status()?;
         if !built.success() {
             bail!("the benches do not build");
@@ -38,9 +37,8 @@ pub(crate) fn main(wanted: &[String], keep: bool, draw: bool, more: &[String]) -
         println!("\n== {name} ({})", file.display());
         match *name {
             _ if draw => {}
-            VM | JOBS => {
-                let bench = if *name == JOBS { vm::bench_jobs } else { vm::bench };
-                let found = bench(more).with_context(|| format!("the bench {name} failed"))?;
+            VM => {
+                let found = vm::bench(more).context("the bench vm failed")?;
                 fs::write(&file, format!("{found:#}\n")).with_context(|| file.display().to_string())?;
             }
             name => {

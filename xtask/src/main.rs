@@ -77,7 +77,7 @@ enum Chore {
     },
     /// Run the benches, or those named; what follows -- goes to each of them
     Bench {
-        /// guard, ring, image, scale, vm, jobs
+        /// guard, ring, image, scale, vm
         names: Vec<String>,
         /// Put the pictures where the documentation has them
         #[arg(long)]

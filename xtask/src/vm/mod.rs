@@ -7,7 +7,6 @@ mod artefacts;
 mod bench;
 mod cache;
 mod guest;
-mod job_bench;
 mod module;
 mod protocol;
 mod qemu;
@@ -117,11 +116,6 @@ pub fn main(action: Action) -> Result<ExitCode> {
 /// Runs the bench in the VM on tcmu-dif as released; gives back what is to be kept.
 pub fn bench(more: &[String]) -> Result<serde_json::Value> {
     bench::run(&lab(Some(&"release".to_owned()))?, more)
-}
-
-/// Runs the bench of a guest's latency under jobs; gives back what is to be kept.
-pub fn bench_jobs(more: &[String]) -> Result<serde_json::Value> {
-    job_bench::run(&lab(Some(&"release".to_owned()))?, more)
 }
 
 /// Whether a VM test's name contains `word`.
