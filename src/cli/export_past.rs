@@ -7,8 +7,11 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use super::{CliError, error, export::words, export_args::Export, job::CANCELED};
-use crate::control::client::{Client, ClientError};
+use super::{CliError, error, export::words, export_args::Export};
+use crate::{
+    control::client::{Client, ClientError},
+    lun::jobs::CANCELED,
+};
 
 /// How often one looks whether the job has ended, and for how long.
 const LOOK: Duration = Duration::from_millis(50);

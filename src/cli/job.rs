@@ -23,13 +23,11 @@ use crate::{
         client::{Client, ClientError},
     },
     image::{Format, nbd::is_uri},
+    lun::jobs::CANCELED,
 };
 
 /// How often a command asks how far a job is.
 const LOOK: Duration = Duration::from_millis(200);
-
-/// The error of a job that was cancelled.
-pub(super) const CANCELED: &str = "Operation canceled";
 
 /// The daemon, asked about jobs.
 pub(super) struct Asked {

@@ -68,7 +68,7 @@ use crate::{
 };
 
 /// The error of a job that was cancelled: strerror(ECANCELED), as in QEMU.
-const CANCELED: &str = "Operation canceled";
+pub const CANCELED: &str = "Operation canceled";
 
 /// The job under way.
 struct Active {

@@ -151,15 +151,17 @@ pub(super) async fn prepare(
 /// What an NBD export cannot be told.
 fn check_remote(order: &MirrorOrder, own: &DeviceConfig) -> Result<(), JobError> {
     let refused = |why: &str| Err(JobError::Target(format!("{}: {why}", order.target.display())));
-    match () {
-        () if !order.existing => refused(
+    if !order.existing {
+        return refused(
             "an NBD export is made by its server, and what it holds is overwritten: give mode existing (--existing)",
-        ),
-        () if own.pi.is_some() && order.sidecar.is_none() => refused(
-            "there is no place beside an NBD export for its protection information: give a sidecar on this host (--sidecar /PATH)",
-        ),
-        () => Ok(()),
+        );
     }
+    if own.pi.is_some() && order.sidecar.is_none() {
+        return refused(
+            "there is no place beside an NBD export for its protection information: give a sidecar on this host (--sidecar /PATH)",
+        );
+    }
+    Ok(())
 }
 
 /// Opens the LUN's image again, or the target of a job that goes on. A process that was killed a moment ago may have its lock still.
