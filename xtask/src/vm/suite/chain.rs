@@ -2,7 +2,7 @@
 
 use super::jobs::went_over_unnoticed;
 use super::lun::{create_on_loopback, start_daemon};
-use super::{Run, Test};
+use super::{Run, Test, witness};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
@@ -70,9 +70,11 @@ fn chain_under_fio(run: &mut Run<'_>) -> Result<()> {
         let lun = create_on_loopback(guest, "c", options)?;
         let mark = guest.mark()?;
         let script = format!("bash /host/chains.sh {} {kills}", lun.device);
+        witness::start(guest, &lun.device, 40)?;
         let done = guest
             .sh_within(Duration::from_secs(400), &script)
             .with_context(|| format!("with {kills} kills a round"))?;
+        witness::end(guest).with_context(|| format!("with {kills} kills a round"))?;
         guest.note(format!("{kills} kills a round: snapshots, streams and commits: {}", done.trim()));
         let snapshots: u32 = done.split_whitespace().next().unwrap_or_default().parse()?;
         ensure!(snapshots >= 4, "{snapshots} snapshots");

@@ -2,7 +2,7 @@
 
 use super::super::guest::{Guest, Mark};
 use super::lun::{assert_image_clean, create_on_loopback, delete, show, start_daemon};
-use super::{Run, Test};
+use super::{Run, Test, witness};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
@@ -140,9 +140,11 @@ fn mirror_under_fio(run: &mut Run<'_>) -> Result<()> {
         let lun = create_on_loopback(guest, "m", options)?;
         let mark = guest.mark()?;
         let script = format!("bash /host/mirrors.sh {} {kills}", lun.device);
+        witness::start(guest, &lun.device, 40)?;
         let over = guest
             .sh_within(Duration::from_secs(400), &script)
             .with_context(|| format!("with {kills} kills a round"))?;
+        witness::end(guest).with_context(|| format!("with {kills} kills a round"))?;
         guest.note(format!("{kills} kills a round: {} times gone over", over.trim()));
         ensure!(over.trim().parse::<u32>()? >= 2, "the LUN went over {over} times");
         went_over_unnoticed(guest, &lun.device, "m", &mark, kills)?;

@@ -1,13 +1,13 @@
 //! LUNs that come, go, grow and share the host, and a daemon that goes away and comes back.
 
-use super::super::guest::Guest;
+use super::super::guest::{Guest, patience};
 use super::initiator::{fio, geometry};
 use super::lun::{
     assert_image_clean, assert_nothing_left, create_on_loopback, daemon_pid, delete, names, show,
     start_daemon, stop_daemon,
 };
 use super::reference::{LOOPBACK, START_TCMU_RUNNER};
-use super::{Run, Test};
+use super::{Run, Test, witness};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
@@ -63,7 +63,7 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "lifecycle.kill-9-under-fio",
-        promise: "fio's own verification goes on across kill -9 at random moments, in both modes of PI: no false alarm, nothing lost",
+        promise: "fio's own verification goes on across kill -9 at random moments, in both modes of PI: no false alarm, nothing answered is lost or done twice",
         limit: 900,
         group: None,
         run: kill_9_under_fio,
@@ -128,11 +128,12 @@ fn many(run: &mut Run<'_>) -> Result<()> {
     start_daemon(guest, "auto")?;
     let pid = daemon_pid(guest)?;
     let limit = Duration::from_secs(if luns > 64 { 800 } else { 240 });
+    let patience = 200 * patience();
     guest.sh_within(
         limit,
         &format!(
             "mkdir -p /scratch/many && cd /scratch/many
-             seq {luns} | xargs -P 64 -I N sh -c 'timeout 200 tcmu-dif create mN --image /scratch/many/N.raw --size 16M \
+             seq {luns} | xargs -P 64 -I N sh -c 'timeout {patience} tcmu-dif create mN --image /scratch/many/N.raw --size 16M \
                  --format raw --pi type1 --export loopback --json > N.json 2> N.err || echo mN: exit $? $(cat N.err) >&2 && test -s N.json'"
         ),
     )?;
@@ -156,7 +157,7 @@ fn many(run: &mut Run<'_>) -> Result<()> {
     )?;
     guest.sh_within(
         limit,
-        &format!("seq {luns} | xargs -P 64 -I N timeout 200 tcmu-dif delete mN > /dev/null"),
+        &format!("seq {luns} | xargs -P 64 -I N timeout {patience} tcmu-dif delete mN > /dev/null"),
     )?;
     ensure!(names(guest)?.is_empty());
     ensure!(daemon_pid(guest)? == pid, "the daemon is not the one it was");
@@ -487,9 +488,11 @@ fn kill_9_under_fio(run: &mut Run<'_>) -> Result<()> {
         let options = format!("--image {image} --size 64M --format {format} --pi type1 --pi-mode {mode}");
         let lun = create_on_loopback(guest, "k", &options)?;
         let mark = guest.mark()?;
+        witness::start(guest, &lun.device, 32)?;
         let kills = guest
             .sh_within(Duration::from_secs(440), &format!("bash /host/kills.sh {} {wanted}", lun.device))
             .with_context(|| format!("mode {mode}"))?;
+        witness::end(guest).with_context(|| format!("mode {mode}"))?;
         guest.note(format!("{mode}, {format}: {kills} kills"));
         let log = guest.kernel_log_since(&mark)?;
         let bad: Vec<&str> = log

@@ -30,6 +30,7 @@ mod runner;
 mod service;
 mod shown;
 mod tools;
+mod witness;
 
 pub use panic::NAME as NEEDS_FAULT_POINTS;
 pub use runner::{Tally, run};

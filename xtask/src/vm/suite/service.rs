@@ -2,7 +2,7 @@
 
 use super::super::guest::Guest;
 use super::lun::{assert_image_clean, names, show};
-use super::{Run, Test};
+use super::{Run, Test, witness};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Duration;
@@ -17,14 +17,14 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "service.restarts",
-        promise: "under fio's verification at QD32 the service is restarted: no I/O error, no BUSY, no reset in the log; the pauses are told",
+        promise: "under fio's verification at QD32 the service is restarted: no I/O error, no BUSY, no reset, nothing answered is lost or done twice; the pauses are told",
         limit: 900,
         group: Some("service"),
         run: restarts,
     },
     Test {
         name: "service.kills",
-        promise: "under fio's verification at QD32 the daemon is killed and started again by systemd: no I/O error, no BUSY, no reset in the log",
+        promise: "under fio's verification at QD32 the daemon is killed and started again by systemd: no I/O error, no BUSY, no reset, nothing answered is lost or done twice",
         limit: 1500,
         group: Some("service"),
         run: kills,
@@ -169,9 +169,10 @@ fn package(run: &mut Run<'_>) -> Result<()> {
     wait_online(guest, "vm1").map(drop)
 }
 
-/// Starts the load.
+/// Starts the load: fio, and the witness behind it.
 fn start_load(guest: &mut Guest, device: &str) -> Result<()> {
     std::fs::write(guest.share().join("load.sh"), LOAD)?;
+    witness::start(guest, device, 32)?;
     guest
         .sh(&format!("setsid bash /host/load.sh {device} > /tmp/load.txt 2>&1 < /dev/null & sleep 2"))
         .map(drop)
@@ -194,6 +195,7 @@ fn end_load(guest: &mut Guest, log: &str) -> Result<String> {
         })
         .collect();
     ensure!(bad.is_empty(), "at the initiator: {bad:#?}");
+    witness::end(guest)?;
     Ok(rounds)
 }
 
