@@ -6,6 +6,7 @@
 
 mod beside;
 pub mod declaring;
+mod descriptors;
 pub mod devices;
 pub mod held;
 pub mod known;

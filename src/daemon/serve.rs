@@ -14,6 +14,7 @@ use thiserror::Error;
 use super::{
     beside::Beside,
     declaring::{Declared, Declaring},
+    descriptors,
     devices::Devices,
     held,
     rundir::RunDir,
@@ -89,6 +90,7 @@ pub fn run<B>(
     let running = || DaemonError::Running(run.daemon().ok().flatten().unwrap_or(0));
     let locked = run.lock().map_err(|e| DaemonError::Run(run.path().to_owned(), e))?;
     let _lock = locked.ok_or_else(running)?;
+    descriptors::make_room();
     modules::mount_configfs(configfs)?;
     modules::load("target_core_user")?;
 

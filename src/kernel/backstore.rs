@@ -92,7 +92,8 @@ pub struct Backstore {
 
 /// How often a device's directory is begun with a `user_N` of its own.
 const HBA_TRIES: usize = 3;
-/// How often, and how long apart, a device whose attributes are not there is looked at again before that is an error.
+/// How often, and how long apart, a device whose attributes are not there is looked at again before that is an error, and a device is enabled whose number
+/// is not free yet.
 const REMOVAL_LOOKS: usize = 100;
 const REMOVAL_PAUSE: Duration = Duration::from_millis(10);
 
@@ -106,11 +107,9 @@ pub fn path_of(hba: u32, name: &str) -> PathBuf {
 /// # Errors
 /// The kernel's.
 pub fn all(tree: &dyn Tree) -> Result<Vec<Backstore>, ConfigfsError> {
-    let core = Path::new(CORE);
     let mut out = Vec::new();
-    for hba in tree.dirs(core).context("list", core)? {
-        let Some(number) = hba.strip_prefix("user_").and_then(|n| n.parse().ok()) else { continue };
-        let dir = core.join(&hba);
+    for number in hbas(tree)? {
+        let dir = Path::new(CORE).join(format!("user_{number}"));
         for name in tree.dirs(&dir).context("list", &dir)? {
             // `alua` and such are directories of the device, never of the HBA: every one here is a device. One that is
             // removed between the two looks is left out.
@@ -121,12 +120,34 @@ pub fn all(tree: &dyn Tree) -> Result<Vec<Backstore>, ConfigfsError> {
     Ok(out)
 }
 
+/// Every backstore of that name, whosever it is. Of the others nothing is read: with hundreds there, hundreds that are made side by side would
+/// have the kernel do little else.
+///
+/// # Errors
+/// The kernel's.
+pub fn named(tree: &dyn Tree, name: &str) -> Result<Vec<Backstore>, ConfigfsError> {
+    let mut out = Vec::new();
+    for hba in hbas(tree)? {
+        out.extend(read(tree, hba, name)?);
+    }
+    Ok(out)
+}
+
 /// Ours of that name.
 ///
 /// # Errors
 /// The kernel's.
 pub fn find(tree: &dyn Tree, subtype: &str, name: &str) -> Result<Option<Backstore>, ConfigfsError> {
-    Ok(all(tree)?.into_iter().find(|b| b.name == name && b.is_of(subtype)))
+    Ok(named(tree, name)?.into_iter().find(|b| b.is_of(subtype)))
+}
+
+/// The numbers N of all `user_N`.
+fn hbas(tree: &dyn Tree) -> Result<Vec<u32>, ConfigfsError> {
+    let core = Path::new(CORE);
+    let dirs = tree.dirs(core).context("list", core)?;
+    let mut numbers: Vec<u32> = dirs.iter().filter_map(|d| d.strip_prefix("user_")?.parse().ok()).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 /// One backstore; `None` if it isn't there.
@@ -315,12 +336,29 @@ pub fn create(tree: &dyn Tree, spec: &Spec, undo: &mut Undo<'_>) -> Result<PathB
         ("attrib/qfull_time_out", &timeout),
         ("attrib/emulate_write_cache", if spec.write_cache { "1" } else { "0" }),
         ("wwn/vpd_unit_serial", &spec.serial),
-        ("enable", "1"),
     ] {
         let attr = path.join(attr);
         tree.write(&attr, value).context("write", &attr)?;
     }
+    enable(tree, &path.join("enable"))?;
     Ok(path)
+}
+
+/// Brings a device to life. The kernel gives its `uioN` the first number that nobody has, and counts one as free a moment before the device that had it
+/// has left sysfs (`uio_unregister_device`): who comes in that moment is told EEXIST, nothing has happened, and it can be done again.
+fn enable(tree: &dyn Tree, attr: &Path) -> Result<(), ConfigfsError> {
+    for _ in 0..REMOVAL_LOOKS {
+        match tree.write(attr, "1") {
+            Err(e)
+                if e.kind() == io::ErrorKind::AlreadyExists
+                    && tree.read(attr).is_ok_and(|on| on.trim() != "1") =>
+            {
+                std::thread::sleep(REMOVAL_PAUSE);
+            }
+            done => return done.context("write", attr),
+        }
+    }
+    tree.write(attr, "1").context("write", attr)
 }
 
 /// The device's directory in a `user_N` of its own. Who tidies up may take an empty one away between the two steps: then another is made.

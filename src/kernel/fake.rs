@@ -28,6 +28,8 @@ pub struct Fake {
     pub fails_once: Cell<bool>,
     pub busy: RefCell<Vec<PathBuf>>,
     pub prepared: RefCell<Prepared>,
+    /// How many devices more meet a number that another has not left yet.
+    pub numbers_taken: Cell<usize>,
 }
 
 pub fn errno(n: i32) -> io::Error {
@@ -213,6 +215,9 @@ impl Tree for Fake {
             value = format!("T10 VPD Unit Serial Number: {value}");
         } else if path.ends_with("pr/res_aptpl_metadata") {
             return self.prepare_registration(&path, &value);
+        } else if path.ends_with("enable") && self.numbers_taken.get() > 0 {
+            self.numbers_taken.set(self.numbers_taken.get() - 1);
+            return Err(errno(libc::EEXIST));
         } else {
             value = self.write_alua(&path, &value)?;
         }

@@ -18,8 +18,8 @@ use super::{
 /// # Errors
 /// The kernel's.
 pub fn unconfigured(tree: &dyn Tree, name: &str) -> Result<Vec<Backstore>, ConfigfsError> {
-    let all = backstore::all(tree)?.into_iter();
-    Ok(all.filter(|b| b.name == name && b.dev_config.trim().is_empty() && !b.enabled).collect())
+    let named = backstore::named(tree, name)?.into_iter();
+    Ok(named.filter(|b| b.dev_config.trim().is_empty() && !b.enabled).collect())
 }
 
 /// Takes down a target that exports nothing and has no other portal groups and LUNs than `create` makes. Gives its path if it was there,

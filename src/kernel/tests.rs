@@ -53,6 +53,21 @@ fn what_was_created_is_read_back() {
 }
 
 #[test]
+fn a_number_that_another_device_has_not_left_yet_is_waited_for() {
+    let tree = Fake::new();
+    tree.numbers_taken.set(3);
+    build(&tree, "vm1").unwrap();
+    assert_eq!(tree.numbers_taken.get(), 0);
+    assert!(backstore::find(&tree, "dif", "vm1").unwrap().unwrap().enabled);
+    // One that never becomes free is an error, and nothing stays behind.
+    let before = tree.snapshot();
+    tree.numbers_taken.set(usize::MAX);
+    let refused = build(&tree, "vm2").unwrap_err();
+    assert_eq!((refused.what, refused.source.raw_os_error()), ("write", Some(libc::EEXIST)));
+    assert_eq!(tree.snapshot(), before);
+}
+
+#[test]
 fn the_kernel_tells_of_task_management_where_it_can() {
     let tree = Fake::new();
     build(&tree, "vm1").unwrap();
