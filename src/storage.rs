@@ -4,6 +4,7 @@
 //! trait [`Storage`]. On a real host it is [`FileStorage`]; in tests it is `sim::SimDisk`, which keeps what was not
 //! synced apart and forgets part of it when the power is cut.
 
+pub mod cache;
 #[cfg(test)]
 pub mod sim;
 

@@ -16,7 +16,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("files", &[]),
     ("sync", &[]),
     ("volume", &["sys", "units"]),
-    ("storage", &["sys", "units"]),
+    ("storage", &["sync", "sys", "units"]),
     ("ring", &["sys", "units", "sync"]),
     ("kernel", &["sys", "units"]),
     ("nbd", &["units"]),

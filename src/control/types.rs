@@ -214,7 +214,7 @@ pub(super) static SOCKET_ADDRESS: Object = object(
 
 static LUN_STATE: Enum = Enum { name: "LunState", values: &["online", "stopped", "failed", "silent"] };
 
-/// A cache of qcow2 metadata, for all images of the chain.
+/// A cache: of qcow2 metadata, for all images of the chain, or of tuples.
 static CACHE_COUNT: Object =
     object("LunCacheCount", &[has("hits", Type::Int), has("misses", Type::Int), has("bytes", Type::Int)]);
 
@@ -235,6 +235,7 @@ static LUN_COUNTERS: Object = object(
         may("pi", Type::Object(&PI_COUNTERS)),
         may("l2-cache", Type::Object(&CACHE_COUNT)),
         may("refcount-cache", Type::Object(&CACHE_COUNT)),
+        may("tuple-cache", Type::Object(&CACHE_COUNT)),
     ],
 );
 

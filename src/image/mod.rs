@@ -33,6 +33,7 @@ use std::{
 use serde::Serialize;
 
 use crate::{
+    storage::cache::{CacheCount, CacheCounter},
     sys::mem::Sg,
     units::ByteOffset,
     volume::{
@@ -101,15 +102,15 @@ pub enum Driver {
 
 /// Counters of a chain's metadata caches: L2 tables, refcount blocks.
 #[derive(Default)]
-struct Caches([qcow2::CacheCounter; 2]);
+struct Caches([CacheCounter; 2]);
 
 /// How the metadata caches of a chain's qcow2 images have done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct CacheCounts {
     /// L2 tables.
-    pub l2_cache: qcow2::CacheCount,
+    pub l2_cache: CacheCount,
     /// Refcount blocks.
-    pub refcount_cache: qcow2::CacheCount,
+    pub refcount_cache: CacheCount,
 }
 
 /// One file of an open chain, as it is described.

@@ -224,6 +224,7 @@ impl Lun {
             jobs: self.jobs.all(),
             bitmaps: self.front.bitmaps().infos(),
             caches: stack.image().caches(),
+            tuple_cache: stack.tuple_cache(),
             pi: stack.pi_counters().map(all),
         }
     }

@@ -15,6 +15,7 @@ use crate::{
         Counters, Exposure, Protected, Protection, Recheck, Transfer, chain::Beneath,
         protected::sidecar_path, store::Stamp,
     },
+    storage::cache::CacheCount,
     sys::{exec::boxed, io::Io, mem::Sg},
     units::{BlockSize, ByteOffset},
     volume::{
@@ -139,6 +140,11 @@ impl Stack {
     /// What the protection has counted, if there is any.
     pub(super) fn pi_counters(&self) -> Option<Counters> {
         self.protected().map(Protected::counters)
+    }
+
+    /// How often tuples were in memory, if there are any.
+    pub(super) fn tuple_cache(&self) -> Option<CacheCount> {
+        self.protected().and_then(|p| p.sidecar().remembered())
     }
 }
 

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     image::CacheCounts,
     pi::{self, PiType},
+    storage::cache::CacheCount,
 };
 
 /// What commands have come to.
@@ -90,6 +91,9 @@ pub struct Stats {
     /// The metadata caches of a qcow2 image and its backing files.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub caches: Option<CacheCounts>,
+    /// Tuples in memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuple_cache: Option<CacheCount>,
     /// The scrub under way, or the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scrub: Option<ScrubSummary>,

@@ -1,7 +1,7 @@
 //! A protected volume as a job copies it: blocks that are verified, with their tuples, and a map in which whatever has a tuple counts as
 //! data. Called by the LUN's jobs.
 
-use super::{protected::Protected, tuple::PiType};
+use super::{protected::Protected, store::Source, tuple::PiType};
 use crate::{
     storage::Storage,
     sys::mem::Sg,
@@ -15,7 +15,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     /// # Errors
     /// [`IoErrorKind::Protection`] with the first block that does not match.
     pub async fn read_verified(&self, at: ByteOffset, to: &Sg) -> Result<Vec<u8>> {
-        let (lba, mut tuples) = self.get(at, to).await?;
+        let (lba, mut tuples) = self.get(at, to, Source::File).await?;
         if self.is_read_only() {
             self.forgive(lba, to, &mut tuples);
         }

@@ -45,7 +45,7 @@ use super::{
     error::{PiOpenError, PiOpenErrorKind},
     exposure::Exposure,
     guard::Guard,
-    store::{PiMode, Sidecar, Stamp, open_file},
+    store::{PiMode, Sidecar, Source, Stamp, open_file},
     tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
@@ -188,7 +188,10 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     ) -> std::result::Result<Self, PiOpenError> {
         let fault = |what| PiOpenError::new(&how.sidecar, &how.image, what);
         let store = |e: io::Error| fault(PiOpenErrorKind::Store(e.into()));
-        let sidecar = Sidecar::open(storage).await.map_err(|e| fault(PiOpenErrorKind::Store(e)))?;
+        let mut sidecar = Sidecar::open(storage).await.map_err(|e| fault(PiOpenErrorKind::Store(e)))?;
+        if !how.read_only {
+            sidecar.remember();
+        }
         let info = sidecar.info();
         // What an initiator's FORMAT UNIT has chosen stands in the sidecar alone.
         if info.pi != how.kind && !info.formatted {
@@ -321,10 +324,11 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     }
 
     /// Reads data and their tuples, and checks nothing.
-    pub(super) async fn get(&self, at: ByteOffset, to: &Sg) -> Result<(Lba, Vec<u8>)> {
+    pub(super) async fn get(&self, at: ByteOffset, to: &Sg, from: Source) -> Result<(Lba, Vec<u8>)> {
         let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
         let _together = self.locked(IoOp::Read, (lba, blocks), Use::Read).await?;
-        let (data, tuples) = join(self.volume.read(at, to), self.sidecar.read_tuples(lba, blocks)).await;
+        let tuples = self.sidecar.tuples_from(from, lba, blocks);
+        let (data, tuples) = join(self.volume.read(at, to), tuples).await;
         data?;
         let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
         if !self.beneath.is_empty() {
@@ -493,20 +497,7 @@ impl<V: Volume, S: Storage> Volume for Protected<V, S> {
     }
 
     async fn read_with_tuples(&self, at: ByteOffset, to: &Sg, check: &TupleCheck) -> Result<Vec<u8>> {
-        let (lba, mut tuples) = self.get(at, to).await?;
-        if self.read_only {
-            self.forgive(lba, to, &mut tuples);
-        }
-        match self.checker().verify_as_told(to, lba, &tuples, check) {
-            Ok(seen) => {
-                self.count(|c| {
-                    (c.verified, c.unprotected) =
-                        (c.verified + seen.verified, c.unprotected + seen.unprotected)
-                });
-                Ok(tuples)
-            }
-            Err(m) => Err(self.mismatch(at, m)),
-        }
+        self.read_as_told(at, to, check).await
     }
 
     async fn write_with_tuples(

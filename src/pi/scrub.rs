@@ -8,6 +8,7 @@
 use super::{
     protected::Protected,
     recompute::{Run, bytes, next_run},
+    store::Source,
     tools::VerifyReport,
 };
 use crate::{
@@ -45,7 +46,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let run = Run { blocks: run.blocks.start..stop, ..run };
         let (at, len) = bytes(size, run.blocks.clone())?;
         let data = Buffer::zeroed(len as usize).sg();
-        if let Ok((_, tuples)) = self.get(at, &data).await {
+        if let Ok((_, tuples)) = self.get(at, &data, Source::File).await {
             self.take(&run, &data, &tuples, report);
             return Ok(Some(Step { next: Lba(stop), read: len }));
         }
@@ -54,7 +55,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             let (at, len) = bytes(size, lba..lba + 1)?;
             let block = data.slice(0, len as usize);
             let host_offset = run.host_offset.map(|host| host + ((lba - run.blocks.start) << size.shift()));
-            match self.get(at, &block).await {
+            match self.get(at, &block, Source::File).await {
                 Ok((_, tuple)) => {
                     self.take(&Run { blocks: lba..lba + 1, host_offset, ..run }, &block, &tuple, report);
                 }

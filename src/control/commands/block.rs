@@ -64,6 +64,7 @@ fn counters(stats: &Stats) -> Value {
         "wr_operations": write.operations, "unmap_operations": unmap.operations,
         "flush_operations": flush.operations, "pi": stats.pi,
         "l2-cache": stats.caches.map(|c| c.l2_cache), "refcount-cache": stats.caches.map(|c| c.refcount_cache),
+        "tuple-cache": stats.tuple_cache,
     })
 }
 

@@ -141,11 +141,11 @@ metrics! {
         "Reads, and writes with protection information, that failed on a tag: guard, application, reference.");
 
     CACHE_HITS = Metric::new("tcmu_dif_cache_hits", Counter, BY_CACHE,
-        "Looks at a piece of a qcow2 table that was in memory: l2, refcount.");
+        "Looks at a piece of a qcow2 table (l2, refcount) or of the protection information (tuple) that was in memory.");
     CACHE_MISSES = Metric::new("tcmu_dif_cache_misses", Counter, BY_CACHE,
-        "Pieces of a qcow2 table that were read from the file.");
+        "Pieces of a qcow2 table, or of the protection information, that were read from the file.");
     CACHE_SIZE = Metric::new("tcmu_dif_cache_size_bytes", Gauge, BY_CACHE,
-        "Memory that pieces of a qcow2 table take now.").unit("bytes");
+        "Memory that pieces of a qcow2 table, or of the protection information, take now.").unit("bytes");
 
     SCRUB_RUNNING = Metric::new("tcmu_dif_scrub_running", Gauge, LUN,
         "1 while a scrub is at work, 0 if the last one has ended or is paused.");

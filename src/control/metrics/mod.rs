@@ -90,12 +90,12 @@ fn put_lun(samples: &mut Samples, lun: &str, stats: &Stats) {
         let tags = [("guard", pi.guard_errors), ("application", pi.app_errors), ("reference", pi.ref_errors)];
         tags.iter().for_each(|(tag, value)| samples.put(&m::PI_ERRORS, &[lun, tag], *value));
     }
-    if let Some(caches) = stats.caches {
-        for (cache, count) in [("l2", caches.l2_cache), ("refcount", caches.refcount_cache)] {
-            samples.put(&m::CACHE_HITS, &[lun, cache], count.hits);
-            samples.put(&m::CACHE_MISSES, &[lun, cache], count.misses);
-            samples.put(&m::CACHE_SIZE, &[lun, cache], count.bytes);
-        }
+    let tables = stats.caches.map(|c| [("l2", c.l2_cache), ("refcount", c.refcount_cache)]);
+    let tuples = stats.tuple_cache.map(|c| ("tuple", c));
+    for (cache, count) in tables.into_iter().flatten().chain(tuples) {
+        samples.put(&m::CACHE_HITS, &[lun, cache], count.hits);
+        samples.put(&m::CACHE_MISSES, &[lun, cache], count.misses);
+        samples.put(&m::CACHE_SIZE, &[lun, cache], count.bytes);
     }
     if let Some(scrub) = &stats.scrub {
         for (metric, value) in [

@@ -5,11 +5,12 @@ use std::rc::Rc;
 
 use super::{
     Qcow2, Storage,
-    cache::Slice,
     layout::{COPIED, Entry, Mapping, Place as HostPlace},
     open::in_ranges,
 };
 use crate::{
+    storage::cache::Slice,
+    sys::mem::Sg,
     units::ByteOffset,
     volume::{Extent, ExtentKind, IoErrorKind, IoOp, Result},
 };
@@ -199,7 +200,8 @@ impl<S: Storage> Qcow2<S> {
     /// The slice that holds a guest cluster's entry.
     pub(super) async fn load_slice(&self, op: IoOp, table: u64, cluster: u64) -> Result<Rc<Slice>> {
         let at = self.place(table, cluster).slice;
-        self.l2.load(&self.storage, at).await.map_err(|e| self.io_error(op, e))
+        let slice = self.l2.load(at, async |to: &Sg| self.storage.read(at, to).await).await;
+        slice.map_err(|e| self.io_error(op, e))
     }
 
     /// The map of a range, across the backing chain.

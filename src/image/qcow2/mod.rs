@@ -19,7 +19,6 @@ mod at_once;
 mod atomic;
 mod barrier;
 mod bitmaps;
-mod cache;
 mod check;
 mod compressed;
 mod create;
@@ -52,12 +51,10 @@ use std::{
 };
 
 use barrier::{Barrier, Epochs, Lost};
-use cache::{Cache, OffsetSet};
 use gate::Gate;
 use layout::Geometry;
 
 pub use bitmaps::BitmapDirectory;
-pub use cache::{CacheCount, CacheCounter};
 pub use check::{CheckReport, MOST_FINDINGS, MOST_MEMORY, bitmaps_size, check_on};
 pub use compressed::Compression;
 pub use create::{CreateError, CreateOptions, Preallocation, check_options, create, create_on};
@@ -71,6 +68,7 @@ pub use storage::{FileStorage, Storage};
 
 use crate::{
     image::direct::Ways,
+    storage::cache::{Cache, CacheCounter, OffsetSet},
     sync::{
         AsyncMutex, RangeLock,
         gate::{Gate as MoveGate, Pass},

@@ -10,7 +10,6 @@ use super::{
     Backing, CACHE_SIZE, HeaderError, Qcow2, Storage,
     alloc::Pool,
     barrier::{Barrier, Epochs},
-    cache::{Cache, OffsetSet},
     cache_shares,
     gate::Gate,
     header::{BITMAPS, CORRUPT, HeaderInfo, MAX_CLUSTER, RAW_DATA_FILE, field, probe_header},
@@ -20,6 +19,7 @@ use super::{
     tables::decode,
 };
 use crate::{
+    storage::cache::{Cache, OffsetSet},
     sync::{AsyncMutex, RangeLock, gate::Gate as MoveGate},
     sys::mem::Buffer,
     volume::{IoError, IoErrorKind, IoOp, Result},

@@ -3,17 +3,17 @@
 //! Everything here runs under the image's `space` lock. Changes are written through; when they are durable is the business of
 //! [`super::alloc`].
 
-use std::rc::Rc;
+use std::{io, rc::Rc};
 
 use super::{
     Qcow2, Storage,
-    cache::Slice,
     header::field,
     layout::{MAX_HOST, MAX_REFCOUNT_TABLE_BYTES},
     tables::encode,
 };
 use crate::{
-    sys::mem::Buffer,
+    storage::cache::Slice,
+    sys::mem::{Buffer, Sg},
     volume::{IoErrorKind, IoOp, Result},
 };
 
@@ -59,9 +59,13 @@ impl<S: Storage> Qcow2<S> {
         let per_slice = self.counts_per_slice();
         let in_block = cluster & ((1 << self.geometry.block_bits()) - 1);
         let at = block + in_block / per_slice * self.geometry.slice();
-        let slice = self.refcounts.load(&self.storage, at).await.map_err(|e| self.io_error(op, e))?;
+        let slice = self.load_counts(at).await.map_err(|e| self.io_error(op, e))?;
         let index = in_block % per_slice;
         Ok(Some((slice, index as usize, per_slice - index)))
+    }
+
+    async fn load_counts(&self, at: u64) -> io::Result<Rc<Slice>> {
+        self.refcounts.load(at, async |to: &Sg| self.storage.read(at, to).await).await
     }
 
     /// A cluster's refcount.
@@ -84,7 +88,7 @@ impl<S: Storage> Qcow2<S> {
         };
         let mut bytes = Vec::with_capacity(g.cluster() as usize);
         while (bytes.len() as u64) < g.cluster() {
-            let slice = self.refcounts.load(&self.storage, at + bytes.len() as u64).await;
+            let slice = self.load_counts(at + bytes.len() as u64).await;
             slice.map_err(|e| self.io_error(op, e))?.with(|slice| bytes.extend_from_slice(slice));
         }
         Ok((at, bytes))

@@ -4,10 +4,10 @@ use std::rc::Rc;
 
 use super::{
     Qcow2, Storage,
-    cache::Slice,
     layout::{COPIED, Entry, Mapping, Place, be64},
 };
 use crate::{
+    storage::cache::Slice,
     sys::mem::Buffer,
     volume::{IoOp, Result},
 };

@@ -102,15 +102,73 @@ fn a_recorded_write_costs_one_durable_write_more() {
     let world = World::made(3, (PiType::Type1, PiMode::Journal), BlockSize::B512, GIB, layout);
     block_on(async move {
         let p = world.open().await;
+        let costs = async |at, len| {
+            let before = world.sidecar.log().len();
+            write(&p, at, &vec![2; len]).await.unwrap();
+            world.sidecar.log().split_off(before)
+        };
+        // Old tuples, journal, new tuples; small ones that were there already need no look at the old ones.
+        let (first, again) = ([OpKind::Read, OpKind::Write, OpKind::Write], [OpKind::Write, OpKind::Write]);
+        assert_eq!(costs(0, MIB as usize).await, first);
+        assert_eq!(costs(0, MIB as usize).await, first);
+        assert_eq!(costs(0, 4096).await, first);
+        assert_eq!(costs(8192, 4096).await, again);
+    });
+}
+
+#[test]
+fn a_small_read_of_tuples_that_were_read_or_written_costs_nothing_of_the_sidecar() {
+    for size in [BlockSize::B512, BlockSize::B4096] {
+        let world = World::new(7, PiType::Type1, size, 64 * GIB);
+        block_on(async move {
+            let p = world.open().await;
+            write(&p, 0, &Rng::new(1).bytes(MIB as usize)).await.unwrap();
+            let costs = async |at, len| {
+                let before = world.sidecar.log().len();
+                let got = read(&p, at, len).await.unwrap();
+                assert_eq!(got, world.image.peek(at, len));
+                world.sidecar.log().len() - before
+            };
+            // A page of tuples, of 256 KiB of data or of 2 MiB; not for a long read.
+            assert_eq!(costs(8192, 4096).await, 1);
+            assert_eq!(costs(16384, 4096).await, 0);
+            assert_eq!(costs(0, MIB as usize).await, 1);
+            // What is written, zeroed or given up after that is known as well, or read anew.
+            write(&p, 8192, &Rng::new(2).bytes(8192)).await.unwrap();
+            assert_eq!(costs(8192, 16384).await, 0);
+            p.write_zeroes(ByteOffset(12288), 4096, false).await.unwrap();
+            assert_eq!(costs(8192, 16384).await, 1);
+            assert_eq!(costs(8192, 16384).await, 0);
+            // No more than 4 MiB of them are kept.
+            for i in 0..2000u64 {
+                costs(i * 512 * size.bytes(), 4096).await;
+            }
+            let kept = p.sidecar().remembered().unwrap();
+            assert!(kept.bytes <= 4 << 20 && kept.misses >= 2000 && kept.hits >= 3, "{kept:?}");
+            assert_eq!(costs(0, 4096).await, 1);
+        });
+    }
+}
+
+#[test]
+fn tuples_in_memory_that_do_not_match_are_read_anew_before_that_is_an_error() {
+    let world = World::new(8, PiType::Type1, BlockSize::B512, MIB);
+    block_on(async move {
+        let p = world.open().await;
         write(&p, 0, &[1; 4096]).await.unwrap();
-        let before = world.sidecar.log().len();
-        write(&p, 0, &[2; 4096]).await.unwrap();
-        let log = world.sidecar.log();
-        assert_eq!(
-            log[before..],
-            [OpKind::Read, OpKind::Write, OpKind::Write],
-            "old tuples, journal, new tuples"
-        );
+        write(&p, 4096, &[2; 512]).await.unwrap();
+        read(&p, 0, 4096).await.unwrap();
+        // Block 3 becomes what block 8 is, with a tuple that matches, behind the daemon's back: what it remembers of it is wrong.
+        let mut tuple = world.sidecar.peek(MIB + 8 * 8, 8);
+        tuple[4..].copy_from_slice(&world.sidecar.peek(MIB + 3 * 8 + 4, 4));
+        world.image.poke(3 * 512, &[2; 512]);
+        world.sidecar.poke(MIB + 3 * 8, &tuple);
+        assert_eq!(read(&p, 3 * 512, 512).await.unwrap(), [2; 512]);
+        assert_eq!(p.counters().guard_errors, 0);
+        // And if the file says the same it is one.
+        world.image.poke(5 * 512, &[2; 512]);
+        assert!(read(&p, 0, 4096).await.is_err());
+        assert_eq!(p.counters().guard_errors, 1);
     });
 }
 

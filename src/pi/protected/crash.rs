@@ -9,7 +9,7 @@ use crate::{
         exposure::Exposure,
         recompute::{CHUNK, Mode, next_run, recompute},
         replay::{Sink, replay},
-        store::{ENTRY, Intention, PiMode, Recorded, Sidecar, Writing, entry},
+        store::{ENTRY, Intention, PiMode, Recorded, Sidecar, Source, Writing, entry},
         tuple::{TUPLE_LEN, Tuple},
     },
     storage::Storage,
@@ -190,7 +190,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let checker = self.checker();
         let is_escape = |t: &[u8; TUPLE_LEN]| Tuple::from_bytes(*t).is_escape(checker.kind);
         let guard = |t: &[u8; TUPLE_LEN]| Tuple::from_bytes(*t).guard;
-        let old = self.sidecar.read_tuples(lba, blocks).await.map_err(|e| self.sidecar_error(op, at, e))?;
+        let old = self.sidecar.tuples_from(Source::Memory, lba, blocks).await;
+        let old = old.map_err(|e| self.sidecar_error(op, at, e))?;
         let (old, new) = (old.as_chunks::<TUPLE_LEN>().0, new.as_chunks::<TUPLE_LEN>().0);
         // The guard in an escape means nothing; the journal needs the one of the data.
         let mut old_guards: Vec<u16> = old.iter().map(guard).collect();

@@ -14,13 +14,13 @@ use std::{
 use crate::{
     storage::Storage,
     sync::Notify,
-    sys::{exec::yield_now, mem::Buffer},
+    sys::{exec::yield_now, mem::Sg},
 };
 
 /// Bytes that wait to be written.
 struct Waiting {
     at: u64,
-    bytes: Vec<u8>,
+    bytes: Sg,
     dsync: bool,
     done: Rc<Outcome>,
 }
@@ -84,21 +84,21 @@ impl Gather {
         &self,
         storage: &impl Storage,
         at: u64,
-        bytes: Vec<u8>,
+        bytes: Sg,
         dsync: bool,
     ) -> io::Result<()> {
         let alone = self.at_work.get() == 0;
         self.at_work.set(self.at_work.get() + 1);
         let _at_work = AtWork(self);
         if alone || self.waiting.borrow().contains_key(&at) {
-            return storage.write(at, &Buffer::from_slice(&bytes).sg(), dsync).await;
+            return storage.write(at, &bytes, dsync).await;
         }
         let done = Rc::new(Outcome::default());
         self.waiting.borrow_mut().insert(at, Waiting { at, bytes, dsync, done: done.clone() });
         yield_now().await;
         if let Some(run) = self.take_run(at, &done) {
-            let mut sg = Buffer::from_slice(&run.0[0].bytes).sg();
-            run.0[1..].iter().for_each(|next| sg.append(&Buffer::from_slice(&next.bytes).sg()));
+            let mut sg = run.0[0].bytes.clone();
+            run.0[1..].iter().for_each(|next| sg.append(&next.bytes));
             let wrote = storage.write(run.0[0].at, &sg, dsync).await;
             run.end(wrote.as_ref().map(drop).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)));
             return wrote;
@@ -142,8 +142,12 @@ mod tests {
     use crate::{
         pi::testing::block_on,
         storage::sim::{OpKind, SimDisk},
-        sys::exec::join_all,
+        sys::{exec::join_all, mem::Buffer},
     };
+
+    fn eight(byte: u8) -> Sg {
+        Buffer::from_slice(&[byte; 8]).sg()
+    }
 
     #[test]
     fn neighbours_share_a_write_and_others_have_their_own() {
@@ -153,7 +157,7 @@ mod tests {
             let gather = &Gather::default();
             // The first is alone when it comes; of the rest those at 8..40 and at 100..116 touch.
             let places = [0u64, 16, 8, 32, 24, 100, 108, 200];
-            let writes = places.iter().map(|at| gather.write(&disk, *at, vec![*at as u8; 8], false));
+            let writes = places.iter().map(|at| gather.write(&disk, *at, eight(*at as u8), false));
             join_all(writes).await.into_iter().for_each(|r| r.unwrap());
             let read = Buffer::zeroed(256);
             disk.read(0, &read.sg()).await.unwrap();
@@ -171,11 +175,11 @@ mod tests {
             let gather = &Gather::default();
             // The first write goes well; the one of all the others fails.
             disk.fail_at(1);
-            let writes = (0..6u64).map(|i| gather.write(&disk, i * 8, vec![1; 8], false));
+            let writes = (0..6u64).map(|i| gather.write(&disk, i * 8, eight(1), false));
             let results = join_all(writes).await;
             assert!(results[0].is_ok() && results[1..].iter().all(Result::is_err), "{results:?}");
             // And nobody waits for ever afterwards.
-            gather.write(&disk, 0, vec![2; 8], false).await.unwrap();
+            gather.write(&disk, 0, eight(2), false).await.unwrap();
         });
     }
 }

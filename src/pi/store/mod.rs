@@ -36,6 +36,7 @@ mod journal;
 mod mode;
 mod recording;
 mod stamp;
+mod tuples;
 
 use std::{
     cell::{Cell, RefCell},
@@ -56,13 +57,14 @@ pub use intent::{CLEAR_EVERY, Writing};
 pub use journal::{Claim, Claims, ENTRY, Intention, Recorded, entry};
 pub use mode::{PiMode, UnknownPiMode};
 pub use stamp::Stamp;
+pub use tuples::Source;
 
 use super::{
     exposure::Exposure,
-    tuple::{PiType, TUPLE_LEN, invert},
+    tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
-    storage::Storage,
+    storage::{Storage, cache::Cache},
     sync::AsyncMutex,
     sys::{io::Fallocate, mem::Buffer},
     units::{BlockSize, Blocks, Lba},
@@ -145,6 +147,8 @@ pub struct Sidecar<S> {
     /// Pages of tuples that are known to have their space, 64 a word.
     pages: RefCell<HashMap<u64, u64>>,
     gather: Gather,
+    /// Pages of tuples in memory.
+    recent: Option<Cache>,
     written: Cell<u64>,
     synced: Cell<u64>,
     failed: Cell<bool>,
@@ -245,6 +249,7 @@ impl<S: Storage> Sidecar<S> {
             overlay: RefCell::default(),
             pages: RefCell::default(),
             gather: Gather::default(),
+            recent: None,
             written: Cell::new(written),
             synced: Cell::new(0),
             failed: Cell::new(false),
@@ -387,6 +392,7 @@ impl<S: Storage> Sidecar<S> {
     pub async fn forget_beyond(&self, capacity: Blocks) -> io::Result<()> {
         let end = self.tuple_at(Lba(capacity.0));
         if self.storage.len().await? > end {
+            let _changing = self.changing(0, u64::MAX);
             self.storage.set_len(end).await?;
             self.wrote();
             self.pages.borrow_mut().clear();
@@ -407,89 +413,6 @@ impl<S: Storage> Sidecar<S> {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
             done => done,
         }
-    }
-
-    fn tuple_at(&self, lba: Lba) -> u64 {
-        self.header.borrow().tuple_offset + lba.0 * TUPLE_LEN as u64
-    }
-
-    /// The tuples of `blocks` blocks, in the form that travels.
-    pub async fn read_tuples(&self, lba: Lba, blocks: u64) -> io::Result<Vec<u8>> {
-        let buffer = Buffer::unset(blocks as usize * TUPLE_LEN);
-        self.storage.read(self.tuple_at(lba), &buffer.sg()).await?;
-        let mut bytes = buffer.to_vec();
-        invert(&mut bytes);
-        let overlay = self.overlay.borrow();
-        if !overlay.is_empty() {
-            for (i, slot) in bytes.as_chunks_mut::<TUPLE_LEN>().0.iter_mut().enumerate() {
-                if let Some(tuple) = overlay.get(&(lba.0 + i as u64)) {
-                    *slot = *tuple;
-                }
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// From now on reads give these tuples; the file stays as it is.
-    pub fn overlay(&self, lba: Lba, tuples: &[u8]) {
-        let tuples = tuples.as_chunks::<TUPLE_LEN>().0.iter().enumerate();
-        self.overlay.borrow_mut().extend(tuples.map(|(i, tuple)| (lba.0 + i as u64, *tuple)));
-    }
-
-    /// Writes tuples in the form that travels. The region must be marked.
-    pub async fn write_tuples(&self, lba: Lba, mut bytes: Vec<u8>, dsync: bool) -> io::Result<()> {
-        invert(&mut bytes);
-        let (at, len) = (self.tuple_at(lba), bytes.len() as u64);
-        let done = self.gather.write(&self.storage, at, bytes, dsync).await;
-        self.wrote();
-        done?;
-        let mut pages = self.pages.borrow_mut();
-        for page in at / PAGE..(at + len).div_ceil(PAGE) {
-            *pages.entry(page / 64).or_default() |= 1 << (page % 64);
-        }
-        Ok(())
-    }
-
-    /// Whether the tuples of those blocks are known to have their space, so that writing them cannot fail for want of it
-    /// (on a file system that writes in place).
-    pub fn has_space(&self, lba: Lba, blocks: u64) -> bool {
-        let at = self.tuple_at(lba);
-        let pages = self.pages.borrow();
-        (at / PAGE..(at + blocks * TUPLE_LEN as u64).div_ceil(PAGE))
-            .all(|page| pages.get(&(page / 64)).is_some_and(|word| word >> (page % 64) & 1 == 1))
-    }
-
-    /// Gives the blocks the escape: frees the space of their tuples, or keeps it if later writes shall need none.
-    pub async fn clear_tuples(&self, lba: Lba, blocks: u64, keep_space: bool) -> io::Result<()> {
-        let (at, len) = (self.tuple_at(lba), blocks * TUPLE_LEN as u64);
-        let end = at + len;
-        let how = if keep_space { Fallocate::ZeroRange } else { Fallocate::PunchHole };
-        self.pages.borrow_mut().retain(|word, _| !(at / PAGE / 64..=end / PAGE / 64).contains(word));
-        let done = self.storage.fallocate(how, at, len).await;
-        self.wrote();
-        match done {
-            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => (),
-            done => return done,
-        }
-        let zeros = Buffer::zeroed(len.min(1 << 20) as usize).sg();
-        let mut pos = at;
-        while pos < end {
-            let n = (end - pos).min(zeros.len() as u64);
-            self.storage.write(pos, &zeros.slice(0, n as usize), false).await?;
-            pos += n;
-        }
-        self.wrote();
-        Ok(())
-    }
-
-    /// The first run of blocks at or after `lba` whose tuples may be other than the escape.
-    pub async fn next_tuples(&self, lba: Lba) -> io::Result<Option<Range<u64>>> {
-        let base = self.tuple_at(Lba(0));
-        let found = self.storage.next_data(self.tuple_at(lba)).await?;
-        let size = TUPLE_LEN as u64;
-        Ok(found
-            .map(|run| ((run.start - base) / size).max(lba.0)..(run.end - base).div_ceil(size))
-            .filter(|run| run.start < run.end))
     }
 
     /// Marks the regions of those blocks, durably, before they are written; they stay marked while the guard lives, and

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, hash::BuildHasherDefault, io};
 
 use super::MOST_MEMORY;
-use crate::image::qcow2::cache::OffsetHasher;
+use crate::storage::cache::OffsetHasher;
 
 type Map<V> = HashMap<u64, V, BuildHasherDefault<OffsetHasher>>;
 

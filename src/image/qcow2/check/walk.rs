@@ -13,11 +13,11 @@ use super::{
 use crate::{
     image::qcow2::{
         Storage,
-        cache::OffsetHasher,
         header::HeaderInfo,
         layout::{COMPRESSED, COPIED, Entry, Geometry, Place, offset},
         tables::decode,
     },
+    storage::cache::OffsetHasher,
     sys::{exec::join_all, mem::Buffer},
 };
 
