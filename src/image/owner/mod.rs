@@ -13,6 +13,7 @@
 //! itself, from memory: an old holder's would go over the new one's generation. An image without such a file is nobody's, and opened as always.
 
 mod keeper;
+mod left;
 mod record;
 mod watch;
 
@@ -26,6 +27,7 @@ use std::{
 use uuid::Uuid;
 
 pub use keeper::Keeper;
+pub use left::Left;
 pub use record::{HostId, OwnerState, Record, path_of};
 pub use watch::{Fencing, Heard, Taken, Watch};
 
