@@ -1,33 +1,30 @@
-//! LUNs that go to another host and come from one: the two sides of [`crate::handover`], over the kernel, the daemon and the image that are really there.
+//! LUNs that go to another host: the source's side of [`crate::handover`], over the kernel, the daemon and the image that are really there. The other is [`super::receive`].
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+mod storage;
+
+use std::{io, path::PathBuf, time::Duration};
 
 use serde_json::Value;
 
 use super::{
-    Admin, Refusal, config_check,
-    inherited::{Inherited, Renamed, Stays, alua_of, reservations_of},
+    Admin, Refusal,
+    inherited::{Stays, alua_of, reservations_of},
     luns::refused,
-    order::{ExportOrder, Order},
     require_root,
-    way::{Address, Certificates, Connection},
+    way::{Address, Certificates},
 };
 use crate::{
     control::Registry,
     daemon::held::Held,
-    handover::{self, Destination, Failure, Given, Identity, Source, State, Thawed, state::Modes},
+    handover::{self, Failure, Given, Identity, Source, State, Thawed, state::Modes},
     image::{
         nbd::is_uri,
         owner::{self, Claim, OwnerState},
     },
     kernel::{
         backstore::Backstore,
-        fabric::{self, Export, Fabric},
-        names::{Name, Wwn},
+        fabric::{self, Export},
+        names::Name,
         reservations, usage,
     },
     lun::{
@@ -35,18 +32,16 @@ use crate::{
         config::DeviceConfig,
         continued::{self, ContinuedFile},
         events::JobStatus,
-        handed_over::HandedOver,
         jobs::JobOrder,
         saved_pages, scrub,
         state_file::StateFile,
         throttle,
     },
-    pi::{Counters, protected::sidecar_path},
+    pi::Counters,
     tls::TlsError,
-    units::BlockSize,
 };
 
-fn failed(e: &Refusal) -> Failure {
+pub(super) fn failed(e: &Refusal) -> Failure {
     let reason = if e.value.is_empty() || e.reason.starts_with(&e.value) {
         e.reason.clone()
     } else {
@@ -69,6 +64,8 @@ struct Going<'a> {
     held: Option<Held>,
     /// The reservations that were sent.
     sent: Option<reservations::Held>,
+    /// Its storage, if that goes along.
+    storage: Option<storage::Storage>,
 }
 
 /// What is known of it once it has been looked at.
@@ -227,15 +224,20 @@ impl Source for Going<'_> {
             capacity: stats.capacity_bytes,
             write_cache: store.write_cache,
             exports: exports.iter().map(|e| (e.fabric.clone(), e.target.clone())).collect(),
-            generation: owner.map(|o| o.generation),
+            generation: owner.map(|o| o.generation).filter(|_| self.storage.is_none()),
         };
         self.known = Some(Known { store, exports, identity: identity.clone(), image, counters: stats.pi });
         Ok(identity)
     }
 
     fn freeze(&mut self) -> Result<(), Failure> {
-        (self.goes)();
-        self.pausing()?.pause().map_err(Failure::new)
+        let Some(storage) = &mut self.storage else {
+            (self.goes)();
+            return self.pausing()?.pause().map_err(Failure::new);
+        };
+        let far = storage.last_call()?;
+        self.pausing()?.pause().map_err(Failure::new)?;
+        far.whole().map_err(Failure::new)
     }
 
     fn state(&mut self) -> Result<State, Failure> {
@@ -247,10 +249,15 @@ impl Source for Going<'_> {
         let owner = |e: owner::OwnerError| Failure::new(format!("{}: {}", image.display(), chain(&e)));
         let claim =
             Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))?;
-        let record = owner::share(image, &claim).map_err(owner)?;
-        if record.state != OwnerState::Released {
+        let record = match &self.storage {
+            None => Some(owner::share(image, &claim).map_err(owner)?),
+            // The new image is another.
+            Some(_) => owner::read(image).map_err(owner)?,
+        };
+        if let Some(record) = record.as_ref().filter(|record| record.state != OwnerState::Released) {
             return Err(Failure::new(format!("{} was not given back: {:?}", image.display(), record.state)));
         }
+        let generation = record.filter(|_| self.storage.is_none()).map(|record| record.generation);
         let places = &self.admin.places;
         let io = |e: io::Error| Failure::new(e.to_string());
         let saved =
@@ -269,7 +276,7 @@ impl Source for Going<'_> {
             limits: saved(throttle::FOLDER)?,
             scrub: saved(scrub::FOLDER)?,
             counters: counters.as_ref().and_then(|c| serde_json::to_value(c).ok()),
-            ..State::new(Identity { generation: Some(record.generation), ..identity.clone() })
+            ..State::new(Identity { generation, ..identity.clone() })
         })
     }
 
@@ -290,8 +297,8 @@ impl Source for Going<'_> {
 }
 
 impl Admin {
-    /// Hands a LUN of the daemon's over to whoever receives there; with TLS, if the certificate shows that it is that host. `goes` is called when both
-    /// have looked at it, and it stops.
+    /// Hands a LUN of the daemon's over to whoever receives there, with its storage if that is said; with TLS, if the certificate shows that it is that host. `goes` is called when both
+    /// have looked at it, and it stops, or begins to be copied.
     ///
     /// # Errors
     /// Which step failed; the LUN serves here then, or the words say why it does not.
@@ -300,7 +307,7 @@ impl Admin {
         luns: &Registry,
         name: &Name,
         to: &Address,
-        with: Option<&Certificates>,
+        (with, storage): (Option<&Certificates>, bool),
         goes: &dyn Fn(),
     ) -> Result<Given, Refusal> {
         let mut connection = to.connect(with).map_err(|e| match TlsError::of(&e) {
@@ -313,193 +320,26 @@ impl Admin {
             }),
         })?;
         tracing::info!(lun = %name, %to, "is handed over");
-        let mut going =
-            Going { admin: self, luns, name: name.clone(), goes, known: None, held: None, sent: None };
-        let given = handover::give(&mut connection, &mut going).map_err(|e| {
+        let mut going = Going {
+            admin: self,
+            luns,
+            name: name.clone(),
+            goes,
+            known: None,
+            held: None,
+            sent: None,
+            storage: storage.then(|| storage::Storage::new(to)),
+        };
+        let given = match storage {
+            false => handover::give(&mut connection, &mut going),
+            true => handover::give_with_storage(&mut connection, &mut going),
+        };
+        let given = given.map_err(|e| {
             tracing::error!(lun = %name, %to, "not handed over: {e}");
             let next = e.down.as_ref().and_then(|down| down.next.clone()).or_else(|| e.failure.next.clone());
             Refusal::new("handover", name, e.to_string()).maybe_next(next)
         })?;
         tracing::info!(lun = %name, %to, "has been handed over");
         Ok(given)
-    }
-
-    /// Has one LUN handed over from whoever is at the other end, under its own name or another. `comes` is called with that name when it could be had, and says
-    /// whether it is wanted still.
-    ///
-    /// # Errors
-    /// Why not; nothing of it is here then.
-    pub fn receive(
-        &self,
-        connection: &mut Connection,
-        name: Option<&Name>,
-        comes: &dyn Fn(&str) -> bool,
-    ) -> Result<Value, Refusal> {
-        let mut coming = Coming { admin: self, name: name.cloned(), comes };
-        let (identity, made) = handover::take(connection, &mut coming)
-            .map_err(|e| Refusal::new("receive", "", e.reason).maybe_next(e.next))?;
-        tracing::info!(lun = identity.name, "has come from another host");
-        Ok(made)
-    }
-}
-
-/// A LUN that comes.
-struct Coming<'a> {
-    admin: &'a Admin,
-    /// Another name than it had.
-    name: Option<Name>,
-    comes: &'a dyn Fn(&str) -> bool,
-}
-
-impl Coming<'_> {
-    fn name(&self, of: &Identity) -> Result<Name, Failure> {
-        match &self.name {
-            Some(name) => Ok(name.clone()),
-            None => Name::new(&of.name).map_err(|e| Failure::new(format!("{}: {e}", of.name))),
-        }
-    }
-
-    fn config(of: &Identity) -> Result<DeviceConfig, Failure> {
-        DeviceConfig::parse(&of.config).map_err(|e| {
-            Failure::new(format!("its configuration is not understood here: {e}"))
-                .then("use the same version on both hosts")
-        })
-    }
-
-    /// Each export as it is called there, and what it is here: the same, or of a LUN that gets another name what `create` would call it.
-    fn exports(&self, of: &Identity) -> Result<Vec<Renamed>, Failure> {
-        let mut out: Vec<Renamed> = Vec::new();
-        for (word, wwn) in &of.exports {
-            let no = |why: String| Failure::new(format!("the export {word}:{wwn}: {why}"));
-            let fabric =
-                Fabric::of(word).ok_or_else(|| no("the fabrics are loopback and vhost".to_owned()))?;
-            let here = match &self.name {
-                None => Wwn::new(wwn).map_err(|e| no(e.to_string()))?,
-                Some(name) => match out.iter().filter(|(_, (of, _))| *of == fabric).count() {
-                    0 => Wwn::derived(&[word, name.as_str()]),
-                    before => Wwn::derived(&[word, name.as_str(), &before.to_string()]),
-                },
-            };
-            out.push(((word.clone(), wwn.clone()), (fabric, here)));
-        }
-        Ok(out)
-    }
-
-    fn order(&self, of: &Identity) -> Result<Order, Failure> {
-        let block_size = BlockSize::new(of.block_size)
-            .ok_or_else(|| Failure::new(format!("blocks of {} bytes are not served here", of.block_size)))?;
-        let config = DeviceConfig {
-            format: Some(
-                of.format
-                    .parse()
-                    .map_err(|_| Failure::new(format!("the format {} is not known here", of.format)))?,
-            ),
-            ..Self::config(of)?
-        };
-        let here = self.exports(of)?.into_iter().map(|(_, (fabric, wwn))| (fabric, Some(wwn)));
-        Ok(Order {
-            name: self.name(of)?,
-            serial: Some(of.serial.clone()),
-            exports: here.map(|(fabric, wwn)| ExportOrder { fabric, wwn }).collect(),
-            ..config_check::order(&config, block_size).map_err(|e| failed(&e))?
-        })
-    }
-}
-
-impl Destination for Coming<'_> {
-    fn prepare(&mut self, of: &Identity) -> Result<(), Failure> {
-        require_root("receive").map_err(|e| failed(&e))?;
-        let places = &self.admin.places;
-        places.daemon().map_err(|e| failed(&e))?;
-        let order = self.order(of)?;
-        let name = &order.name;
-        if places.find("receive", name).map_err(|e| failed(&e))?.is_some() {
-            return Err(Failure::new(format!("a LUN {name} is there already"))
-                .then(format!("delete it there, or receive under another name: tcmu-dif delete {name}")));
-        }
-        let config = Self::config(of)?;
-        check_image(&config)?;
-        let image = &config.image;
-        let found =
-            owner::read(image).map_err(|e| Failure::new(format!("{}: {}", image.display(), chain(&e))))?;
-        // That it is the same file on the same storage: its owner's file says the same there.
-        if found.as_ref().map(|o| o.generation) != of.generation {
-            return Err(Failure::new(format!("{} is not the same file here and there", image.display()))
-                .then("mount the storage that both hosts have at the same place"));
-        }
-        if config.pi.is_some() {
-            let sidecar = sidecar_path(image, config.sidecar.as_deref());
-            if !sidecar.exists() {
-                return Err(Failure::new(format!("there is no {}", sidecar.display()))
-                    .then("keep the protection information where both hosts see it, beside the image"));
-            }
-        }
-        for export in &order.exports {
-            let Some(wwn) = &export.wwn else { continue };
-            let target = Path::new("target").join(export.fabric.word()).join(wwn.as_str());
-            if places.tree.has_now(&target) {
-                return Err(Failure::new(format!("the target {wwn} is there already"))
-                    .then("take it down there first"));
-            }
-        }
-        if !(self.comes)(order.name.as_str()) {
-            return Err(Failure::new("the destination does not want it any more: migrate_cancel"));
-        }
-        Ok(())
-    }
-
-    fn build(&mut self, state: &State) -> Result<Value, Failure> {
-        let of = &state.identity;
-        let order = self.order(of)?;
-        let generation = of
-            .generation
-            .ok_or_else(|| Failure::new("it is not told in which generation the image was given back"))?;
-        let inherited = Inherited::of(state.reservations.as_ref(), state.alua.as_ref(), &self.exports(of)?)?;
-        let counters = state.counters.clone().and_then(|c| serde_json::from_value(c).ok());
-        let begin = HandedOver { generation, modes: state.modes.clone(), counters };
-        let begin = serde_json::to_value(begin).map_err(|e| Failure::new(e.to_string()))?;
-        let places = &self.admin.places;
-        let io = |e: io::Error| Failure::new(format!("what comes with the LUN cannot be kept: {e}"));
-        let file = |folder| StateFile::new(&places.state_dir, folder, &of.serial);
-        let all = [
-            (file(saved_pages::FOLDER), state.saved_pages.clone()),
-            (file(throttle::FOLDER), state.limits.clone()),
-            (file(scrub::FOLDER), state.scrub.clone()),
-            (HandedOver::file(&places.state_dir, &of.serial), Some(begin)),
-        ];
-        // Where both LUNs are of one host, these are the source's too.
-        let before = all.each_ref().map(|(file, _)| file.load::<Value>().unwrap_or(None));
-        let put = |file: &StateFile, value: &Option<Value>| match value {
-            Some(value) => file.save(value, true),
-            None => file.remove(),
-        };
-        let made = all.iter().try_for_each(|(file, value)| put(file, value)).map_err(io).and_then(|()| {
-            let made = self.admin.create_with(&order, &inherited).map_err(|e| failed(&e))?;
-            if !made.created || made.capacity_bytes != of.capacity {
-                return Err(Failure::new(format!(
-                    "the disk has {} bytes here, and {} there",
-                    made.capacity_bytes, of.capacity
-                )));
-            }
-            Ok(made)
-        });
-        let made = match made {
-            Ok(made) => made,
-            Err(failure) => {
-                for ((file, _), value) in all.iter().zip(&before) {
-                    if let Err(e) = put(file, value) {
-                        tracing::warn!("{}: {e}", file.path().display());
-                    }
-                }
-                return Err(failure);
-            }
-        };
-        if !of.write_cache
-            && let Ok(Some(store)) = places.find("receive", &order.name)
-            && let Err(e) = store.set_write_cache(&places.tree, false)
-        {
-            tracing::warn!(lun = %order.name, "its write cache could not be turned off, as it was: {}", chain(&e));
-        }
-        serde_json::to_value(&made).map_err(|e| Failure::new(e.to_string()))
     }
 }

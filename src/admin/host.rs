@@ -11,12 +11,13 @@ use serde_json::{Map, Value, json};
 use super::{
     Admin, Refusal,
     order::Words,
+    receive::NewImage,
     require_root,
     way::{Address, Certificates, Listener},
 };
 use crate::{
     control::{
-        Host, Incoming, Registry, To,
+        Comes, Host, Incoming, Registry, To,
         qmp::{Class, Error},
     },
     daemon::resize::{ResizeError, resize},
@@ -60,22 +61,25 @@ impl Host for Admin {
     }
 
     fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>, goes: &dyn Fn()) -> Result<Value, Error> {
+        let storage = to.blk;
         let (to, with) = way(to)?;
-        let given = Admin::hand_over(self, luns, &name_of(device)?, &to, with.as_ref(), goes);
+        let image = luns.find(device).filter(|_| storage).map(|lun| lun.made().config.image.clone());
+        let given = Admin::hand_over(self, luns, &name_of(device)?, &to, (with.as_ref(), storage), goes);
         let given = given.map_err(|e| told(&e))?;
         Ok(json!({
             "device": device, "uri": to.to_string(), "answered": given.made.is_some(),
-            "left": given.left.map(|left| left.reason),
+            "left": given.left.map(|left| left.reason), "image": image,
         }))
     }
 
-    fn listen(&self, from: &To<'_>, device: Option<&str>) -> Result<Box<dyn Incoming>, Error> {
+    fn listen(&self, from: &To<'_>, comes: &Comes<'_>) -> Result<Box<dyn Incoming>, Error> {
         require_root("migrate-incoming").map_err(|e| told(&e))?;
-        let name = device.map(name_of).transpose()?;
+        let name = comes.device.map(name_of).transpose()?;
+        let image = new_image(comes)?;
         let (at, with) = way(from)?;
         let listener = at.listen(with.as_ref());
         let listener = listener.map_err(|e| Error::generic(format!("uri: {at}: {e}")))?;
-        Ok(Box::new(Listening { admin: self.clone(), listener, name }))
+        Ok(Box::new(Listening { admin: self.clone(), listener, name, image }))
     }
 
     fn quit(&self) {
@@ -87,7 +91,7 @@ impl Host for Admin {
 }
 
 /// Where the other side is, and what shows who it is.
-fn way(To { uri, certificates, hostname }: &To<'_>) -> Result<(Address, Option<Certificates>), Error> {
+fn way(To { uri, certificates, hostname, .. }: &To<'_>) -> Result<(Address, Option<Certificates>), Error> {
     let to: Address = uri.parse().map_err(|why| Error::generic(format!("uri: {uri}: {why}")))?;
     let with = Certificates::of(&to, certificates.map(PathBuf::from), hostname.map(str::to_owned));
     with.map(|with| (to, with)).map_err(|why| Error::generic(format!("tls-certificates: {why}")))
@@ -98,6 +102,19 @@ struct Listening {
     admin: Admin,
     listener: Listener,
     name: Option<Name>,
+    image: Option<NewImage>,
+}
+
+/// Where the image of a LUN is made that comes with its storage.
+fn new_image(comes: &Comes<'_>) -> Result<Option<NewImage>, Error> {
+    let format = comes.format.map(str::parse).transpose();
+    let format = format.map_err(|e| Error::generic(format!("format: {e}")))?;
+    match comes.image {
+        Some(at) if at.starts_with('/') => Ok(Some(NewImage { at: at.into(), format })),
+        Some(at) => Err(Error::generic(format!("image: {at}: the path is not absolute"))),
+        None if format.is_some() => Err(Error::generic("format: give the new image's path too: image")),
+        None => Ok(None),
+    }
 }
 
 impl Incoming for Listening {
@@ -105,7 +122,7 @@ impl Incoming for Listening {
         let connection = self.listener.accept_unless(stop);
         let connection = connection.map_err(|e| Error::generic(format!("who listens for a source: {e}")))?;
         let Some(mut connection) = connection else { return Ok(false) };
-        let came = self.admin.receive(&mut connection, self.name.as_ref(), comes);
+        let came = self.admin.receive(&mut connection, self.name.as_ref(), self.image.as_ref(), comes);
         came.map(|_| true).map_err(|e| {
             tracing::error!("no LUN has come: {}", e.in_one_line());
             told(&e)

@@ -17,6 +17,7 @@ mod inherited;
 pub mod luns;
 pub mod order;
 mod owed;
+pub mod receive;
 pub mod standby;
 pub mod way;
 

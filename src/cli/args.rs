@@ -524,6 +524,22 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    #[test]
+    fn the_commands_of_the_documentation_of_handovers_are_commands() {
+        let text = include_str!("../../docs/handover.md");
+        let mut seen = 0;
+        for line in text.lines().filter_map(|line| line.trim().strip_prefix("# tcmu-dif ")) {
+            let words = line.split('#').next().unwrap_or_default();
+            if words.contains('…') {
+                continue;
+            }
+            let words = ["tcmu-dif"].into_iter().chain(words.split_whitespace()).map(OsString::from);
+            parse(words).unwrap_or_else(|e| panic!("{line}: {e}"));
+            seen += 1;
+        }
+        assert!(seen >= 8, "{seen}");
+    }
+
     /// Leaf commands without `--json`, hidden ones too, and why.
     const WITHOUT_JSON: [(&str, &str); 3] = [
         ("packaging-files", "prints nothing: it writes files"),

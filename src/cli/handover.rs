@@ -1,6 +1,10 @@
 //! `tcmu-dif handover` and `tcmu-dif receive`: a LUN goes from one host to another.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use serde_json::{Map, Value};
 
@@ -10,9 +14,11 @@ use super::{
     error,
     handover_args::{Handover, Receive},
     output,
+    pi::{advance, bar},
 };
 use crate::{
     admin::{
+        receive::NewImage,
         require_root,
         way::{Address, Certificates},
     },
@@ -22,6 +28,12 @@ use crate::{
 
 /// How long the daemon may take: it waits for the other side, and for two LUNs.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// The same where it copies the LUN's image.
+const LONG: Duration = Duration::from_secs(30 * 86400);
+
+/// How often it is asked how far the copy is.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// The certificates that go with an address.
 fn certificates(
@@ -44,14 +56,22 @@ pub fn give(cli: &Cli, args: &Handover) -> Done {
     let failed = |e| error::from_client("handover", name, &e);
     let with = certificates(&args.to, args.tls_certificates.as_ref(), args.tls_hostname.as_ref())?;
     let mut client = Client::connect(&cli.run_dir.join(SOCKET)).map_err(failed)?;
-    client.wait_for(PATIENCE).map_err(failed)?;
+    // A copy takes as long as it takes; the daemon looks after it.
+    client.wait_for(if args.copy_storage_all { LONG } else { PATIENCE }).map_err(failed)?;
     let mut arguments =
         Map::from_iter([("device".to_owned(), name.into()), ("uri".to_owned(), args.to.to_string().into())]);
     if let Some(Certificates { dir, hostname }) = with {
         arguments.insert("tls-certificates".to_owned(), dir.to_string_lossy().into());
         hostname.into_iter().for_each(|name| drop(arguments.insert("tls-hostname".to_owned(), name.into())));
     }
-    let given = client.execute("migrate", arguments).map_err(failed)?;
+    if args.copy_storage_all {
+        arguments.insert("blk".to_owned(), true.into());
+    }
+    let given = match args.copy_storage_all {
+        false => client.execute("migrate", arguments),
+        true => copying(cli, name, || client.execute("migrate", arguments)),
+    };
+    let given = given.map_err(failed)?;
     if args.json.json {
         return output::json(&given);
     }
@@ -59,10 +79,40 @@ pub fn give(cli: &Cli, args: &Handover) -> Done {
     if given["answered"] == false {
         text = format!("{name} has gone over: the other host has its image, though its answer was lost");
     }
+    if let Some(image) = given["image"].as_str() {
+        text.push_str(&format!("; {image} stays here, marked as that host's"));
+    }
     if let Some(left) = given["left"].as_str() {
         text.push_str(&format!("; what is left here: {left}\n  next: tcmu-dif delete --force {name}"));
     }
     output::print(&text)
+}
+
+/// Shows how far the copy is while that runs.
+fn copying<T>(cli: &Cli, name: &str, run: impl FnOnce() -> T) -> T {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            // Without a second connection nothing is shown.
+            let Ok(mut client) = Client::connect(&cli.run_dir.join(SOCKET)) else { return };
+            let bar = bar("copying");
+            let mut step = advance(&bar);
+            while !over.load(Ordering::Acquire) {
+                let of = Map::from_iter([("device".to_owned(), name.into())]);
+                let Ok(found) = client.execute("query-migrate", of) else { break };
+                if let (Some(done), Some(all)) =
+                    (found["disk"]["transferred"].as_u64(), found["disk"]["total"].as_u64())
+                {
+                    step(done, all);
+                }
+                std::thread::sleep(LOOK);
+            }
+            bar.finish_and_clear();
+        });
+        let done = run();
+        over.store(true, Ordering::Release);
+        done
+    })
 }
 
 /// Runs `receive`.
@@ -83,9 +133,20 @@ pub fn take(cli: &Cli, args: &Receive) -> Done {
         CliError::from("--listen", &args.listen, &e).then(next)
     })?;
     let admin = cli.admin();
+    let at = args.image.as_ref().map(std::path::absolute).transpose();
+    let at = at.map_err(|e| CliError::from("--image", "", &e))?;
+    let image = at.map(|at| NewImage { at, format: args.format });
+    if let Some(new) = image.as_ref().filter(|new| !args.once && !new.at.is_dir()) {
+        return Err(CliError::usage(
+            "--image",
+            new.at.display().to_string(),
+            "it is no directory".to_owned(),
+        )
+        .then("name a directory for the images of several LUNs; or receive one: --once"));
+    }
     loop {
         let mut connection = listener.accept().map_err(|e| CliError::from("receive", &args.listen, &e))?;
-        let came = admin.receive(&mut connection, args.name.as_ref(), &|_| true);
+        let came = admin.receive(&mut connection, args.name.as_ref(), image.as_ref(), &|_| true);
         match came {
             Ok(made) => tell(args, &made)?,
             Err(e) if args.once => return Err(e),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::args::Json;
-use crate::{admin::way::Address, kernel::names::Name};
+use crate::{admin::way::Address, image::Format, kernel::names::Name};
 
 /// `handover`.
 #[derive(Debug, Args)]
@@ -22,6 +22,9 @@ pub struct Handover {
     /// With tls://: the name in the other host's certificate, if it is not HOST
     #[arg(long, value_name = "NAME")]
     pub tls_hostname: Option<String>,
+    /// Copy its image there first, while it is in use: for hosts without storage in common. The other host says where (receive --image)
+    #[arg(long)]
+    pub copy_storage_all: bool,
     /// As always.
     #[command(flatten)]
     pub json: Json,
@@ -39,6 +42,12 @@ pub struct Receive {
     /// Receive one LUN under this name, which it does not have elsewhere; its exports get names of their own
     #[arg(long, value_name = "NAME", value_parser = Name::new, requires = "once")]
     pub name: Option<Name>,
+    /// Where the image of a LUN is made that comes with --copy-storage-all: a path, or a directory in which it is called as it is there. Without it such LUNs are refused; nothing is overwritten
+    #[arg(long, value_name = "PATH")]
+    pub image: Option<PathBuf>,
+    /// The new image's format: raw or qcow2, if not the one that it has there
+    #[arg(long, requires = "image")]
+    pub format: Option<Format>,
     /// End after the first one, or its failure
     #[arg(long)]
     pub once: bool,

@@ -12,7 +12,11 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Host, Registry, To, qmp::Error};
+use super::{Comes, Host, Registry, To, qmp::Error};
+use crate::lun::{
+    events::JobStatus,
+    jobs::{JobInfo, JobOrder, Task},
+};
 
 /// How many are remembered.
 const KEPT: usize = 64;
@@ -171,7 +175,7 @@ pub(super) fn wait_for_one(
     luns: &Registry,
     host: &dyn Host,
     from: &To<'_>,
-    device: Option<&str>,
+    comes: &Comes<'_>,
 ) -> Result<(), Error> {
     let stop = Arc::new(AtomicBool::new(false));
     {
@@ -184,8 +188,8 @@ pub(super) fn wait_for_one(
         // Whatever comes next has this number.
         inner.waiting = Some((NOT_YET, stop.clone()));
     }
-    let mut incoming = host.listen(from, device).inspect_err(|_| luns.migrations().inner().waiting = None)?;
-    let id = UnderWay::begin(luns, true, device, from.uri).id;
+    let mut incoming = host.listen(from, comes).inspect_err(|_| luns.migrations().inner().waiting = None)?;
+    let id = UnderWay::begin(luns, true, comes.device, from.uri).id;
     luns.migrations().inner().waiting = Some((id, stop.clone()));
     let luns = luns.clone();
     let begun = thread::Builder::new().name("incoming".into()).spawn({
@@ -216,6 +220,33 @@ pub(super) fn wait_for_one(
         UnderWay { luns: &luns, id }.ends(Err(&e));
         e
     })
+}
+
+/// The copy of a LUN that goes with its storage, while it is under way.
+pub(super) fn copy_of(luns: &Registry, device: &str) -> Option<JobInfo> {
+    let jobs = luns.find(device)?.job(JobOrder::Query).ok()?;
+    jobs.into_iter().find(|job| job.settings.task == Task::Handover && job.status != JobStatus::Concluded)
+}
+
+/// Ends what is copied to other hosts: those LUNs stay. False if there is nothing.
+///
+/// # Errors
+/// The LUN's.
+pub(super) fn cancel_copies(luns: &Registry) -> Result<bool, Error> {
+    let going: Vec<String> = {
+        let inner = luns.migrations().inner();
+        let goes = inner.all.iter().filter(|m| !m.incoming && m.status == Status::Active);
+        goes.filter_map(|m| m.device.clone()).collect()
+    };
+    let mut any = false;
+    for device in going {
+        if let (Some(lun), Some(job)) = (luns.find(&device), copy_of(luns, &device)) {
+            let ended = lun.job(JobOrder::Cancel { id: job.id, force: true });
+            ended.map_err(|e| Error::generic(crate::lun::chain(&e)))?;
+            any = true;
+        }
+    }
+    Ok(any)
 }
 
 /// Ends the wait for a source that has not come.

@@ -79,12 +79,12 @@ pub trait Host: Send + Sync {
         let _ = (luns, to, goes);
         Err(qmp::Error::generic(format!("there is no daemon here that could hand LUN '{device}' over")))
     }
-    /// Listens for a source, whose LUN gets that name, or has its own here too.
+    /// Listens for a source, whose LUN comes so.
     ///
     /// # Errors
     /// Why nobody listens.
-    fn listen(&self, from: &To<'_>, device: Option<&str>) -> Result<Box<dyn Incoming>, qmp::Error> {
-        let _ = device;
+    fn listen(&self, from: &To<'_>, comes: &Comes<'_>) -> Result<Box<dyn Incoming>, qmp::Error> {
+        let _ = comes;
         Err(qmp::Error::generic(format!(
             "there is no daemon here that could have a LUN come over {}",
             from.uri
@@ -113,6 +113,19 @@ pub struct To<'a> {
     pub certificates: Option<&'a str>,
     /// The name that the other side's certificate has, if it is another than the host's.
     pub hostname: Option<&'a str>,
+    /// Its storage goes along.
+    pub blk: bool,
+}
+
+/// How a LUN comes, as a client says it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Comes<'a> {
+    /// Under another name.
+    pub device: Option<&'a str>,
+    /// Where its image is made, if it comes with its storage.
+    pub image: Option<&'a str>,
+    /// The new image's format, if it is to be another than there.
+    pub format: Option<&'a str>,
 }
 
 /// One who can take a LUN out of service for a while: its commands wait.

@@ -358,7 +358,15 @@ pub(super) static MIGRATION_INFO: Object = object(
         // In milliseconds.
         may("total-time", Type::Int),
         may("error-desc", Type::Str),
+        // While its storage is copied.
+        may("disk", Type::Object(&MIGRATION_STATS)),
     ],
+);
+
+/// MigrationStats, of the storage that goes along.
+static MIGRATION_STATS: Object = object(
+    "MigrationStats",
+    &[has("transferred", Type::Int), has("remaining", Type::Int), has("total", Type::Int)],
 );
 
 /// A LUN that another host has now.
@@ -371,6 +379,8 @@ pub(super) static LUN_MIGRATED: Object = object(
         has("answered", Type::Bool),
         // What could not be taken down here.
         may("left", Type::Str),
+        // With its storage: the image that stays here, and is marked as the other host's.
+        may("image", Type::Str),
     ],
 );
 

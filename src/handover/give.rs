@@ -39,7 +39,7 @@ impl std::fmt::Display for NotGiven {
 
 impl std::error::Error for NotGiven {}
 
-fn lost(e: &io::Error) -> Failure {
+pub(super) fn lost(e: &io::Error) -> Failure {
     let reason = match e.kind() {
         io::ErrorKind::UnexpectedEof => "the destination has ended the connection".to_owned(),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "the destination does not answer".to_owned(),
@@ -48,7 +48,7 @@ fn lost(e: &io::Error) -> Failure {
     Failure::new(reason).then("look at what the destination says")
 }
 
-fn unexpected() -> Failure {
+pub(super) fn unexpected() -> Failure {
     Failure::new("the destination answers something else than was asked")
 }
 
@@ -57,17 +57,7 @@ fn unexpected() -> Failure {
 /// # Errors
 /// The step that failed, and whether the LUN serves.
 pub fn give(connection: &mut (impl Read + Write), source: &mut impl Source) -> Result<Given, NotGiven> {
-    let before = |failure| NotGiven { step: Step::Preflight, failure, down: None };
-    let identity = source.identity().map_err(before)?;
-    let program = env!("CARGO_PKG_VERSION").to_owned();
-    let offer = Offer { protocol: PROTOCOL, program, identity };
-    let asked = send(connection, &Message::Offer(Box::new(offer))).and_then(|()| receive(connection));
-    match asked {
-        Ok(Message::Ready) => {}
-        Ok(Message::Failed(failure)) => return Err(before(failure)),
-        Ok(_) => return Err(before(unexpected())),
-        Err(e) => return Err(before(lost(&e))),
-    }
+    offer(connection, source, PROTOCOL)?;
     let frozen = source.freeze().map_err(|e| (Step::Freeze, e));
     let state = frozen.and_then(|()| collect(source).map_err(|e| (Step::State, e)));
     let state = match state {
@@ -88,8 +78,26 @@ pub fn give(connection: &mut (impl Read + Write), source: &mut impl Source) -> R
     back(source, Step::Build, failure)
 }
 
+/// Says what is to go over, and waits until the destination has looked.
+pub(super) fn offer(
+    connection: &mut (impl Read + Write),
+    source: &mut impl Source,
+    protocol: u32,
+) -> Result<(), NotGiven> {
+    let before = |failure| NotGiven { step: Step::Preflight, failure, down: None };
+    let identity = source.identity().map_err(before)?;
+    let program = env!("CARGO_PKG_VERSION").to_owned();
+    let offer = Offer { protocol, program, identity };
+    match send(connection, &Message::Offer(Box::new(offer))).and_then(|()| receive(connection)) {
+        Ok(Message::Ready) => Ok(()),
+        Ok(Message::Failed(failure)) => Err(before(failure)),
+        Ok(_) => Err(before(unexpected())),
+        Err(e) => Err(before(lost(&e))),
+    }
+}
+
 /// Has the LUN serve here again. Whether the destination has it all the same, whose answer was lost, is seen from the image.
-fn back(source: &mut impl Source, step: Step, failure: Failure) -> Result<Given, NotGiven> {
+pub(super) fn back(source: &mut impl Source, step: Step, failure: Failure) -> Result<Given, NotGiven> {
     match source.thaw() {
         Ok(Thawed::Serves) => Err(NotGiven { step, failure, down: None }),
         Ok(Thawed::Taken) => Ok(Given { made: None, left: source.finish().err() }),
@@ -97,7 +105,7 @@ fn back(source: &mut impl Source, step: Step, failure: Failure) -> Result<Given,
     }
 }
 
-fn collect(source: &mut impl Source) -> Result<Vec<u8>, Failure> {
+pub(super) fn collect(source: &mut impl Source) -> Result<Vec<u8>, Failure> {
     let state: State = source.state()?;
     state.to_bytes().map_err(|e| Failure::new(e.to_string()))
 }

@@ -6,23 +6,35 @@
 //!
 //! What decides is the image's owner's file (`image/owner`): the source gives the image back and tells of which generation it is then, and the destination takes just that
 //! one. Whatever is lost on the way, one of the two can take it and the other cannot.
+//!
+//! Where the hosts have no storage in common, the LUN's goes along ([`storage`], [`give_with_storage`]), and there is nothing that both could look at. The source decides then: it writes down
+//! that the LUN is the other host's before it says so, and serves it again only if that host answers that it has nothing of it.
 
 pub mod format;
 mod give;
 pub mod port;
 pub mod state;
+pub mod storage;
 mod take;
 pub mod wire;
+mod with_storage;
+
+use std::sync::mpsc::Sender;
 
 pub use give::{Given, NotGiven, give};
 pub use state::{Identity, State};
+use storage::{Parcel, Piece};
 pub use take::take;
+use wire::Host;
+pub use with_storage::give_with_storage;
 
 /// The steps of a handover, in their order, as the source sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Both sides say who they are, and the destination looks whether it could have the LUN.
     Preflight,
+    /// Its storage is copied, while it serves.
+    Storage,
     /// The LUN takes no more commands (they wait in the ring), ends those under way, flushes and closes its image, and gives it back.
     Freeze,
     /// What is known of the LUN is collected.
@@ -37,6 +49,7 @@ impl std::fmt::Display for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Step::Preflight => "preflight",
+            Step::Storage => "storage",
             Step::Freeze => "freeze",
             Step::State => "state",
             Step::Build => "build",
@@ -106,7 +119,34 @@ pub trait Source {
     fn finish(&mut self) -> Result<(), Failure>;
 }
 
-/// The host that is to have it.
+/// The host that has the LUN, and the only copy of its image.
+pub trait WithStorage: Source {
+    /// The image that stays here, for people.
+    fn image(&self) -> String;
+    /// Copies the LUN, while it serves, until nothing but what it takes to stop it is missing. [`Source::freeze`] after it sends the rest, and lets go of `to`.
+    ///
+    /// # Errors
+    /// Why not; the LUN serves.
+    fn copy(&mut self, to: Sender<Parcel>) -> Result<(), Failure>;
+    /// Writes down, durably, that the image which stays here is not to be served any more: that host has the LUN.
+    ///
+    /// # Errors
+    /// Why that could not be; then it may be served.
+    fn leave(&mut self, to: &Host) -> Result<(), Failure>;
+    /// Takes that back: it has nothing of the LUN.
+    ///
+    /// # Errors
+    /// The file system's.
+    fn stay(&mut self) -> Result<(), Failure>;
+}
+
+/// The destination has no place for a LUN's storage.
+pub fn no_storage() -> Failure {
+    Failure::new("the destination was not told where the LUN's new image is to be")
+        .then("give it a place there: tcmu-dif receive --image PATH")
+}
+
+/// The host that is to have it. What has defaults is for LUNs whose storage comes along.
 pub trait Destination {
     /// Looks whether it could have the LUN; changes nothing.
     ///
@@ -118,6 +158,31 @@ pub trait Destination {
     /// # Errors
     /// Why not: nothing of it is left then, and the image is given back.
     fn build(&mut self, state: &State) -> Result<serde_json::Value, Failure>;
+    /// As [`Destination::prepare`], for a LUN whose image is to be made here.
+    ///
+    /// # Errors
+    /// Why not.
+    fn prepare_storage(&mut self, of: &Identity) -> Result<(), Failure> {
+        let _ = of;
+        Err(no_storage())
+    }
+    /// Does that to the new image.
+    ///
+    /// # Errors
+    /// Why it can't.
+    fn land(&mut self, piece: Piece) -> Result<(), Failure> {
+        let _ = piece;
+        Err(no_storage())
+    }
+    /// Closes the new image, all of which has come, and tells what this host is. [`Destination::build`] comes next, or [`Destination::clear`].
+    ///
+    /// # Errors
+    /// Why it is not whole.
+    fn settle(&mut self) -> Result<Host, Failure> {
+        Err(no_storage())
+    }
+    /// It does not come about: what was made of an image is removed.
+    fn clear(&mut self) {}
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use std::io::{self, Read, Write};
 
 use super::{
     Destination, Failure, Identity, State,
-    wire::{Message, PROTOCOL, receive, send},
+    storage::landed,
+    wire::{Message, PROTOCOL, WITH_STORAGE, receive, send},
 };
 
 /// Has one LUN handed over: what it is now, and what was made.
@@ -16,8 +17,8 @@ pub fn take(
     destination: &mut impl Destination,
 ) -> Result<(Identity, serde_json::Value), Failure> {
     let done = (|| {
-        let identity = match receive(connection).map_err(|e| lost(&e))? {
-            Message::Offer(offer) if offer.protocol != PROTOCOL => {
+        let (identity, comes_along) = match receive(connection).map_err(|e| lost(&e))? {
+            Message::Offer(offer) if ![PROTOCOL, WITH_STORAGE].contains(&offer.protocol) => {
                 let words = format!(
                     "the source (tcmu-dif {}) hands over by protocol {}, and here (tcmu-dif {}) it is {PROTOCOL}",
                     offer.program,
@@ -26,24 +27,49 @@ pub fn take(
                 );
                 return Err(Failure::new(words).then("use the same version on both hosts"));
             }
-            Message::Offer(offer) => offer.identity,
+            Message::Offer(offer) => (offer.identity, offer.protocol == WITH_STORAGE),
             _ => return Err(Failure::new("the source does not begin with an offer")),
         };
-        destination.prepare(&identity)?;
+        match comes_along {
+            true => destination.prepare_storage(&identity)?,
+            false => destination.prepare(&identity)?,
+        }
         send(connection, &Message::Ready).map_err(|e| lost(&e))?;
-        let bytes = match receive(connection).map_err(|e| lost(&e))? {
-            Message::State(bytes) => bytes,
-            Message::Failed(failure) => return Err(failure),
-            _ => return Err(Failure::new("the source sends something else than the LUN's state")),
+        let bytes = loop {
+            match receive(connection).map_err(|e| lost(&e))? {
+                Message::State(bytes) => break bytes,
+                Message::Piece(piece) if comes_along => {
+                    destination.land(piece)?;
+                    landed(connection).map_err(|e| lost(&e))?;
+                }
+                Message::Failed(failure) => return Err(failure),
+                _ => return Err(Failure::new("the source sends something else than the LUN's state")),
+            }
         };
         let state = State::from_bytes(&bytes).map_err(|e| Failure::new(format!("the LUN's state: {e}")))?;
         let same = Identity { generation: identity.generation, ..state.identity.clone() };
         if same != identity {
             return Err(Failure::new("the LUN has changed while it was handed over").then("begin again"));
         }
+        if comes_along {
+            let here = destination.settle()?;
+            send(connection, &Message::Prepared(here)).map_err(|e| lost(&e))?;
+            // Until then the source may serve it again, and from then on not before it hears from here.
+            match receive(connection).map_err(|e| lost(&e))? {
+                Message::Commit => {}
+                Message::Failed(failure) => return Err(failure),
+                _ => {
+                    return Err(Failure::new("the source says something else than that the LUN is here now"));
+                }
+            }
+        }
         let made = destination.build(&state)?;
         Ok((state.identity, made))
     })();
+    if done.is_err() {
+        // Before the source hears of it, which may begin again.
+        destination.clear();
+    }
     match &done {
         Ok((_, made)) => {
             if let Err(e) = send(connection, &Message::Done(made.clone())) {

@@ -10,6 +10,8 @@ use std::{
 
 use serde_json::json;
 
+mod with_storage;
+
 use super::{
     state::Modes,
     wire::{Message, PROTOCOL, receive, send},
@@ -249,14 +251,14 @@ fn what_is_no_handover_is_refused_in_words() {
         taken.reason
     };
     assert_eq!(ask(Message::Ready), "the source does not begin with an offer");
-    let offer = wire::Offer { protocol: PROTOCOL + 1, program: "9.9".into(), identity: identity() };
+    let offer = wire::Offer { protocol: PROTOCOL + 2, program: "9.9".into(), identity: identity() };
     let words = ask(Message::Offer(Box::new(offer)));
     assert!(
-        words.contains("tcmu-dif 9.9") && words.contains(&format!("protocol {}", PROTOCOL + 1)),
+        words.contains("tcmu-dif 9.9") && words.contains(&format!("protocol {}", PROTOCOL + 2)),
         "{words}"
     );
     for bytes in
-        [&[9, 0, 0, 0, 0][..], &[1, 0xff, 0, 0, 0], &[1, 0, 0, 0, 2, b'{', b'}'], &[4, 0, 0, 0, 9, 1]]
+        [&[10, 0, 0, 0, 0][..], &[1, 0xff, 0, 0, 0], &[1, 0, 0, 0, 2, b'{', b'}'], &[4, 0, 0, 0, 9, 1]]
     {
         assert!(receive(&mut &bytes[..]).is_err(), "{bytes:?}");
     }

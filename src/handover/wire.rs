@@ -4,20 +4,32 @@ use std::io::{self, Read, Write};
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Failure, Identity, format::MAX_LEN};
+use super::{Failure, Identity, format::MAX_LEN, storage::Piece};
 
 /// The version of the protocol: both sides have to have the same one.
 pub const PROTOCOL: u32 = 1;
 
+/// That of a handover in which the LUN's storage goes along. One who does not know it refuses.
+pub const WITH_STORAGE: u32 = 2;
+
 /// What is said first, by the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct Offer {
-    /// [`PROTOCOL`].
+    /// [`PROTOCOL`], or [`WITH_STORAGE`].
     pub protocol: u32,
     /// The program's version, for people.
     pub program: String,
     /// What is to go over.
     pub identity: Identity,
+}
+
+/// A host, as the image that stays behind names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
+pub struct Host {
+    /// Its machine id.
+    pub id: [u8; 16],
+    /// Its name, for people.
+    pub name: String,
 }
 
 /// A message.
@@ -33,6 +45,14 @@ pub enum Message {
     Done(serde_json::Value),
     /// Either side cannot go on. Nothing of the LUN is at the destination.
     Failed(Failure),
+    /// The source: this is done to the new image.
+    Piece(Piece),
+    /// The destination has done the oldest piece that it had not answered.
+    Landed,
+    /// The destination has all of the new image, and the state: that host could serve it now, and does not.
+    Prepared(Host),
+    /// The source does not serve the LUN any more, whatever comes: it is the destination's.
+    Commit,
 }
 
 fn nonsense(why: impl Into<String>) -> io::Error {
@@ -54,6 +74,10 @@ pub fn send(to: &mut impl Write, message: &Message) -> io::Result<()> {
         Message::State(bytes) => (3, bytes.clone()),
         Message::Done(value) => (4, serde_json::to_vec(value)?),
         Message::Failed(failure) => (5, serde_json::to_vec(failure)?),
+        Message::Piece(piece) => return send_piece(to, piece),
+        Message::Landed => (7, Vec::new()),
+        Message::Prepared(host) => (8, serde_json::to_vec(host)?),
+        Message::Commit => (9, Vec::new()),
     };
     if body.len() > MAX_LEN {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a message is longer than 16 MiB"));
@@ -62,6 +86,17 @@ pub fn send(to: &mut impl Write, message: &Message) -> io::Result<()> {
     bytes.extend((body.len() as u32).to_be_bytes());
     bytes.extend(body);
     to.write_all(&bytes)?;
+    to.flush()
+}
+
+/// Sends a piece of the LUN's storage.
+pub(super) fn send_piece(to: &mut impl Write, piece: &Piece) -> io::Result<()> {
+    let parts = piece.parts()?;
+    let len = parts.iter().map(Vec::len).sum::<usize>() as u32;
+    to.write_all(&[&[6][..], &len.to_be_bytes(), &parts[0]].concat())?;
+    for part in parts[1..].iter().filter(|part| !part.is_empty()) {
+        to.write_all(part)?;
+    }
     to.flush()
 }
 
@@ -88,6 +123,10 @@ pub fn receive(from: &mut impl Read) -> io::Result<Message> {
         3 => Message::State(body),
         4 => Message::Done(json(&body)?),
         5 => Message::Failed(json(&body)?),
+        6 => Message::Piece(Piece::parse(body)?),
+        7 => Message::Landed,
+        8 => Message::Prepared(json(&body)?),
+        9 => Message::Commit,
         kind => return Err(nonsense(format!("a message of the unknown kind {kind}"))),
     })
 }

@@ -16,8 +16,8 @@ pub const FOLDER: &str = "handed-over";
 /// All of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HandedOver {
-    /// The generation in which the image was given back.
-    pub generation: u64,
+    /// The generation in which the image was given back; none of one that was made here.
+    pub generation: Option<u64>,
     /// What initiators have; without it they are told of a power on.
     pub modes: Option<Modes>,
     /// What protection has counted there.

@@ -4,6 +4,7 @@
 //! belongs to a LUN lives on that thread; from outside there are messages. A ring that makes no sense, an I/O backend that
 //! fails or a panic ends that thread alone: the LUN is [`State::Failed`] with the reason, and the others never notice.
 
+pub mod away;
 mod bitmaps;
 pub mod config;
 pub mod continued;
@@ -16,6 +17,7 @@ mod fault_points;
 pub mod handed_over;
 mod inbox;
 pub mod jobs;
+pub mod landing;
 #[cfg(test)]
 mod loop_tests;
 pub mod measured;
@@ -408,7 +410,7 @@ fn live(
         Ok(found) => found,
         Err(e) => return refuse(up, LunError::Saved(e)),
     };
-    let expected = handed_over.as_ref().map(|(found, _)| found.generation);
+    let expected = handed_over.as_ref().and_then(|(found, _)| found.generation);
     // Without an identity of the host an image that has an owner's file is refused.
     let own = Claim::of_this_host().ok().map(|claim| Own { claim, expected, lost });
     let opened = {
@@ -477,6 +479,7 @@ fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
 /// Closes the stack; tells what went wrong if something that was promised may be lost.
 fn close(io: &Io, exec: &Executor, lun: Rc<Lun>) -> Option<String> {
     let closed = run_to_end(io, exec, None, async move {
+        lun.jobs().send_the_rest().await;
         lun.keep_bitmaps().await;
         let closed = lun.front().close().await;
         lun.jobs().close().await;

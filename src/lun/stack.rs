@@ -1,9 +1,9 @@
-//! What a LUN stands on: an image, or an image with protection over it. One enum, so that the data path is one `match` and
+//! What a LUN stands on: an image, or an image with protection over it; and what a job copies it to. One enum, so that the data path is one `match` and
 //! no virtual call.
 
 use tracing::info;
 
-use super::{LunError, LunParams, config::DeviceConfig};
+use super::{LunError, LunParams, away::Away, config::DeviceConfig};
 use crate::{
     image::{
         Image,
@@ -30,6 +30,8 @@ pub(super) enum Stack {
     Plain(Box<Image>),
     /// The image, with a tuple for every block in its sidecar.
     Protected(Box<Protected<Image>>),
+    /// The new image of a LUN that is handed over, on another host: the target of a job, and nothing else.
+    Away(Box<Away>),
 }
 
 /// A LUN that says PROTECT = 1 over a kernel that drops tuples would fail every read and write of a guest that uses them.
@@ -121,13 +123,14 @@ impl Stack {
         match self {
             Stack::Plain(image) => image,
             Stack::Protected(protected) => protected.volume(),
+            Stack::Away(away) => away.none(),
         }
     }
 
     /// The image under protection, if it is.
     pub(super) fn protected(&self) -> Option<&Protected<Image>> {
         match self {
-            Stack::Plain(_) => None,
+            Stack::Plain(_) | Stack::Away(_) => None,
             Stack::Protected(protected) => Some(protected),
         }
     }
@@ -153,6 +156,7 @@ macro_rules! layers {
         match $self {
             Stack::Plain($v) => $call,
             Stack::Protected($v) => $call,
+            Stack::Away($v) => $call,
         }
     };
 }
@@ -167,6 +171,7 @@ impl Volume for Stack {
         match self {
             Stack::Plain(v) => v.read(at, to).await,
             Stack::Protected(v) => boxed(v.read(at, to)).await,
+            Stack::Away(v) => v.read(at, to).await,
         }
     }
 
@@ -174,6 +179,7 @@ impl Volume for Stack {
         match self {
             Stack::Plain(v) => v.write(at, from, flags).await,
             Stack::Protected(v) => boxed(v.write(at, from, flags)).await,
+            Stack::Away(v) => Box::pin(v.write(at, from, flags)).await,
         }
     }
 
@@ -214,14 +220,14 @@ impl Volume for Stack {
     ) -> T {
         match self {
             Stack::Plain(v) => v.lend_blocks(at, len, with).await,
-            Stack::Protected(_) => with(None).await,
+            Stack::Protected(_) | Stack::Away(_) => with(None).await,
         }
     }
 
     async fn take_blocks(&self, at: ByteOffset, loan: Loan) -> Moved {
         match self {
             Stack::Plain(v) => v.take_blocks(at, loan).await,
-            Stack::Protected(_) => Moved::Never,
+            Stack::Protected(_) | Stack::Away(_) => Moved::Never,
         }
     }
 
@@ -261,6 +267,7 @@ impl Side for Stack {
         match self {
             Stack::Plain(v) => v.read(at, to).await.map(|()| None),
             Stack::Protected(v) => v.read_verified(at, to).await.map(Some),
+            Stack::Away(v) => v.read(at, to).await.map(|()| None),
         }
     }
 
@@ -268,6 +275,7 @@ impl Side for Stack {
         let flags = WriteFlags::default();
         match (self, tuples) {
             (Stack::Protected(v), Some(tuples)) => v.write_with_tuples(at, from, tuples, flags).await,
+            (Stack::Away(v), tuples) => v.put_whole(at, from, tuples).await,
             _ => self.write(at, from, flags).await,
         }
     }
@@ -275,7 +283,7 @@ impl Side for Stack {
     async fn extent(&self, at: ByteOffset, len: u64) -> Result<Extent> {
         let extent = first_extent(self, at, len, self.block_bytes()).await?;
         match self {
-            Stack::Plain(_) => Ok(extent),
+            Stack::Plain(_) | Stack::Away(_) => Ok(extent),
             Stack::Protected(v) => v.with_tuples(extent).await,
         }
     }
@@ -284,10 +292,14 @@ impl Side for Stack {
         match self {
             Stack::Plain(v) => u64::from(v.limits().alignment).max(512),
             Stack::Protected(v) => v.block_size().bytes(),
+            Stack::Away(v) => v.block(),
         }
     }
 
     fn protected_by(&self) -> Option<PiType> {
-        self.protected().map(Protected::kind_at_rest)
+        match self {
+            Stack::Away(v) => v.kind(),
+            _ => self.protected().map(Protected::kind_at_rest),
+        }
     }
 }

@@ -287,7 +287,8 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         self.read_only
     }
 
-    pub(super) fn checker(&self) -> Checker {
+    /// What makes and checks its tuples now.
+    pub fn checker(&self) -> Checker {
         self.checker.get()
     }
 

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{
     super::{
-        To, migrations,
+        Comes, To, migrations,
         schema::{Type, has, may},
         types, without_nulls,
     },
@@ -18,11 +18,13 @@ pub(super) const MIGRATE: Command = Command {
         has("uri", Type::Str),
         may("tls-certificates", Type::Str),
         may("tls-hostname", Type::Str),
+        may("blk", Type::Bool),
     ],
     returns: Type::Object(&types::LUN_MIGRATED),
     help: "as QEMU's, of one LUN: hands it over to `tcmu-dif receive` or `migrate-incoming`, which listens at `uri` (`unix:/PATH`, or `tls://HOST:PORT` with the \
            directory `tls-certificates`; `tls-hostname` is the name in the other side's certificate, if it is not HOST), and answers when it \
-           serves there and is gone here. If a step fails it serves here as before, and the error says which",
+           serves there and is gone here. With `blk` (QEMU's before 9.1; virsh's `--copy-storage-all`) its image is copied there first, while it is in use, as a job that `query-jobs` \
+           has. If a step fails it serves here as before, and the error says which",
     run: migrate,
     after: None,
 };
@@ -31,17 +33,24 @@ pub(super) const CANCEL: Command = Command {
     name: "migrate_cancel",
     args: &[],
     returns: NOTHING,
-    help: "as in QEMU: `migrate-incoming` waits no longer for a source that has not come. A LUN that goes over cannot be called back",
+    help: "as in QEMU: `migrate-incoming` waits no longer for a source that has not come, or a LUN whose image is being copied to another host stays here. One that goes over cannot be called back",
     run: cancel,
     after: None,
 };
 
 pub(super) const INCOMING: Command = Command {
     name: "migrate-incoming",
-    args: &[has("uri", Type::Str), may("device", Type::Str), may("tls-certificates", Type::Str)],
+    args: &[
+        has("uri", Type::Str),
+        may("device", Type::Str),
+        may("tls-certificates", Type::Str),
+        may("image", Type::Str),
+        may("format", Type::Str),
+    ],
     returns: NOTHING,
     help: "as in QEMU: listens at `uri` for one source, as `tcmu-dif receive --once` does, and answers when it listens. What becomes of it is told by MIGRATION and `query-migrate`. \
-           `device` is another name for the LUN than it has there",
+           `device` is another name for the LUN than it has there. `image` is where the image of a LUN is made that comes with its storage: an absolute path, or a directory in which it is \
+           called as it is there; without it such a LUN is refused. `format` is its format, if not the one that it has there",
     run: incoming,
     after: None,
 };
@@ -61,6 +70,7 @@ fn to<'a>(args: &'a Arguments) -> Result<To<'a>, Error> {
         uri: args.text("uri")?,
         certificates: args.maybe_text("tls-certificates"),
         hostname: args.maybe_text("tls-hostname"),
+        blk: args.flag("blk"),
     })
 }
 
@@ -73,14 +83,30 @@ fn migrate(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
 }
 
 fn incoming(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
-    migrations::wait_for_one(registry, luns::host(registry)?, &to(args)?, args.maybe_text("device"))?;
+    let comes = Comes {
+        device: args.maybe_text("device"),
+        image: args.maybe_text("image"),
+        format: args.maybe_text("format"),
+    };
+    migrations::wait_for_one(registry, luns::host(registry)?, &to(args)?, &comes)?;
     Ok(json!({}))
 }
 
 fn cancel(registry: &Registry, _: &Arguments) -> Result<Value, Error> {
-    migrations::cancel(registry).map(|()| json!({}))
+    match migrations::cancel_copies(registry)? {
+        true => Ok(json!({})),
+        false => migrations::cancel(registry).map(|()| json!({})),
+    }
 }
 
 fn query(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
-    Ok(without_nulls(registry.migrations().query(args.maybe_text("device"))))
+    let mut found = registry.migrations().query(args.maybe_text("device"));
+    if found["status"] == "active"
+        && let Some(job) = found["device"].as_str().and_then(|device| migrations::copy_of(registry, device))
+    {
+        found["disk"] = json!({
+            "transferred": job.offset, "remaining": job.len.saturating_sub(job.offset), "total": job.len,
+        });
+    }
+    Ok(without_nulls(found))
 }

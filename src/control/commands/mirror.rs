@@ -231,7 +231,7 @@ pub(super) fn query(luns: &Registry, _: &Arguments) -> Result<Value, Error> {
 }
 
 fn described(lun: &str, job: &JobInfo) -> Value {
-    let mirror = job.settings.task == Task::Mirror;
+    let mirror = job.settings.task.copies_all();
     let copies = mirror || job.settings.task == Task::Backup;
     without_nulls(json!({
         "type": job.settings.task.word(), "device": job.id, "len": job.len, "offset": job.offset, "busy": job.busy,

@@ -77,7 +77,7 @@ impl<S: Side> Mirror<S> {
         if sync == SyncMode::None {
             return;
         }
-        if task == Task::Mirror && sync == SyncMode::Full && !fresh {
+        if task.copies_all() && sync == SyncMode::Full && !fresh {
             return self.map.set(0, capacity);
         }
         let mut at = 0;
@@ -86,7 +86,7 @@ impl<S: Side> Mirror<S> {
                 Ok(extent) => {
                     let own = extent.depth == 0 && extent.kind != ExtentKind::Unallocated;
                     let wanted = match sync {
-                        _ if task != Task::Mirror => task.wants(&extent),
+                        _ if !task.copies_all() => task.wants(&extent),
                         SyncMode::Full => extent.kind == ExtentKind::Data,
                         SyncMode::Top => own,
                         SyncMode::None | SyncMode::Bitmap => false,
@@ -222,7 +222,7 @@ impl<S: Side> Mirror<S> {
             // A hole whose page of tuples has some may have none itself, and is looked at alone.
             let settings = self.settings.get();
             let stored = next.kind == ExtentKind::Data && next.host_offset.is_some() && settings.wants(&next);
-            let whole = settings.task == Task::Mirror
+            let whole = settings.task.copies_all()
                 || (settings.task == Task::Backup && settings.sync != SyncMode::Top);
             let bridged =
                 whole && next.kind != ExtentKind::Data && next.len < SMALL_HOLE && end + next.len < stop;
@@ -307,6 +307,27 @@ impl<S: Side> Mirror<S> {
             Err(Failure { source, error }) => return Some(self.failed(source, &error)),
         }
         None
+    }
+
+    /// Copies what is still dirty, on a volume that nobody uses any more and nothing else copies.
+    ///
+    /// # Errors
+    /// Why the target does not have all of it.
+    pub async fn copy_rest(&self) -> std::result::Result<(), String> {
+        let buffer = Buffer::zeroed(PIECE as usize);
+        while let Some(copying) = self.map.take(PIECE) {
+            match self.transfer(copying.range(), &buffer).await {
+                Ok(true) => copying.done(),
+                Ok(false) => break,
+                Err(Failure { error, .. }) => return Err(error.to_string()),
+            }
+        }
+        match self.verdict() {
+            Some(Verdict::Failed(reason)) => Err(reason),
+            Some(Verdict::Cancelled) => Err("the copy was cancelled".to_owned()),
+            _ if !self.map.is_settled() => Err("not all of it could be copied".to_owned()),
+            _ => Ok(()),
+        }
     }
 
     /// Moves a range from the source to the target. False if the job is over before that is done. `buffer` has a piece, or the range.

@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use super::{Mirror, SyncMode, Told};
+use super::{Mirror, SyncMode, Task, Told};
 use crate::{
     job::Side,
     pi::tuple::{TUPLE_LEN, Tuple, tuples},
@@ -177,7 +177,9 @@ impl<S: Side> Mirror<S> {
     /// Whether there is another side that has what this one has.
     fn has_spare(&self) -> bool {
         let settings = self.settings.get();
-        let same = !settings.task.is_within() && !settings.task.keeps_the_past();
+        let task = settings.task;
+        // What is on another host is not read from here.
+        let same = !task.is_within() && !task.keeps_the_past() && task != Task::Handover;
         same && settings.sync != SyncMode::None && !self.is_over()
     }
 

@@ -287,7 +287,7 @@ impl<S: Side> Mirror<S> {
             });
             return Ok(());
         }
-        if settings.task.ends_by_itself() {
+        if settings.task.ends_by_itself() || settings.task == Task::Handover {
             return self.in_state("complete");
         }
         if settings.sync == SyncMode::None {
@@ -303,8 +303,10 @@ impl<S: Side> Mirror<S> {
     /// Ends it: one that has caught up leaves a target that is what the source was at that moment, unless `force` is said or it cannot
     /// copy; all others end as they are.
     pub fn cancel(&self, force: bool) {
+        // What a handover leaves is of no use to anybody.
+        let whole = self.settings.get().task != Task::Handover;
         self.change(|state| {
-            let soft = !force && state.ready && !state.paused && state.stopped == IoStatus::Ok;
+            let soft = whole && !force && state.ready && !state.paused && state.stopped == IoStatus::Ok;
             if soft {
                 state.asked = Some(Ending::Leave);
                 // Nobody has to say it twice.
@@ -313,6 +315,12 @@ impl<S: Side> Mirror<S> {
                 state.cancelled = true;
             }
         });
+    }
+
+    /// Has changes go to both sides from now on, so that it catches up whatever guests do.
+    pub fn converge(&self) {
+        self.settings.set(Settings { copy_mode: CopyMode::WriteBlocking, ..self.settings.get() });
+        self.change(|_| ());
     }
 
     /// Has it wait, or go on; a resumed one tries again what has failed.

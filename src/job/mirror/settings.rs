@@ -44,6 +44,8 @@ pub enum Task {
         /// 1 or more.
         below: u32,
     },
+    /// The volume is copied to another host, and stops once that has all of it. Nothing here goes over to it.
+    Handover,
     /// The volume as it was when the job began is copied to another, before each change of it (`drive-backup`). It ends by itself.
     Backup,
 }
@@ -59,6 +61,11 @@ impl Task {
         self == Task::Backup
     }
 
+    /// Whether its target is to have all that a guest can read.
+    pub fn copies_all(self) -> bool {
+        matches!(self, Task::Mirror | Task::Handover)
+    }
+
     /// Whether its target is the volume itself.
     pub fn is_within(self) -> bool {
         matches!(self, Task::Stream { .. })
@@ -67,7 +74,7 @@ impl Task {
     /// QEMU's word for it (JobType).
     pub fn word(self) -> &'static str {
         match self {
-            Task::Mirror => "mirror",
+            Task::Mirror | Task::Handover => "mirror",
             Task::Backup => "backup",
             Task::Stream { .. } => "stream",
             Task::Commit { .. } | Task::CommitBeneath { .. } => "commit",
@@ -77,7 +84,7 @@ impl Task {
     /// Whether a run of the source's map is to be copied, where the map alone says it.
     pub(in crate::job) fn wants(self, extent: &Extent) -> bool {
         match self {
-            Task::Mirror | Task::Backup => true,
+            Task::Mirror | Task::Handover | Task::Backup => true,
             // With nothing left beneath, what no file says anything of reads as zeros anyway. Over a base its zeros are kept, and where a
             // file in between was too short to say anything, too.
             Task::Stream { below: u32::MAX } => extent.depth > 0 && extent.kind == ExtentKind::Data,

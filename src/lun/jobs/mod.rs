@@ -15,7 +15,9 @@ mod chain;
 mod commit;
 pub mod exposed;
 mod group;
+mod handover;
 mod record;
+mod resume;
 mod snapshot;
 mod switch;
 mod target;
@@ -34,8 +36,8 @@ pub use exposed::Expose;
 pub use group::Group;
 pub use record::FOLDER;
 pub use types::{
-    Act, BackupOrder, BitmapOrder, BlockJob, CommitOrder, JobError, JobInfo, JobOrder, MirrorOrder,
-    PartOrder, SnapshotOrder, StreamOrder, copy_mode, names_an_image, sync_mode,
+    Act, BackupOrder, BitmapOrder, BlockJob, CommitOrder, HandoverOrder, JobError, JobInfo, JobOrder,
+    MirrorOrder, PartOrder, SnapshotOrder, StreamOrder, copy_mode, names_an_image, sync_mode,
 };
 
 pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
@@ -45,10 +47,10 @@ pub use crate::job::{
     mirror::{CopyMode, Settings, SyncMode, Task},
 };
 
-pub(super) use self::record::Place;
 use self::record::Record;
+pub(super) use self::{record::Place, resume::resume};
 use super::{
-    LunParams, SharedMade,
+    SharedMade,
     config::DeviceConfig,
     events::{Event, Events, FoundBy},
     moved::Moves,
@@ -126,63 +128,6 @@ pub fn forget(state_dir: &std::path::Path, serial: &str) {
         record.remove_scratch();
     }
     place.remove();
-}
-
-/// Opens the target of a job that was under way. Before the LUN serves: no write may pass the mirror by.
-pub(super) async fn resume(io: &Io, params: &LunParams, place: &Place, stack: &Stack) -> Option<Resumed> {
-    let mut record = match place.load() {
-        Ok(record) => record?,
-        Err(error) => {
-            error!(%error, "the record of a job cannot be read: the job is lost");
-            place.remove();
-            return None;
-        }
-    };
-    if record.settings.task.keeps_the_past() {
-        record.remove_scratch();
-    }
-    if record.source != params.config.image {
-        // It went over to the target, or was made anew with another image; then nobody is served by it.
-        info!(job = record.id, "the job of another image is over");
-        place.remove();
-        return None;
-    }
-    let config = match DeviceConfig::parse(&record.target) {
-        Ok(config) => config,
-        Err(e) => return Some(Resumed::Lost(Box::new(record), e.to_string())),
-    };
-    if record.settings.task.keeps_the_past() {
-        let why = if record.scratch.is_empty() { backup::PAST_IS_LOST } else { backup::SCRATCH_IS_GONE };
-        return Some(Resumed::Lost(Box::new(record), why.to_owned()));
-    }
-    if record.settings.task.is_within() {
-        return Some(match chain::stream_again(&mut record, stack.image()) {
-            Ok(()) => Resumed::Within(Box::new(record)),
-            Err(reason) => Resumed::Lost(Box::new(record), reason),
-        });
-    }
-    if let Task::CommitBeneath { .. } = record.settings.task {
-        let (own, size) = (&params.config, params.block_size);
-        return match beneath::open_again(io, &mut record, own, &config, size, stack).await {
-            Ok(Some((source, target))) => {
-                Some(Resumed::Beneath(Box::new(record), Box::new(source), Box::new(target)))
-            }
-            Ok(None) => {
-                info!(job = record.id, "the job had done its work");
-                place.remove();
-                None
-            }
-            Err(reason) => Some(Resumed::Lost(Box::new(record), reason)),
-        };
-    }
-    let opened = match record.settings.task {
-        Task::Commit { .. } => commit::open_again(io, &mut record, &config, params.block_size, stack).await,
-        _ => target::reopen(io, &config, params.block_size, stack.limits().capacity).await,
-    };
-    match opened {
-        Ok(stack) => Some(Resumed::Open(Box::new(record), Box::new(stack))),
-        Err(reason) => Some(Resumed::Lost(Box::new(record), format!("its target: {reason}"))),
-    }
 }
 
 impl Jobs {
@@ -342,6 +287,8 @@ impl Jobs {
             JobOrder::Snapshot(order) => self.snapshot(front, block_size, order, &moved).await?,
             JobOrder::Mirror(order) => self.mirror(front, block_size, *order).await?,
             JobOrder::Backup(order) => self.backup(front, block_size, *order).await?,
+            JobOrder::Handover(order) => self.handover(front, block_size, order).await?,
+            JobOrder::Converge(id) => self.find(&id)?.mirror.converge(),
             JobOrder::Bitmap(order) => {
                 // A transaction may have done something with them that it takes back.
                 front.passable().await;
@@ -551,6 +498,9 @@ impl Jobs {
     pub(super) fn stop(&self) {
         let active = self.active.borrow().clone().filter(|active| !active.mirror.has_parted());
         let Some(active) = active else { return };
+        if active.mirror.settings().task == Task::Handover {
+            return self.place.remove();
+        }
         let saved =
             self.save(&active).map_err(|e| e.to_string()).and_then(|()| match active.mirror.is_closed() {
                 true => self.place.closed(&mut active.record.borrow_mut()).map_err(|e| e.to_string()),

@@ -16,6 +16,7 @@ use crate::{
         dirty::{MAX_GRANULARITY, MIN_GRANULARITY},
         mirror::{CopyMode, Settings, SyncMode, VerbError},
     },
+    lun::away::Far,
 };
 
 /// Whether that names an image as a job's target is named: an absolute path, or an NBD URI.
@@ -61,6 +62,15 @@ pub struct BackupOrder {
     pub scratch: bool,
     /// All else.
     pub settings: Settings,
+}
+
+/// A copy that goes along with a LUN that is handed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HandoverOrder {
+    /// The job's name.
+    pub id: String,
+    /// The way to the new image.
+    pub far: Arc<Far>,
 }
 
 /// What is done with the LUN's dirty bitmaps (`block-dirty-bitmap-*`).
@@ -172,6 +182,10 @@ pub enum JobOrder {
     Mirror(Box<MirrorOrder>),
     /// Begin a backup.
     Backup(Box<BackupOrder>),
+    /// Begin to copy the LUN to another host.
+    Handover(HandoverOrder),
+    /// Have such a copy catch up, whatever guests do.
+    Converge(String),
     /// Do something with dirty bitmaps.
     Bitmap(BitmapOrder),
     /// Do all of it at one moment, with other LUNs.

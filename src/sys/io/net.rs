@@ -2,13 +2,16 @@
 //!
 //! A send or a receive is a system call on the spot, straight from or into a scatter list; only where the socket is not ready is an
 //! operation of the backend waited for. So a future that is dropped leaves nothing under way that could still write to memory.
-//! Called by `image/nbd`.
+//! Called by `image/nbd`, and by a LUN's thread that waits for another's answer (`lun/away`).
 
 use std::{
     fs::File,
     io::{self, IoSlice},
     net::SocketAddr,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     rc::Rc,
 };
@@ -49,6 +52,16 @@ impl Stream {
         sockopt::set_tcp_nodelay(&stream.file, true)?;
         sockopt::set_socket_keepalive(&stream.file, true)?;
         Ok(stream)
+    }
+
+    /// One end of a pair of Unix sockets, and the other for another thread.
+    ///
+    /// # Errors
+    /// What socketpair(2) says.
+    pub fn pair(io: &Io) -> io::Result<(Stream, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((Stream { io: io.clone(), file: Rc::new(File::from(OwnedFd::from(ours))) }, theirs))
     }
 
     async fn connect(
