@@ -201,6 +201,8 @@ fn wrong_words_are_refused_with_status_2_before_anything_is_looked_at() {
         ("handover vm1 --to tls://b", &["--to", "tls://b", "no port"]),
         ("handover vm1 --to tls://b:1", &["--tls-certificates", "a CA for handovers alone"]),
         ("handover vm1 --to unix:/x --tls-certificates /y", &["--tls-certificates", "/y", "no TLS"]),
+        ("receive --listen unix:/x --format raw", &["--image"]),
+        ("receive --listen unix:/x --image /y --format vmdk", &["vmdk", "raw, qcow2"]),
         ("receive --listen tls://127.0.0.1:1", &["--tls-certificates", "a CA for handovers alone"]),
     ] {
         refused(&images, words, 2, parts);

@@ -282,7 +282,7 @@ impl Destination for Taking {
     fn build(&mut self, state: &State) -> Result<Value, Failure> {
         let mut host = self.host.lock().unwrap();
         let begin = HandedOver {
-            generation: state.identity.generation.unwrap(),
+            generation: state.identity.generation,
             modes: state.modes.clone(),
             counters: serde_json::from_value(state.counters.clone().unwrap()).unwrap(),
         };

@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::{Map, Value, json};
-use tcmu_dif::control::{Host, Incoming, Registry, To, qmp::Error};
+use tcmu_dif::control::{Comes, Host, Incoming, Registry, To, qmp::Error};
 
 #[path = "common/qmp_rig.rs"]
 #[allow(dead_code)] // Others use more of it.
@@ -41,9 +41,10 @@ impl Host for Asked {
     }
 
     fn hand_over(&self, _: &Registry, device: &str, to: &To<'_>, goes: &dyn Fn()) -> Result<Value, Error> {
-        let To { uri: to, certificates, hostname } = *to;
+        let To { uri: to, certificates, hostname, blk } = *to;
         let tls = certificates.map(|dir| format!(" {dir} {}", hostname.unwrap_or("-"))).unwrap_or_default();
-        self.0.lock().unwrap().push(format!("hand over {device} {to}{tls}"));
+        let blk = if blk { " with its storage" } else { "" };
+        self.0.lock().unwrap().push(format!("hand over {device} {to}{tls}{blk}"));
         match to {
             "unix:/there" => {
                 goes();
@@ -53,10 +54,12 @@ impl Host for Asked {
         }
     }
 
-    fn listen(&self, from: &To<'_>, device: Option<&str>) -> Result<Box<dyn Incoming>, Error> {
+    fn listen(&self, from: &To<'_>, comes: &Comes<'_>) -> Result<Box<dyn Incoming>, Error> {
         let To { uri, certificates, .. } = *from;
-        let name = device.unwrap_or("-");
-        self.0.lock().unwrap().push(format!("listen {uri} {name} {}", certificates.unwrap_or("-")));
+        let name = comes.device.unwrap_or("-");
+        let image =
+            comes.image.map(|at| format!(" {at} {}", comes.format.unwrap_or("-"))).unwrap_or_default();
+        self.0.lock().unwrap().push(format!("listen {uri} {name} {}{image}", certificates.unwrap_or("-")));
         match uri {
             "unix:/taken" => Err(Error::generic("somebody listens there")),
             _ => Ok(Box::new(Coming { asked: self.clone(), comes: uri == "unix:/comes" })),
@@ -120,10 +123,13 @@ fn a_handover_is_the_daemons_and_its_events_are_told() {
     schema.check_answer("query-migrate", &newest);
     assert_eq!((&newest["status"], &newest["error-desc"]), (&json!("failed"), &json!("nobody is there")));
     assert_eq!((&newest["uri"], &newest["incoming"]), (&json!("tls://b:1"), &json!(false)));
+    talk.get("migrate", json!({ "device": "vm1", "uri": "unix:/there", "blk": true }));
+    assert_eq!(talk.get("query-migrate", json!({}))["status"], "completed");
     assert_eq!(talk.get("query-migrate", json!({ "device": "none" })), json!({}));
     let asked = asked.0.lock().unwrap().clone();
     assert_eq!(asked[..2], ["hand over vm1 unix:/there", "hand over vm1 unix:/elsewhere"]);
-    assert_eq!(asked[2..], ["hand over vm1 tls://b:1 /pki c"]);
+    let with_storage = "hand over vm1 unix:/there with its storage";
+    assert_eq!(asked[2..], ["hand over vm1 tls://b:1 /pki c", with_storage]);
     let nobody = Rig::new(Registry::default());
     let refused = nobody.talk().ask("migrate", json!({ "device": "vm1", "uri": "unix:/there" }));
     assert!(refused["error"]["desc"].as_str().unwrap().contains("no daemon here"), "{refused}");
@@ -176,9 +182,9 @@ fn a_source_is_waited_for_one_at_a_time_and_what_becomes_of_it_is_told() {
     assert_eq!(refused["error"]["desc"], "somebody listens there");
 
     // The daemon's end is the end of a wait.
-    let with = json!({ "uri": "tls://[::]:1", "tls-certificates": "/pki" });
+    let with = json!({ "uri": "tls://[::]:1", "tls-certificates": "/pki", "image": "/new", "format": "raw" });
     talk.get("migrate-incoming", with);
     luns.wait_for_no_source();
     assert_eq!(asked.0.lock().unwrap().last().unwrap(), "listens no more");
-    assert!(asked.has("listen tls://[::]:1 - /pki"));
+    assert!(asked.has("listen tls://[::]:1 - /pki /new raw"));
 }

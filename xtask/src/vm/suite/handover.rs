@@ -29,15 +29,27 @@ pub const TESTS: &[Test] = &[
         group: None,
         run: handover,
     },
+    Test {
+        name: "lifecycle.handover-storage",
+        promise: "a LUN is handed over with a copy of its image, and the image that stays is served by nobody until it is taken over",
+        limit: 300,
+        group: None,
+        run: storage,
+    },
 ];
 
 const SOCKET: &str = "/run/receive.sock";
 
 /// Has one LUN received under a name, in the background.
 fn receive(guest: &mut Guest, name: &str) -> Result<()> {
+    receive_with(guest, name, "")
+}
+
+/// The same with more words.
+fn receive_with(guest: &mut Guest, name: &str, words: &str) -> Result<()> {
     guest
         .sh(&format!(
-            "rm -f /tmp/receive.*; setsid tcmu-dif receive --listen unix:{SOCKET} --once --name {name} --json \
+            "rm -f /tmp/receive.*; setsid tcmu-dif receive --listen unix:{SOCKET} --once --name {name} {words} --json \
                  > /tmp/receive.json 2> /tmp/receive.err < /dev/null &
              for _ in $(seq 100); do [ -S {SOCKET} ] && exit 0; sleep 0.1; done; cat /tmp/receive.err; exit 1"
         ))
@@ -50,6 +62,52 @@ fn received(guest: &mut Guest) -> Result<Value> {
         .sh(&format!("for _ in $(seq 300); do [ -e {SOCKET} ] || exit 0; sleep 0.1; done; exit 1"))
         .context("receive does not end")?;
     guest.json("cat /tmp/receive.json")
+}
+
+fn storage(run: &mut Run<'_>) -> Result<()> {
+    let guest = &mut *run.guest;
+    start_daemon(guest, "auto")?;
+    let (old, new) = ("/scratch/old.raw", "/scratch/new.qcow2");
+    let a = create_on_loopback(guest, "a", &format!("--image {old} --size 64M --pi type1"))?;
+    let serial = guest.sh("cat /sys/kernel/config/target/core/user_*/a/wwn/vpd_unit_serial")?;
+    guest.sh(&format!(
+        "dd if=/dev/urandom of=/tmp/data bs=1M count=24 status=none && dd if=/tmp/data of={} bs=1M oflag=direct status=none",
+        a.device
+    ))?;
+    let give = format!("tcmu-dif handover a --to unix:{SOCKET} --copy-storage-all");
+
+    // A destination that was told no place; and a place that is taken: it serves as before, and nothing is there.
+    receive(guest, "b")?;
+    let refused = guest.try_sh(&format!("{give} 2>&1"))?;
+    ensure!(refused.status == Some(1) && refused.stdout.contains("receive --image"), "{}", refused.stdout);
+    guest.sh(&format!("echo taken > {new}"))?;
+    receive_with(guest, "b", &format!("--image {new} --format qcow2"))?;
+    let refused = guest.try_sh(&format!("{give} 2>&1"))?;
+    ensure!(refused.status == Some(1) && refused.stdout.contains("is there already"), "{}", refused.stdout);
+    guest.sh(&format!("[ \"$(cat {new})\" = taken ] && rm {new}"))?;
+    let same = |device: &str| {
+        format!("cmp -n $((24 << 20)) /tmp/data <(dd if={device} bs=1M iflag=direct status=none)")
+    };
+    guest.sh(&same(&a.device))?;
+
+    receive_with(guest, "b", &format!("--image {new} --format qcow2"))?;
+    let given = guest.json(&format!("{give} --json"))?;
+    ensure!(given["answered"] == true && given["left"].is_null() && given["image"] == old, "{given}");
+    let made = received(guest)?;
+    ensure!(made["image"] == new, "{made}");
+    let b = made["exports"][0]["device"].as_str().with_context(|| format!("no disk in {made}"))?.to_owned();
+    ensure!(names(guest)? == ["b"], "the source is there still");
+    guest.sh(&same(&b))?;
+    ensure!(guest.sh("cat /sys/kernel/config/target/core/user_*/b/wwn/vpd_unit_serial")? == serial);
+
+    // The old image is nobody's here, until somebody says so.
+    let refused = guest.try_sh(&format!("tcmu-dif create c --image {old} --pi type1 2>&1"))?;
+    ensure!(refused.status == Some(1) && refused.stdout.contains("--take-over"), "{}", refused.stdout);
+    guest.sh(&format!("tcmu-dif image owner --take-over {old}"))?;
+    guest.sh(&format!("tcmu-dif pi verify {old}"))?;
+    delete(guest, "b")?;
+    assert_nothing_left(guest)?;
+    assert_image_clean(guest, new, "qcow2", true)
 }
 
 fn handover(run: &mut Run<'_>) -> Result<()> {
