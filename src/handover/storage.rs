@@ -158,8 +158,10 @@ impl Piece {
     }
 }
 
+type Give = Box<dyn FnOnce(Result<(), Failure>) + Send>;
+
 /// The way back to whoever waits for a piece. Dropped, it says that there is no connection any more.
-pub struct Back(Option<Box<dyn FnOnce(Result<(), Failure>) + Send>>);
+pub struct Back(Option<Give>);
 
 impl Back {
     /// Calls that, once.
@@ -252,7 +254,7 @@ fn step(
         match next(parcels, awaited.is_empty().then_some(LOOK)) {
             Next::Parcel(Parcel { piece, back }) => {
                 awaited.push_back(back);
-                send_piece(connection, &piece).map_err(lost)?;
+                send_piece(connection, &piece).map_err(|e| said_before(connection, &e))?;
             }
             Next::End if awaited.is_empty() => return Ok(false),
             Next::Quiet if awaited.is_empty() => {
@@ -261,7 +263,7 @@ fn step(
                 }
                 if heard.elapsed() >= SIGN {
                     awaited.push_back(Back::new(|_| ()));
-                    send_piece(connection, &Piece::Nothing).map_err(lost)?;
+                    send_piece(connection, &Piece::Nothing).map_err(|e| said_before(connection, &e))?;
                 }
             }
             Next::Quiet | Next::End => break,
@@ -281,6 +283,28 @@ fn step(
         (_, back) => {
             drop(back);
             Err(super::give::unexpected())
+        }
+    }
+}
+
+/// Why nothing can be sent any more: what the destination said before it went, if it said something.
+fn said_before(connection: &mut impl Read, e: &io::Error) -> Failure {
+    for _ in 0..=WINDOW {
+        match receive(connection) {
+            Ok(Message::Landed) => {}
+            Ok(Message::Failed(failure)) => return failure,
+            _ => break,
+        }
+    }
+    super::give::lost(e)
+}
+
+/// Takes what a source had sent before it heard that it came to nothing, until it ends the connection: one that is closed over unread messages may lose what was said last.
+pub(super) fn hear_out(connection: &mut impl Read) {
+    for _ in 0..2 * WINDOW {
+        match receive(connection) {
+            Ok(Message::Failed(_)) | Err(_) => return,
+            Ok(_) => {}
         }
     }
 }

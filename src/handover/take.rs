@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use super::{
     Destination, Failure, Identity, State,
-    storage::landed,
+    storage::{hear_out, landed},
     wire::{Message, PROTOCOL, WITH_STORAGE, receive, send},
 };
 
@@ -16,6 +16,8 @@ pub fn take(
     connection: &mut (impl Read + Write),
     destination: &mut impl Destination,
 ) -> Result<(Identity, serde_json::Value), Failure> {
+    // The source sends pieces before it has the answers to others.
+    let mut may_be_sending = false;
     let done = (|| {
         let (identity, comes_along) = match receive(connection).map_err(|e| lost(&e))? {
             Message::Offer(offer) if ![PROTOCOL, WITH_STORAGE].contains(&offer.protocol) => {
@@ -35,9 +37,13 @@ pub fn take(
             false => destination.prepare(&identity)?,
         }
         send(connection, &Message::Ready).map_err(|e| lost(&e))?;
+        may_be_sending = comes_along;
         let bytes = loop {
             match receive(connection).map_err(|e| lost(&e))? {
-                Message::State(bytes) => break bytes,
+                Message::State(bytes) => {
+                    may_be_sending = false;
+                    break bytes;
+                }
                 Message::Piece(piece) if comes_along => {
                     destination.land(piece)?;
                     landed(connection).map_err(|e| lost(&e))?;
@@ -77,7 +83,11 @@ pub fn take(
             }
         }
         // Where there is no connection any more, the source knows by that.
-        Err(failure) => drop(send(connection, &Message::Failed(failure.clone()))),
+        Err(failure) => {
+            if send(connection, &Message::Failed(failure.clone())).is_ok() && may_be_sending {
+                hear_out(connection);
+            }
+        }
     }
     done
 }

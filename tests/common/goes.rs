@@ -207,7 +207,11 @@ pub fn claim() -> Claim {
 
 impl Giving {
     pub fn new(side: &Side, fault: Fault) -> Giving {
-        Giving { host: side.host.clone(), fault, far: None, left: None, offered: None }
+        Giving::of(side.host.clone(), fault)
+    }
+
+    pub fn of(host: Arc<Mutex<Host>>, fault: Fault) -> Giving {
+        Giving { host, fault, far: None, left: None, offered: None }
     }
 
     fn failed(e: impl std::error::Error + 'static) -> Failure {
@@ -315,7 +319,7 @@ impl Taking {
         Taking::of(side.host.clone(), fault)
     }
 
-    fn of(host: Arc<Mutex<Host>>, fault: Fault) -> Taking {
+    pub fn of(host: Arc<Mutex<Host>>, fault: Fault) -> Taking {
         Taking { host, fault, plan: None, landing: None, pieces: 0, hang: None }
     }
 
