@@ -237,6 +237,32 @@ fn whatever_fails_the_lun_serves_where_it_was_nothing_is_left_there_and_the_next
 }
 
 #[test]
+fn what_has_still_to_be_copied_when_the_lun_stops_is_sent_before_its_image_is_closed() {
+    for pi in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (here, there) = folders(dir.path());
+        let (a, b, mut numbers) =
+            pair(dir.path(), config(&here, Format::Raw, pi), config(&there, Format::Raw, pi));
+        // The connection ends when it has stopped, and it goes on.
+        for sent in [12 << 20, 18 << 20] {
+            let (one, other) = UnixStream::pair().unwrap();
+            let ends = (Cut(one, sent), Cut(other, usize::MAX));
+            let (given, taken) = hand_over_by(&a, &b, Fault::Early, ends, &mut numbers);
+            let e = given.unwrap_err();
+            assert_eq!((e.step, e.down.as_ref()), (Step::Freeze, None), "{e}");
+            taken.unwrap_err();
+            a.compare(&numbers);
+            assert!(names(&there).is_empty());
+        }
+        let (given, taken) = hand_over(&a, &b, Fault::Early, &mut numbers);
+        taken.unwrap();
+        given.unwrap();
+        b.compare(&numbers);
+        b.host().stop().unwrap();
+    }
+}
+
+#[test]
 fn wherever_the_connection_ends_one_of_the_two_serves_with_all_that_was_answered() {
     let dir = tempfile::tempdir().unwrap();
     let (here, there) = folders(dir.path());

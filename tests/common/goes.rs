@@ -30,7 +30,7 @@ use tcmu_dif::{
         config::DeviceConfig,
         continued::{self, ContinuedFile},
         handed_over::HandedOver,
-        jobs::JobOrder,
+        jobs::{HandoverOrder, JobOrder},
         landing::{Landing, Plan, check_place},
         saved_pages, start_where,
         state_file::StateFile,
@@ -181,6 +181,8 @@ pub enum Fault {
     None,
     State,
     Leave,
+    /// Nothing; but the LUN is stopped when most of it has still to be copied.
+    Early,
     /// The destination, as it is told of the LUN.
     Prepare,
     /// After so many pieces.
@@ -284,7 +286,18 @@ impl WithStorage for Giving {
     fn copy(&mut self, to: Sender<Parcel>) -> Result<(), Failure> {
         let remote = self.host.lock().unwrap().lun.as_ref().unwrap().remote().clone();
         let far = Far::new(to, "unix:/there".into());
-        away::copy(&remote, "handover@vm1", far.clone())?;
+        if self.fault == Fault::Early {
+            let (id, told) = ("handover@vm1".to_owned(), |e: LunError| Failure::new(chain(&e)));
+            remote
+                .job(JobOrder::Handover(HandoverOrder { id: id.clone(), far: far.clone() }))
+                .map_err(told)?;
+            remote.job(JobOrder::SetSpeed(id, 8 << 20)).map_err(told)?;
+            thread::sleep(Duration::from_millis(300));
+            let jobs = remote.job(JobOrder::Query).map_err(told)?;
+            assert!(jobs.iter().all(|job| job.len - job.offset > SIZE / 4), "it is nearly done: {jobs:?}");
+        } else {
+            away::copy(&remote, "handover@vm1", far.clone())?;
+        }
         self.far = Some(far);
         Ok(())
     }
