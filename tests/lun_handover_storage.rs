@@ -115,6 +115,10 @@ fn a_lun_goes_with_its_storage_while_a_guest_writes_and_the_image_that_stays_is_
             }
             if pi {
                 verify(&image);
+                let words = ["pi", "status", image.to_str().unwrap(), "--json"];
+                let mode = if from == Format::Raw { "\"bitmap\"" } else { "\"journal\"" };
+                let said = tool(env!("CARGO_BIN_EXE_tcmu-dif"), &words);
+                assert!(said.contains(mode), "{mode} is how it stays true across a crash: {said}");
             }
             let beside = image.file_name().unwrap().to_str().unwrap().to_owned();
             let expected: Vec<String> =

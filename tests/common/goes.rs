@@ -121,7 +121,8 @@ pub fn make(config: &DeviceConfig) {
         let new = NewSidecar {
             block_size: BlockSize::B512,
             kind,
-            mode: PiMode::Bitmap,
+            // One of each.
+            mode: if format == Format::Raw { PiMode::Bitmap } else { PiMode::Journal },
             capacity: Blocks(SIZE / 512),
             format: if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 },
             stamp: Stamp::of(at).unwrap(),
