@@ -282,6 +282,13 @@ impl Source for Going<'_> {
 
     fn thaw(&mut self) -> Result<Thawed, Failure> {
         let thawed = self.resume();
+        if self.storage.is_some() && matches!(thawed, Ok(Thawed::Serves)) {
+            // Where it was not stopped, the copy is there still, and goes nowhere.
+            let id = storage::job_of(&self.name);
+            if let Some(lun) = self.luns.find(self.name.as_str()) {
+                let _ = lun.job(JobOrder::Cancel { id, force: true });
+            }
+        }
         if !matches!(thawed, Ok(Thawed::Taken)) {
             self.release();
         }

@@ -10,6 +10,7 @@ use crate::{
     admin::way::Address,
     handover::{Failure, WithStorage, storage::Parcel, wire::Host},
     image::owner::{Claim, HostId, Left, OwnerError},
+    kernel::names::Name,
     lun::{
         away::{self, Far},
         chain,
@@ -38,6 +39,11 @@ impl Storage {
     }
 }
 
+/// The job that copies that LUN.
+pub(super) fn job_of(name: &Name) -> String {
+    format!("handover@{name}")
+}
+
 fn this_host() -> Result<Claim, Failure> {
     Claim::of_this_host().map_err(|e| Failure::new(format!("this host has no identity: {e}")))
 }
@@ -55,7 +61,7 @@ impl WithStorage for Going<'_> {
 
     fn copy(&mut self, to: Sender<Parcel>) -> Result<(), Failure> {
         let remote = self.remote()?;
-        let id = format!("handover@{}", self.name);
+        let id = job_of(&self.name);
         let Some(storage) = &mut self.storage else { return Err(Failure::new("its storage stays")) };
         let far = Far::new(to, storage.address.clone());
         (self.goes)();
