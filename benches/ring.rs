@@ -266,7 +266,8 @@ fn main() {
         for row in &rows {
             let mut bench = Bench::new(*row, dir.path());
             let run = bench.load.run(count, Duration::MAX, None, false).unwrap();
-            assert_eq!((run.commands, run.failed), (count, 0), "{}", row.name());
+            // All that is idle is sent at once, so that a few more may have been.
+            assert!(run.commands >= count && run.failed == 0, "{}: {run:?}", row.name());
             bench.lun.stop().unwrap();
         }
         return;

@@ -45,6 +45,8 @@ pub struct Load {
     cleaned: u32,
     idle: Vec<u16>,
     sent: Vec<Instant>,
+    /// Where commands go, if not always to the same place: the number of places, the blocks of one, and what chooses.
+    wander: Option<(u64, u64, u64)>,
 }
 
 /// What came of a run.
@@ -120,7 +122,22 @@ impl Load {
             cleaned: 0,
             idle: (0..depth).collect(),
             sent: vec![Instant::now(); usize::from(depth)],
+            wander: None,
         })
+    }
+
+    /// From now on each READ(16) or WRITE(16) goes to a random one of so many places, which are `blocks` long and lie side by side from LBA 0 on.
+    pub fn wander(&mut self, places: u64, blocks: u64) {
+        self.wander = (places > 0).then_some((places, blocks, 0x9e37_79b9_7f4a_7c15));
+    }
+
+    /// The next place, as a CDB has it.
+    fn next_lba(&mut self) -> Option<[u8; 8]> {
+        let (places, blocks, state) = self.wander.as_mut()?;
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        Some(((*state >> 11) % *places * *blocks).to_be_bytes())
     }
 
     /// The device, for the handler.
@@ -198,9 +215,14 @@ impl Load {
     fn send(&mut self, stamp: bool) -> Result<u64, KernelError> {
         let count = self.idle.len() as u64;
         let now = if stamp { Some(Instant::now()) } else { None };
-        for id in self.idle.drain(..) {
+        for id in std::mem::take(&mut self.idle) {
             let at = CMDR_OFF + u64::from(self.head);
+            let lba = self.next_lba();
             let entry = &mut self.entries[usize::from(id)];
+            if let Some(lba) = lba {
+                let cdb = entry.len() - 16;
+                entry[cdb + 2..cdb + 10].copy_from_slice(&lba);
+            }
             let field = std::mem::offset_of!(abi::CmdRequest, cdb_off);
             let cdb_off = at + u64::from(self.len) - 16;
             entry[field..field + 8].copy_from_slice(&cdb_off.to_le_bytes());

@@ -52,7 +52,11 @@ use crate::{
     nbd::uri::is_uri,
     storage::{FileStorage, Storage},
     sync::{AsyncMutex, RangeLock},
-    sys::{exec::join, io::Io, mem::Sg},
+    sys::{
+        exec::{boxed, join},
+        io::Io,
+        mem::Sg,
+    },
     units::{BlockSize, Blocks, ByteOffset, Lba},
     volume::{AtRest, Extent, IoError, IoErrorKind, IoOp, Limits, Result, TupleCheck, Volume, WriteFlags},
 };
@@ -328,8 +332,14 @@ impl<V: Volume, S: Storage> Protected<V, S> {
     pub(super) async fn get(&self, at: ByteOffset, to: &Sg, from: Source) -> Result<(Lba, Vec<u8>)> {
         let (lba, blocks) = self.blocks(IoOp::Read, at, to.len() as u64)?;
         let _together = self.locked(IoOp::Read, (lba, blocks), Use::Read).await?;
-        let tuples = self.sidecar.tuples_from(from, lba, blocks);
-        let (data, tuples) = join(self.volume.read(at, to), tuples).await;
+        let known = if from == Source::Memory { self.sidecar.known_tuples(lba, blocks) } else { None };
+        let (data, tuples) = match known {
+            Some(tuples) => (self.volume.read(at, to).await, Ok(tuples)),
+            None => {
+                let tuples = self.sidecar.tuples_from(from, lba, blocks);
+                boxed(join(self.volume.read(at, to), tuples)).await
+            }
+        };
         data?;
         let mut tuples = tuples.map_err(|e| self.sidecar_error(IoOp::Read, at, e))?;
         if !self.beneath.is_empty() {

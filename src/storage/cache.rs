@@ -247,7 +247,7 @@ impl Cache {
 
     /// Slices held.
     #[cfg(test)]
-    pub fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.inner.borrow().slices.len()
     }
 }

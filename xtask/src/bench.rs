@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 
 /// Those that there are, in the order in which they run.
-const BENCHES: &[&str] = &["guard", "ring", "image", "scale", VM];
+const BENCHES: &[&str] = &["guard", "ring", "image", "scale", "jobs", VM];
 
 /// The one that is no program of cargo's, but a boot of the VM.
 const VM: &str = "vm";

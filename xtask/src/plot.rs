@@ -30,6 +30,7 @@ pub(crate) fn draw(bench: &str, found: &Value, file: &Path) -> Result<bool> {
         "ring" => ring(found),
         "image" => image(found),
         "scale" => scale(found),
+        "jobs" => jobs(found),
         "vm" => vm(found),
         _ => Vec::new(),
     };
@@ -184,6 +185,19 @@ fn scale(found: &Value) -> Vec<Panel> {
             bars: bars(rows, "ms", part("open")),
             target: Some(50.0),
         },
+    ]
+}
+
+fn jobs(found: &Value) -> Vec<Panel> {
+    let beside = |name: &str| (!name.contains("no job")).then(|| name.to_owned());
+    let panel = |title: &str, key| Panel {
+        title: title.into(),
+        bars: bars(&found["rows"], key, beside),
+        target: None,
+    };
+    vec![
+        panel("median latency of 4 KiB beside a job, of that without a job", "p50_of_none"),
+        panel("99th percentile of the same", "p99_of_none"),
     ]
 }
 

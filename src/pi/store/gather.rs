@@ -14,13 +14,13 @@ use std::{
 use crate::{
     storage::Storage,
     sync::Notify,
-    sys::{exec::yield_now, mem::Sg},
+    sys::{exec::yield_now, mem::Buffer},
 };
 
 /// Bytes that wait to be written.
 struct Waiting {
     at: u64,
-    bytes: Sg,
+    bytes: Buffer,
     dsync: bool,
     done: Rc<Outcome>,
 }
@@ -84,21 +84,21 @@ impl Gather {
         &self,
         storage: &impl Storage,
         at: u64,
-        bytes: Sg,
+        bytes: Buffer,
         dsync: bool,
     ) -> io::Result<()> {
         let alone = self.at_work.get() == 0;
         self.at_work.set(self.at_work.get() + 1);
         let _at_work = AtWork(self);
         if alone || self.waiting.borrow().contains_key(&at) {
-            return storage.write(at, &bytes, dsync).await;
+            return storage.write(at, &bytes.sg(), dsync).await;
         }
         let done = Rc::new(Outcome::default());
         self.waiting.borrow_mut().insert(at, Waiting { at, bytes, dsync, done: done.clone() });
         yield_now().await;
         if let Some(run) = self.take_run(at, &done) {
-            let mut sg = run.0[0].bytes.clone();
-            run.0[1..].iter().for_each(|next| sg.append(&next.bytes));
+            let mut sg = run.0[0].bytes.sg();
+            run.0[1..].iter().for_each(|next| sg.append(&next.bytes.sg()));
             let wrote = storage.write(run.0[0].at, &sg, dsync).await;
             run.end(wrote.as_ref().map(drop).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)));
             return wrote;
@@ -142,11 +142,11 @@ mod tests {
     use crate::{
         pi::testing::block_on,
         storage::sim::{OpKind, SimDisk},
-        sys::{exec::join_all, mem::Buffer},
+        sys::exec::join_all,
     };
 
-    fn eight(byte: u8) -> Sg {
-        Buffer::from_slice(&[byte; 8]).sg()
+    fn eight(byte: u8) -> Buffer {
+        Buffer::from_slice(&[byte; 8])
     }
 
     #[test]

@@ -45,9 +45,9 @@ pub(super) struct Changing<'a> {
 
 impl Changing<'_> {
     /// The file has these bytes now.
-    fn became(mut self, bytes: &Sg) {
+    fn became(mut self, bytes: &Buffer) {
         if let Some(recent) = self.recent.take_if(|_| self.len <= SMALL) {
-            recent.wrote(self.at, bytes);
+            recent.wrote(self.at, &bytes.sg());
         }
     }
 }
@@ -58,6 +58,13 @@ impl Drop for Changing<'_> {
             recent.forget(self.at, self.len);
         }
     }
+}
+
+/// The pages that a range of the file lies in, and what of each.
+fn pieces(at: u64, len: u64) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let end = at + len;
+    let pages = (at / PAGE..end.div_ceil(PAGE)).map(|page| page * PAGE);
+    pages.map(move |page| (page, (at.max(page) - page) as usize..(end.min(page + PAGE) - page) as usize))
 }
 
 impl<S: Storage> Sidecar<S> {
@@ -104,16 +111,24 @@ impl<S: Storage> Sidecar<S> {
             return self.read_tuples(lba, blocks).await;
         };
         let mut bytes = Vec::with_capacity(len as usize);
-        while let pos = at + bytes.len() as u64
-            && pos < at + len
-        {
-            let page = pos / PAGE * PAGE;
+        for (page, inside) in pieces(at, len) {
             let slice = recent.load(page, async |to: &Sg| self.storage.read(page, to).await).await?;
-            let inside = (pos - page) as usize..((at + len).min(page + PAGE) - page) as usize;
             slice.with(|there| bytes.extend_from_slice(&there[inside]));
         }
         invert(&mut bytes);
         Ok(bytes)
+    }
+
+    /// The same, if all of them are in memory.
+    pub fn known_tuples(&self, lba: Lba, blocks: u64) -> Option<Vec<u8>> {
+        let (at, len) = (self.tuple_at(lba), blocks * TUPLE_LEN as u64);
+        let recent = self.recent.as_ref().filter(|_| len <= SMALL)?;
+        let mut bytes = Vec::with_capacity(len as usize);
+        for (page, inside) in pieces(at, len) {
+            recent.get(page)?.with(|there| bytes.extend_from_slice(&there[inside]));
+        }
+        invert(&mut bytes);
+        Some(bytes)
     }
 
     /// Has what is in memory of those tuples read from the file again; false if nothing is kept in memory.
@@ -132,7 +147,7 @@ impl<S: Storage> Sidecar<S> {
     pub async fn write_tuples(&self, lba: Lba, mut bytes: Vec<u8>, dsync: bool) -> io::Result<()> {
         invert(&mut bytes);
         let (at, len) = (self.tuple_at(lba), bytes.len() as u64);
-        let bytes = Buffer::from_slice(&bytes).sg();
+        let bytes = Buffer::from_slice(&bytes);
         let changing = self.changing(at, len);
         let done = self.gather.write(&self.storage, at, bytes.clone(), dsync).await;
         self.wrote();
