@@ -97,7 +97,7 @@ pub(super) fn offer(
 }
 
 /// Has the LUN serve here again. Whether the destination has it all the same, whose answer was lost, is seen from the image.
-pub(super) fn back(source: &mut impl Source, step: Step, failure: Failure) -> Result<Given, NotGiven> {
+fn back(source: &mut impl Source, step: Step, failure: Failure) -> Result<Given, NotGiven> {
     match source.thaw() {
         Ok(Thawed::Serves) => Err(NotGiven { step, failure, down: None }),
         Ok(Thawed::Taken) => Ok(Given { made: None, left: source.finish().err() }),

@@ -14,7 +14,7 @@ use std::{
 
 use super::{
     Failure, Given, NotGiven, Step, Thawed, WithStorage,
-    give::{back, collect, lost, offer, unexpected},
+    give::{collect, lost, offer, unexpected},
     storage::carry,
     wire::{Host, Message, WITH_STORAGE, receive, send},
 };
@@ -33,25 +33,25 @@ pub fn give_with_storage(
         let _ = send(connection, &Message::Failed(failure.clone()));
         return match step {
             Step::Storage => Err(NotGiven { step, failure, down: None }),
-            _ => back(source, step, failure),
+            _ => home(source, step, failure),
         };
     }
     let state = match collect(source) {
         Ok(state) => state,
         Err(failure) => {
             let _ = send(connection, &Message::Failed(failure.clone()));
-            return back(source, Step::State, failure);
+            return home(source, Step::State, failure);
         }
     };
     let host = match send(connection, &Message::State(state)).and_then(|()| receive(connection)) {
         Ok(Message::Prepared(host)) => host,
-        Ok(Message::Failed(failure)) => return back(source, Step::Build, failure),
-        Ok(_) => return back(source, Step::Build, unexpected()),
-        Err(e) => return back(source, Step::Build, lost(&e)),
+        Ok(Message::Failed(failure)) => return home(source, Step::Build, failure),
+        Ok(_) => return home(source, Step::Build, unexpected()),
+        Err(e) => return home(source, Step::Build, lost(&e)),
     };
     if let Err(failure) = source.leave(&host) {
         let _ = send(connection, &Message::Failed(failure.clone()));
-        return back(source, Step::Build, failure);
+        return home(source, Step::Build, failure);
     }
     let failure = match send(connection, &Message::Commit) {
         // Nobody can have got it: what was not sent as a whole is no message.
@@ -65,9 +65,23 @@ pub fn give_with_storage(
         },
     };
     match source.stay() {
-        Ok(()) => back(source, Step::Build, failure),
+        Ok(()) => home(source, Step::Build, failure),
         Err(down) => Err(NotGiven { step: Step::Build, failure, down: Some(down) }),
     }
+}
+
+/// Has the LUN serve here again, which is nowhere else.
+fn home(source: &mut impl WithStorage, step: Step, failure: Failure) -> Result<Given, NotGiven> {
+    let down = match source.thaw() {
+        Ok(Thawed::Serves) => None,
+        // A mark that could not be made in order, or somebody else's.
+        Ok(Thawed::Taken) => Some(Failure::new("its image is marked as another host's").then(format!(
+            "see that no host uses it, and: tcmu-dif image owner --take-over {}",
+            source.image()
+        ))),
+        Err(down) => Some(down),
+    };
+    Err(NotGiven { step, failure, down })
 }
 
 /// Whether nothing can be sent on that connection any more, not even what is left of a message.

@@ -124,6 +124,10 @@ impl WithStorage for Old {
 
     fn leave(&mut self, to: &Host) -> Result<(), Failure> {
         assert_eq!(to.name, "new");
+        if self.fails == "leave, late" {
+            self.world.lock().unwrap().marked = true;
+            return Err(Failure::new("no leave"));
+        }
         self.step("leave", |world| world.marked = true)
     }
 
@@ -281,6 +285,10 @@ fn whichever_step_fails_the_lun_serves_where_it_was_and_nothing_is_left_there() 
         let e = failed.given.unwrap_err();
         assert_eq!((e.step, e.failure.reason), (step, format!("no {fails} there")));
     }
+    // A mark that is there, though it could not be made in order: nobody takes that for a LUN that has gone over.
+    let failed = handover("leave, late", "", ALL, ALL);
+    assert_eq!(judge(&failed), "doubt");
+    assert!(!failed.taken && !failed.world.log.contains(&"finish"), "{:?}", failed.world.log);
     // It cannot be said any more that it stays: it serves nowhere, and says so.
     let failed = handover("stay", "build", ALL, ALL);
     let e = failed.given.unwrap_err();

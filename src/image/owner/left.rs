@@ -36,7 +36,11 @@ impl Left {
         let host = HostId { id: to.id.map(|byte| !byte), name: to.name.clone() };
         let other = Claim { host, lease: claim.lease };
         let record = other.record(OwnerState::Held, now.generation + 1);
-        file.write_record(&record).map_err(OwnerError::Io)?;
+        if let Err(e) = file.write_record(&record) {
+            // It may be there all the same, and must not be found by the next start.
+            let _ = file.write_record(&claim.record(OwnerState::Released, now.generation + 2));
+            return Err(OwnerError::Io(e));
+        }
         Ok(Left { image: image.to_owned(), new, record })
     }
 
