@@ -20,6 +20,7 @@ use super::{
     require_root,
 };
 use crate::{
+    daemon::rundir::Phase,
     kernel::{
         SYSFS,
         backstore::{self, Backstore},
@@ -116,7 +117,11 @@ impl Admin {
         // A guest that goes along sends again there what was BUSY here. This host's own disk driver stays, and would send its SYNCHRONIZE CACHE
         // again and again.
         let busy = handed_over && !exports.iter().any(|e| e.kind() == Some(Fabric::Loopback));
-        let _failing = (!alive || handed_over).then(|| Failing::start(places, &store, &exports, busy));
+        // Nobody answers a LUN that has failed either, of which the daemon keeps nothing but why.
+        let state = if force { places.state("delete", name.as_str()).unwrap_or_default() } else { None };
+        let failed = state.is_some_and(|state| state.state == Phase::Failed);
+        let unanswered = !alive || handed_over || failed;
+        let _failing = unanswered.then(|| Failing::start(places, &store, &exports, busy));
         let mut left = Vec::new();
         for export in &exports {
             match fabric::remove(&places.tree, export).map_err(|e| refused("delete", name, &e))? {
@@ -169,7 +174,7 @@ enum How {
     HandedOver,
 }
 
-/// Fails whatever would wait for a daemon that isn't there, until it is dropped: the kernel sends SYNCHRONIZE CACHE to a
+/// Fails whatever would wait for a daemon that isn't there, or has no LUN to answer with, until it is dropped: the kernel sends SYNCHRONIZE CACHE to a
 /// disk that it takes down, and more than once.
 struct Failing {
     done: Arc<AtomicBool>,

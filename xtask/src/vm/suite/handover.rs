@@ -1,8 +1,11 @@
 //! A LUN that is handed over. One kernel has both sides, under two names: what two hosts would add, the tests on embedded kernels show.
 
-use super::super::guest::Guest;
+use super::super::guest::{Guest, patience};
 use super::initiator::geometry;
-use super::lun::{assert_image_clean, assert_nothing_left, create_on_loopback, delete, names, start_daemon};
+use super::lun::{
+    assert_image_clean, assert_nothing_left, create_on_loopback, delete, names, show, start_daemon,
+    stop_daemon,
+};
 use super::{Run, Test};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -107,7 +110,22 @@ fn storage(run: &mut Run<'_>) -> Result<()> {
     guest.sh(&format!("tcmu-dif pi verify {old}"))?;
     delete(guest, "b")?;
     assert_nothing_left(guest)?;
-    assert_image_clean(guest, new, "qcow2", true)
+    assert_image_clean(guest, new, "qcow2", true)?;
+
+    // What is to be done with a LUN whose image turns out to be another host's: nobody answers its commands, and it is taken down all the same.
+    let lost = create_on_loopback(guest, "lost", "--image /scratch/lost.raw --size 16M")?;
+    stop_daemon(guest, "KILL")?;
+    guest.sh("mv /scratch/lost.raw /scratch/lost.aside")?;
+    start_daemon(guest, "auto")?;
+    let shown = show(guest, "lost")?;
+    ensure!(shown["state"] == "failed", "{shown}");
+    let seconds = 25 * patience();
+    guest.sh(&format!(
+        "setsid dd if=/dev/zero of={} bs=4k count=4 oflag=direct > /dev/null 2>&1 < /dev/null &
+         sleep 1; timeout {seconds} tcmu-dif delete --force lost",
+        lost.device
+    ))?;
+    assert_nothing_left(guest)
 }
 
 fn handover(run: &mut Run<'_>) -> Result<()> {
@@ -204,7 +222,7 @@ fn after(before: &[Disk], made: &Value) -> Result<Vec<Disk>> {
 }
 
 /// What initiators read of the reservations, without what names ports and counts changes, sorted: registrations are told in the order in which they came to life.
-fn read_reservations(guest: &mut Guest, sg: &str) -> Result<String> {
+pub(super) fn read_reservations(guest: &mut Guest, sg: &str) -> Result<String> {
     guest.sh(&format!(
         "for what in k r s; do sg_persist --in --no-inquiry -$what {sg} | sed -e 's/generation=0x[0-9a-f]*//' -e '/Relative port/d' -e '/SAS address/d'; done | sort"
     ))
