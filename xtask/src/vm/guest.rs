@@ -6,7 +6,7 @@
 
 use super::artefacts::Artefacts;
 use super::protocol::{Exit, Frame, Request, Tag};
-use super::qemu::{self, Accel};
+use super::qemu::{self, Accel, Cable};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::cell::Cell;
@@ -83,6 +83,17 @@ pub struct Lab {
     pub package: Option<PathBuf>,
     /// Where the logs go; a folder for each boot.
     pub logs: PathBuf,
+}
+
+/// Which network a guest has.
+#[derive(Clone, Copy)]
+pub enum Net<'a> {
+    /// None.
+    Nowhere,
+    /// One that another may join later.
+    Own,
+    /// That guest's.
+    With(&'a Guest),
 }
 
 /// The guest's process 1.
@@ -193,6 +204,11 @@ impl RunDir {
     pub fn path(&self) -> &Path {
         &self.0
     }
+
+    /// The socket at which its guest's network is.
+    fn cable(&self) -> PathBuf {
+        self.0.join("cable.sock")
+    }
 }
 
 impl Drop for RunDir {
@@ -204,6 +220,11 @@ impl Drop for RunDir {
 impl Guest {
     /// Boots a VM that has until `limit` from now; `name` is that of its folder of logs.
     pub fn boot(lab: &Lab, init: Init, name: &str, limit: Duration) -> Result<Self> {
+        Self::boot_on(lab, init, Net::Nowhere, name, limit)
+    }
+
+    /// [`Self::boot`] with a network card.
+    pub fn boot_on(lab: &Lab, init: Init, net: Net<'_>, name: &str, limit: Duration) -> Result<Self> {
         let logs = lab.logs.join(name);
         if logs.exists() {
             fs::remove_dir_all(&logs)?;
@@ -211,7 +232,7 @@ impl Guest {
         fs::create_dir_all(&logs)?;
         let mut attempt = 1;
         loop {
-            match Self::boot_once(lab, init, &logs, limit) {
+            match Self::boot_once(lab, init, net, &logs, limit) {
                 // Under translation the kernel's patching of its own code can trip over itself (an int3 that nobody
                 // owns) before it reaches user space: that is the emulator's, and nothing of ours has run by then.
                 Err(error) if attempt < BOOT_ATTEMPTS => {
@@ -226,7 +247,7 @@ impl Guest {
         }
     }
 
-    fn boot_once(lab: &Lab, init: Init, logs: &Path, limit: Duration) -> Result<Self> {
+    fn boot_once(lab: &Lab, init: Init, net: Net<'_>, logs: &Path, limit: Duration) -> Result<Self> {
         let dir = RunDir::new(lab)?;
         let socket = dir.path().join("agent.sock");
         let listener =
@@ -235,6 +256,11 @@ impl Guest {
         let words = if init == Init::Systemd { qemu::SYSTEMD } else { "" };
         let mut command = qemu::machine(lab.accel, &lab.artefacts, dir.path(), words, MEMORY_MIB);
         qemu::with_channel(&mut command, &socket);
+        match net {
+            Net::Nowhere => {}
+            Net::Own => qemu::with_cable(&mut command, Cable::First(&dir.cable())),
+            Net::With(other) => qemu::with_cable(&mut command, Cable::Second(&other.dir.cable())),
+        }
         let console = logs.join("console.log");
         command
             .args(["-serial", &format!("file:{}", console.display())])
@@ -435,6 +461,19 @@ impl Guest {
                     });
                 }
                 other => bail!("the agent sent a {other:?}"),
+            }
+        }
+    }
+
+    /// Copies what the daemon and the kernel said out of the guest.
+    pub fn keep_logs(&mut self) {
+        self.set_deadline(Duration::from_secs(30));
+        for (script, name) in [
+            ("cat /scratch/daemon*.log 2>/dev/null | tail -c 4000000", "daemon.log"),
+            ("dmesg", "kernel.log"),
+        ] {
+            if let Ok(output) = self.run(script, false, Duration::from_secs(20)) {
+                let _ = fs::write(self.logs.join(name), output.stdout);
             }
         }
     }

@@ -123,6 +123,30 @@ pub fn machine(accel: Accel, artefacts: &Artefacts, dir: &Path, words: &str, mem
     qemu
 }
 
+/// A guest's end of a cable between two.
+#[derive(Clone, Copy, Debug)]
+pub enum Cable<'a> {
+    /// The end that listens at this socket, and is there first.
+    First(&'a Path),
+    /// The other one.
+    Second(&'a Path),
+}
+
+/// Adds a network card at one end of a cable: there is nobody else on that network.
+pub fn with_cable(qemu: &mut Command, cable: Cable<'_>) {
+    let (server, last, path) = match cable {
+        Cable::First(path) => ("on", 1, path),
+        Cable::Second(path) => ("off", 2, path),
+    };
+    let path = path.to_string_lossy().replace(',', ",,");
+    qemu.args([
+        "-netdev",
+        &format!("stream,id=cable,server={server},addr.type=unix,addr.path={path}"),
+        "-device",
+        &format!("virtio-net-pci,netdev=cable,mac=52:54:00:00:00:{last:02x},romfile="),
+    ]);
+}
+
 /// Adds the port of the command channel, which QEMU connects to the socket at `socket`.
 pub fn with_channel(qemu: &mut Command, socket: &Path) {
     qemu.args(["-chardev", &format!("socket,id=agent,path={}", socket.display())])

@@ -83,7 +83,7 @@ fn settings(run: &mut Run<'_>) -> Result<()> {
 }
 
 /// Byte 2 of the control mode page: D_SENSE is bit 2.
-fn control(guest: &mut Guest, sg: &str) -> Result<u8> {
+pub(super) fn control(guest: &mut Guest, sg: &str) -> Result<u8> {
     let said = guest.sh(&format!("sg_modes --six --dbd --page=0xa --raw {sg} | od -An -tu1 -j6 -N1"))?;
     said.trim().parse().with_context(|| format!("od says {said:?}"))
 }

@@ -26,7 +26,7 @@ const fn of(name: &'static str, run: fn(&mut Run<'_>) -> Result<()>) -> Test {
 }
 
 /// Chooses what is done when: `TCMU_DIF_SEED`, or the clock.
-fn seed() -> Result<u64> {
+pub(super) fn seed() -> Result<u64> {
     match std::env::var("TCMU_DIF_SEED") {
         Ok(text) => text.parse().with_context(|| format!("TCMU_DIF_SEED is a number, not {text:?}")),
         Err(_) => Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64 % 1_000_000),

@@ -30,12 +30,13 @@ mod runner;
 mod service;
 mod shown;
 mod tools;
+mod two_kernels;
 mod witness;
 
 pub use panic::NAME as NEEDS_FAULT_POINTS;
 pub use runner::{Tally, run};
 
-use super::guest::{Guest, Init};
+use super::guest::{Guest, Init, Lab, Net};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::PathBuf;
@@ -81,6 +82,8 @@ impl Scale {
 pub struct Run<'a> {
     /// The VM.
     pub guest: &'a mut Guest,
+    /// What it was booted from, for a test that has another beside it.
+    pub lab: &'a Lab,
     /// How much to do.
     pub scale: Scale,
     /// Rewrite snapshots and expectations instead of comparing with them.
@@ -121,6 +124,7 @@ pub fn all() -> Vec<&'static Test> {
         jobs::TESTS,
         job_rounds::TESTS,
         handover::TESTS,
+        two_kernels::TESTS,
         qmp::TESTS,
         conformance::TESTS,
         copy::TESTS,
@@ -140,6 +144,11 @@ pub fn init_of(name: &str) -> Init {
     if ["service.", "docs."].iter().any(|room| name.starts_with(room)) { Init::Systemd } else { Init::Script }
 }
 
+/// The network that a test's guest has.
+fn net_of(name: &str) -> Net<'static> {
+    if name == two_kernels::NAME { Net::Own } else { Net::Nowhere }
+}
+
 /// Tests that take minutes each, or wait out a stop time, or need a build of their own: run at full scale, or when they are named.
 const LONG: &[&str] = &[
     "pi.guest-",
@@ -150,6 +159,7 @@ const LONG: &[&str] = &[
     "service.upgrade",
     "tools.targetcli",
     "fault.hung-device",
+    two_kernels::NAME,
     "conformance.offloads-elsewhere",
     panic::NAME,
 ];

@@ -197,12 +197,21 @@ impl Suite<'_> {
                 guest.set_deadline(limit);
                 guest
             }
-            None => Guest::boot(self.lab, super::init_of(test.name), test.group.unwrap_or(test.name), limit)?,
+            None => {
+                let (init, net) = (super::init_of(test.name), super::net_of(test.name));
+                Guest::boot_on(self.lab, init, net, test.group.unwrap_or(test.name), limit)?
+            }
         };
-        let mut context =
-            Run { guest: &mut guest, scale: self.scale, bless: self.bless, files: self.files.clone() };
+        let mut context = Run {
+            guest: &mut guest,
+            lab: self.lab,
+            scale: self.scale,
+            bless: self.bless,
+            files: self.files.clone(),
+        };
         let result = (test.run)(&mut context).and_then(|()| guest.assert_healthy());
-        collect_logs(&mut guest);
+        // Whether the test passed or not.
+        guest.keep_logs();
         let notes = guest.take_notes();
         result.map(|()| (guest, notes))
     }
@@ -211,18 +220,6 @@ impl Suite<'_> {
 /// Whether the run's time is over.
 fn is_over() -> bool {
     until_end().is_some_and(|left| left.is_zero())
-}
-
-/// Copies what the daemon and the kernel said out of the guest, whether the test passed or not.
-fn collect_logs(guest: &mut Guest) {
-    guest.set_deadline(Duration::from_secs(30));
-    for (script, name) in
-        [("cat /scratch/daemon*.log 2>/dev/null | tail -c 4000000", "daemon.log"), ("dmesg", "kernel.log")]
-    {
-        if let Ok(output) = guest.run(script, false, Duration::from_secs(20)) {
-            let _ = fs::write(guest.logs().join(name), output.stdout);
-        }
-    }
 }
 
 #[cfg(test)]
