@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-/// Answers with the second byte of the CDB; the first tells how: 1 sleeps that many milliseconds, 2 for ever,
+/// Answers with the second byte of the CDB; the first tells how: 1 sleeps that many milliseconds (its third byte, and 256 times its fourth), 2 for ever,
 /// 4 holds up the whole thread for that many milliseconds.
 struct Echo {
     io: Io,
@@ -35,7 +35,10 @@ impl Service for Echo {
     async fn execute(&self, command: &Command, _: Instant) -> Completion {
         self.running.set(self.running.get() + 1);
         match command.cdb[0] {
-            1 => self.io.sleep(Duration::from_millis(command.cdb[2].into())).await,
+            1 => {
+                let ms = u16::from_le_bytes([command.cdb[2], command.cdb[3]]);
+                self.io.sleep(Duration::from_millis(ms.into())).await;
+            }
             2 => std::future::pending().await,
             3 => panic!("as it should"),
             4 => std::thread::sleep(Duration::from_millis(command.cdb[2].into())),
@@ -158,11 +161,15 @@ fn task_management_takes_back_what_has_not_started() {
     let mut kernel = kernel();
     // 256 run at once; the 257th waits behind them.
     for _ in 0..256 {
-        kernel.queue(&[1, 0, 200, 0, 0, 0], Data::None).unwrap();
+        kernel.queue(&[1, 0, 0xd0, 0x07, 0, 0], Data::None).unwrap();
     }
     let waits = kernel.submit(&[0, 6, 0, 0, 0, 0], Data::None).unwrap();
     let (outbox, thread) = start(kernel.device().unwrap(), backend_from_env());
-    std::thread::sleep(Duration::from_millis(50));
+    // The second answer comes in a later turn than the first, in which as many were started as run at once.
+    for _ in 0..2 {
+        outbox.pulse().ask();
+        wait_for(&outbox.pulse());
+    }
     let running = 1;
     kernel.submit_tmr(1, &[waits, running]).unwrap();
     let first = kernel.wait(Duration::from_secs(20)).unwrap().remove(0);
