@@ -3,6 +3,9 @@
 //!
 //! The disk of 32 MiB: 8 are cold (written once), one is the witness's, 8 are fio's at queue depth 32, and the rest is holes. Both writers go on until their disk is gone.
 
+mod chance;
+
+use self::chance::{Fault, Rng};
 use super::super::guest::{Guest, Init, Net, patience};
 use super::daemon::control;
 use super::handover::read_reservations;
@@ -46,66 +49,6 @@ const HOLES: u64 = 17 * MIB;
 const EXPORTS: [&str; 2] = ["naa.50014050000000a1", "naa.50014050000000b2"];
 const CERTIFICATES: &str = "/etc/tcmu-dif/handover";
 const PORT: u16 = 10810;
-
-/// What goes wrong in a handover.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fault {
-    SourceKilled,
-    DestinationKilled,
-    ReceiveKilled,
-    Cut,
-    LongCut,
-    NoRoom,
-}
-
-impl Fault {
-    const ALL: [Self; 6] = [
-        Self::SourceKilled,
-        Self::DestinationKilled,
-        Self::ReceiveKilled,
-        Self::Cut,
-        Self::LongCut,
-        Self::NoRoom,
-    ];
-
-    fn words(self) -> &'static str {
-        match self {
-            Self::SourceKilled => "the source's daemon killed",
-            Self::DestinationKilled => "the destination's daemon killed",
-            Self::ReceiveKilled => "receive killed",
-            Self::Cut => "the network cut for seconds",
-            Self::LongCut => "the network cut for longer than is waited",
-            Self::NoRoom => "no room",
-        }
-    }
-}
-
-/// Chooses what is done when (splitmix64).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    /// All faults in some order.
-    fn faults(&mut self) -> Vec<Fault> {
-        let mut all = Fault::ALL.to_vec();
-        for last in (1..all.len()).rev() {
-            let with = usize::try_from(self.below(last as u64 + 1)).unwrap_or_default();
-            all.swap(last, with);
-        }
-        all
-    }
-}
 
 /// An export's disk.
 #[derive(Clone, Debug)]
