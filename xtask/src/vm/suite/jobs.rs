@@ -146,7 +146,8 @@ fn mirror_under_fio(run: &mut Run<'_>) -> Result<()> {
             .with_context(|| format!("with {kills} kills a round"))?;
         witness::end(guest).with_context(|| format!("with {kills} kills a round"))?;
         guest.note(format!("{kills} kills a round: {} times gone over", over.trim()));
-        ensure!(over.trim().parse::<u32>()? >= 2, "the LUN went over {over} times");
+        // Two minutes are enough for a dozen times, or, where five other programs want the two processors, for one.
+        ensure!(over.trim().parse::<u32>()? >= 1, "the LUN went over {over} times");
         went_over_unnoticed(guest, &lun.device, "m", &mark, kills)?;
     }
     Ok(())
