@@ -324,5 +324,6 @@ fn upgrade(run: &mut Run<'_>) -> Result<()> {
     let left = guest.sh("pgrep -x tcmu-dif || true; systemctl is-enabled tcmu-dif 2>/dev/null || true
          ls -d /usr/bin/tcmu-dif /usr/share/doc/tcmu-dif /etc/tcmu-dif/luns.d/README /var/lib/tcmu-dif 2>/dev/null || true")?;
     ensure!(left.trim().is_empty(), "left behind by the purge:\n{left}");
-    assert_image_clean(guest, "/scratch/vm1.qcow2", "qcow2", false)
+    // The tests before may have killed the daemon, which leaks a cluster; a reference to a free one would be corruption.
+    guest.sh("qemu-img check -q -f qcow2 /scratch/vm1.qcow2 || [ $? = 3 ]").map(drop)
 }
