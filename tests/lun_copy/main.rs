@@ -410,7 +410,10 @@ fn a_lun_that_stops_in_the_middle_ends_the_copy_and_holds_nobody_up() {
     let mut a = world.disk("a", RAW);
     let mut b = world.disk("b", RAW);
     let units = [unit(&a), unit(&b)];
-    // As long as a list can be: 64 segments of 16 MiB, so that the stop comes in between.
+    // As long as a list can be: 64 segments of 16 MiB, and not of holes, so that the stop comes in between.
+    for at in (0..CAPACITY).step_by(1 << 20) {
+        a.write(at, &noise(at + 1, MIB));
+    }
     let segments = vec![segment(0, 1, (CAPACITY / 512) as u16, 0, 0, false); 64];
     let long = list(1, &units, &segments);
     a.kernel.submit(&xcopy(long.len()), Data::Out(&long)).unwrap();

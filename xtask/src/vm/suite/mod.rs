@@ -3,6 +3,7 @@
 //! A test is a function that drives a [`Guest`]. [`runner`] gives each a VM and tells how it went.
 
 mod chain;
+mod chance;
 mod conformance;
 mod copy;
 mod daemon;

@@ -3,10 +3,8 @@
 //!
 //! The disk of 32 MiB: 8 are cold (written once), one is the witness's, 8 are fio's at queue depth 32, and the rest is holes. Both writers go on until their disk is gone.
 
-mod chance;
-
-use self::chance::{Fault, Rng};
 use super::super::guest::{Guest, Init, Net, patience};
+use super::chance::{Fault, Rng};
 use super::daemon::control;
 use super::handover::read_reservations;
 use super::initiator::{geometry, sum_of_range};
