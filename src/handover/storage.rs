@@ -6,6 +6,7 @@
 //! Protection information goes in the same message as its blocks, which NBD has no place for.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     fmt,
     io::{self, Read, Write},
@@ -107,17 +108,18 @@ fn nonsense(why: &str) -> io::Error {
 }
 
 impl Piece {
-    /// The message's body in parts, which are sent one after the other.
-    pub(super) fn parts(&self) -> io::Result<[Vec<u8>; 3]> {
+    /// The message's body in parts, which are sent one after the other; blocks and tuples from where they are.
+    pub(super) fn parts(&self) -> io::Result<[Cow<'_, [u8]>; 3]> {
         let head = |what: u8, at: u64, len: u64, flag: bool| {
-            [&[what][..], &at.to_be_bytes(), &len.to_be_bytes(), &[u8::from(flag)]].concat()
+            Cow::from([&[what][..], &at.to_be_bytes(), &len.to_be_bytes(), &[u8::from(flag)]].concat())
         };
-        let bare = |head| [head, Vec::new(), Vec::new()];
+        let none = Cow::Borrowed(&[][..]);
+        let bare = |head| [head, none.clone(), none.clone()];
         Ok(match self {
-            Piece::Begin(kept) => [head(0, 0, 0, false), serde_json::to_vec(kept)?, Vec::new()],
+            Piece::Begin(kept) => [head(0, 0, 0, false), serde_json::to_vec(kept)?.into(), none],
             Piece::Write { at, data, tuples } => {
                 let head = head(1, *at, data.len() as u64, tuples.is_some());
-                [head, data.clone(), tuples.clone().unwrap_or_default()]
+                [head, data.into(), tuples.as_deref().unwrap_or_default().into()]
             }
             Piece::Zeroes { at, len, may_unmap } => bare(head(2, *at, *len, *may_unmap)),
             Piece::Discard { at, len } => bare(head(3, *at, *len, false)),

@@ -92,7 +92,7 @@ pub fn send(to: &mut impl Write, message: &Message) -> io::Result<()> {
 /// Sends a piece of the LUN's storage.
 pub(super) fn send_piece(to: &mut impl Write, piece: &Piece) -> io::Result<()> {
     let parts = piece.parts()?;
-    let len = parts.iter().map(Vec::len).sum::<usize>() as u32;
+    let len = parts.iter().map(|part| part.len()).sum::<usize>() as u32;
     to.write_all(&[&[6][..], &len.to_be_bytes(), &parts[0]].concat())?;
     for part in parts[1..].iter().filter(|part| !part.is_empty()) {
         to.write_all(part)?;
