@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on";
 
+/// More of them under translation. What is translated is found again by its virtual address as well as by its physical one: with addresses that are
+/// chosen anew for each process, every program would be translated anew whenever it is run, and that takes four times as long as running it.
+const TCG_WORDS: &str = "norandmaps";
+
 /// The word with which systemd is the guest's process 1; such a guest can be rebooted.
 pub const SYSTEMD: &str = "systemd systemd.unit=multi-user.target";
 
@@ -35,6 +39,13 @@ impl Accel {
             // Processors that say they move strings of bytes fast (ERMS, FSRM) have copies between kernel and user done byte by byte, and the
             // emulator takes a turn for each: a copy would cost eight times what it costs within the kernel.
             Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm"],
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Kvm => "",
+            Self::Tcg => TCG_WORDS,
         }
     }
 
@@ -97,7 +108,7 @@ fn base(accel: Accel, artefacts: &Artefacts, words: &str, memory_mib: u32) -> Co
         .arg(&artefacts.kernel)
         .arg("-initrd")
         .arg(&artefacts.initramfs)
-        .args(["-append", &format!("{KERNEL_WORDS} {words}")]);
+        .args(["-append", &format!("{KERNEL_WORDS} {} {words}", accel.words())]);
     if words != SYSTEMD {
         // What panics ends, and is not tried for ever.
         qemu.arg("-no-reboot");
@@ -117,6 +128,8 @@ pub fn machine(accel: Accel, artefacts: &Artefacts, dir: &Path, words: &str, mem
         .args(["-device", "virtio-blk-pci,drive=root"])
         .args(["-drive", &drive("scratch", &dir.join("scratch.ext4"), "discard=unmap")])
         .args(["-device", "virtio-blk-pci,drive=scratch"])
+        .args(["-drive", &drive("programs", &dir.join("programs.tar"), "readonly=on")])
+        .args(["-device", "virtio-blk-pci,drive=programs"])
         .args(["-virtfs", &format!("local,path={share},mount_tag=host,security_model=none")])
         .args(["-device", "virtio-rng-pci"])
         .env("TMPDIR", dir);

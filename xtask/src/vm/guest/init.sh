@@ -3,7 +3,7 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 if grep -qw systemd /proc/cmdline; then
     # systemd mounts the rest. tcmu-dif is to come from its package.
     mount -t ext4 /dev/vdb /scratch
-    cp /host/bin/xtask /usr/local/bin/
+    tar -xf /dev/vdc -C /usr/local/bin ./xtask
     cat > /etc/systemd/system/guest-agent.service <<'END'
 [Unit]
 Description=Runs the host's scripts
@@ -39,10 +39,7 @@ ip link set lo up
 echo 60 > /proc/sys/kernel/hung_task_timeout_secs
 # What udev would load for a SCSI disk.
 modprobe -a sd_mod sg
-# Copied, not run from the share: what runs from a share pages from the host.
-for file in /host/bin/*; do
-    [ -e "$file" ] && cp "$file" /usr/local/bin/
-done
+tar -xf /dev/vdc -C /usr/local/bin
 cd /root
 if grep -qw shell /proc/cmdline; then
     setsid --ctty bash -i < /dev/ttyS0 > /dev/ttyS0 2>&1

@@ -103,7 +103,7 @@ fn guest(run: &mut Run<'_>, pi: u8) -> Result<()> {
             "timeout {limit} qemu-system-x86_64 -accel tcg,thread=single -cpu {INNER_CPU} -smp 1 -m 512 -nographic -nodefaults -no-reboot \
              -object memory-backend-memfd,id=memory,size=512M,share=on -machine memory-backend=memory \
              -kernel /host/inner-vmlinux -initrd /scratch/inner-initramfs \
-             -append 'console=ttyS0 panic=-1 cryptomgr.notests mitigations=off apparmor=0 no5lvl tsc=reliable random.trust_cpu=on' \
+             -append 'console=ttyS0 panic=-1 norandmaps cryptomgr.notests mitigations=off apparmor=0 no5lvl tsc=reliable random.trust_cpu=on' \
              -device vhost-scsi-pci,wwpn={WWPN},t10_pi=on -serial file:/scratch/inner-{life}.log 2> /scratch/inner-qemu.log"
         );
         let mut attempt = 1;
