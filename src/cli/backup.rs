@@ -6,14 +6,14 @@ use super::{
     CliError, Done,
     args::Cli,
     chain::{ends, pairs},
-    job::{Asked, Copying, one, said},
+    job::{Asked, Copying, absolute, one, said},
     job_args::{Backup, BackupSync, Bitmap, BitmapMode, OneBitmap, word},
     output, size,
 };
 
 /// Runs `backup`.
 pub fn backup(cli: &Cli, args: &Backup) -> Done {
-    let pairs = pairs("backup", &args.pairs)?;
+    let pairs = pairs("backup", &args.pairs, absolute)?;
     let about = pairs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
     for (option, given) in [("--job-id", args.job_id.is_some()), ("--sidecar", args.sidecar.is_some())] {
         if given && pairs.len() > 1 {

@@ -1,4 +1,4 @@
-//! `tcmu-dif snapshot`, `stream` and `commit`, which make a LUN's chain longer and shorter: clients of the daemon, which does the work.
+//! `tcmu-dif snapshot`, over an image and within it, and `stream` and `commit`, which make a LUN's chain shorter: clients of the daemon, which does the work.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,10 @@ use super::{
 
 /// Runs `snapshot`.
 pub fn snapshot(cli: &Cli, args: &Snapshot) -> Done {
-    let pairs = pairs("snapshot", &args.pairs)?;
+    if args.internal || args.delete {
+        return within(cli, args);
+    }
+    let pairs = pairs("snapshot", &args.pairs, absolute)?;
     let about = pairs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
     let mut asked = Asked::new(cli, "snapshot", &about)?;
     let mode = if args.existing { "existing" } else { "absolute-paths" };
@@ -35,8 +38,36 @@ pub fn snapshot(cli: &Cli, args: &Snapshot) -> Done {
     })
 }
 
-/// LUNs and files, which were named by turns.
-pub(super) fn pairs(command: &'static str, named: &[PathBuf]) -> Result<Vec<(String, String)>, CliError> {
+/// Takes internal snapshots, or deletes them.
+fn within(cli: &Cli, args: &Snapshot) -> Done {
+    let pairs = pairs("snapshot", &args.pairs, |name| name.display().to_string())?;
+    let about = pairs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
+    let mut asked = Asked::new(cli, "snapshot", &about)?;
+    let data = |(lun, name): &(String, String)| json!({ "device": lun, "name": name });
+    if args.delete {
+        for pair in &pairs {
+            asked.ask("blockdev-snapshot-delete-internal-sync", data(pair))?;
+        }
+    } else if let [one] = &pairs[..] {
+        asked.ask("blockdev-snapshot-internal-sync", data(one))?;
+    } else {
+        let action = |pair| json!({ "type": "blockdev-snapshot-internal-sync", "data": data(pair) });
+        let actions: Vec<Value> = pairs.iter().map(action).collect();
+        asked.ask("transaction", json!({ "actions": actions }))?;
+    }
+    let (word, heading) = if args.delete { ("deleted", "DELETED") } else { ("taken", "TAKEN") };
+    let told: Value = pairs.iter().map(|(lun, name)| json!({ "lun": lun, word: name })).collect();
+    said(args.json.json, told, || {
+        output::table(&["LUN", heading], pairs.iter().map(|(lun, name)| vec![lun.clone(), name.clone()]))
+    })
+}
+
+/// LUNs and what goes with each, which were named by turns.
+pub(super) fn pairs(
+    command: &'static str,
+    named: &[PathBuf],
+    means: impl Fn(&Path) -> String,
+) -> Result<Vec<(String, String)>, CliError> {
     let pair = |pair: &[PathBuf]| {
         let [name, file] = pair else {
             let name = pair.first().map(|n| n.display().to_string()).unwrap_or_default();
@@ -44,7 +75,7 @@ pub(super) fn pairs(command: &'static str, named: &[PathBuf]) -> Result<Vec<(Str
                 "name a LUN and a file, by turns: tcmu-dif {command} vm1 /a.qcow2 vm2 /b.qcow2"
             )));
         };
-        Ok((name.display().to_string(), absolute(file)))
+        Ok((name.display().to_string(), means(file)))
     };
     named.chunks(2).map(pair).collect()
 }

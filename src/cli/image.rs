@@ -14,9 +14,7 @@ use serde_json::json;
 use super::{
     CliError, Done,
     args::{Image, ImageCreate, ImageInfo, Output},
-    image_check, image_map, image_measure, image_owner, image_resize,
-    image_snapshot::{self, SnapshotInfo},
-    output, size,
+    image_check, image_map, image_measure, image_owner, image_resize, image_snapshot, output, size,
 };
 use crate::{
     admin::images::{Looked, make, open_failed},
@@ -24,7 +22,7 @@ use crate::{
         Format,
         nbd::is_uri,
         open::{OpenError, OpenOptions, open},
-        qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation},
+        qcow2::{self, CreateOptions, HeaderInfo, MAX_CLUSTER, Preallocation, SnapshotInfo},
     },
     pi::protected::sidecar_path,
     sys,

@@ -2,49 +2,17 @@
 
 use std::{path::Path, process::ExitCode, time::SystemTime};
 
-use serde::Serialize;
-
 use super::{CliError, Done, image::warn_of_sidecar, image_args::ImageSnapshot, output};
 use crate::{
     admin::images::open_failed,
     image::{
         Driver, Image,
         open::{OpenOptions, open_any_size},
-        qcow2::{Snapshot, SnapshotError},
+        qcow2::{SnapshotError, SnapshotInfo},
     },
     sys::{self, clock},
     volume::{IoError, Volume},
 };
-
-/// A snapshot as `qemu-img info --output=json` shows it.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct SnapshotInfo {
-    id: String,
-    name: String,
-    vm_state_size: u64,
-    date_sec: u32,
-    date_nsec: u32,
-    vm_clock_sec: u64,
-    vm_clock_nsec: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    icount: Option<u64>,
-}
-
-impl From<Snapshot> for SnapshotInfo {
-    fn from(s: Snapshot) -> SnapshotInfo {
-        SnapshotInfo {
-            id: s.id,
-            name: s.name,
-            vm_state_size: s.vm_state_size,
-            date_sec: s.seconds,
-            date_nsec: s.nanoseconds,
-            vm_clock_sec: s.vm_clock / 1_000_000_000,
-            vm_clock_nsec: s.vm_clock % 1_000_000_000,
-            icount: s.icount,
-        }
-    }
-}
 
 /// The lines of qemu-img's list; none if there are no snapshots.
 pub fn table(all: &[SnapshotInfo]) -> Vec<String> {
@@ -104,13 +72,9 @@ fn list(path: &Path, lock: bool) -> Result<Vec<SnapshotInfo>, CliError> {
     let listed = sys::run(async move |io| {
         let options = OpenOptions { read_only: true, lock, ..OpenOptions::default() };
         let image = open_any_size(&io, &at, &options).await?;
-        Ok(match image.driver() {
-            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => Vec::new(),
-            Driver::Qcow2(qcow2) => qcow2.snapshots(),
-        })
+        Ok(image.snapshots())
     });
-    let listed = listed.map_err(|e| open_failed(path, &e))?;
-    Ok(listed.into_iter().map(SnapshotInfo::from).collect())
+    listed.map_err(|e| open_failed(path, &e))
 }
 
 /// What is to be done with which.

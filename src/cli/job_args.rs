@@ -273,16 +273,23 @@ pub struct OneBitmap {
 #[derive(Debug, Args)]
 #[command(
     after_help = "FILE is a new qcow2 image whose backing file is the LUN's image, which is left as it is at that moment, with its \
-                  protection information. Several LUNs are named one after the other (vm1 /a.qcow2 vm2 /b.qcow2): all of them go over at \
-                  one point in time, or none does."
+                  protection information. With --internal a qcow2 image keeps the disk of that moment within itself, without protection \
+                  information, by the name that stands in the place of FILE. Several LUNs are named one after the other \
+                  (vm1 /a.qcow2 vm2 /b.qcow2): all of it is of one point in time, or nothing is done."
 )]
 pub struct Snapshot {
-    /// A LUN's name, and the image that is made for it; again for each further LUN
+    /// A LUN's name, and the image that is made for it, or the internal snapshot's name; again for each further LUN
     #[arg(value_names = ["NAME", "FILE"], num_args = 2.., required = true)]
     pub pairs: Vec<PathBuf>,
     /// The images are there already, empty, over the LUNs' images
     #[arg(long)]
     pub existing: bool,
+    /// Take snapshots within the LUNs' images
+    #[arg(long, conflicts_with = "existing")]
+    pub internal: bool,
+    /// Delete snapshots within the LUNs' images
+    #[arg(long, conflicts_with_all = ["existing", "internal"])]
+    pub delete: bool,
     /// As always.
     #[command(flatten)]
     pub json: Json,

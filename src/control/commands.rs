@@ -132,6 +132,8 @@ static COMMANDS: &[Command] = &[
     backup::BLOCKDEV_BACKUP,
     mirror::BLOCKDEV_MIRROR,
     snapshot::TAKE,
+    snapshot::TAKE_WITHIN,
+    snapshot::DELETE_WITHIN,
     backup::DRIVE_BACKUP,
     mirror::DRIVE_MIRROR,
     Command {

@@ -384,6 +384,21 @@ pub(super) static LUN_MIGRATED: Object = object(
     ],
 );
 
+/// SnapshotInfo.
+pub(super) static SNAPSHOT_INFO: Object = object(
+    "SnapshotInfo",
+    &[
+        has("id", Type::Str),
+        has("name", Type::Str),
+        has("vm-state-size", Type::Int),
+        has("date-sec", Type::Int),
+        has("date-nsec", Type::Int),
+        has("vm-clock-sec", Type::Int),
+        has("vm-clock-nsec", Type::Int),
+        may("icount", Type::Int),
+    ],
+);
+
 /// ImageInfo.
 static IMAGE_INFO: Object = object(
     "ImageInfo",
@@ -396,6 +411,7 @@ static IMAGE_INFO: Object = object(
         may("backing-filename", Type::Str),
         may("full-backing-filename", Type::Str),
         may("backing-filename-format", Type::Str),
+        may("snapshots", Type::List(&Type::Object(&SNAPSHOT_INFO))),
         may("backing-image", Type::Object(&IMAGE_INFO)),
     ],
 );

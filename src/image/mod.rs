@@ -32,6 +32,7 @@ use std::{
 
 use serde::Serialize;
 
+use self::qcow2::SnapshotInfo;
 use crate::{
     storage::cache::{CacheCount, CacheCounter},
     sys::mem::Sg,
@@ -128,6 +129,8 @@ pub struct ImageInfo {
     pub cluster_size: Option<u64>,
     /// The backing file's name as it stands in its header, and the format as it stands there.
     pub backing: Option<(String, Option<String>)>,
+    /// Its internal snapshots, in the order of their table.
+    pub snapshots: Vec<SnapshotInfo>,
 }
 
 /// An open image: the driver, the files under it and the locks on them.
@@ -229,6 +232,15 @@ impl Image {
             actual_size: allocated(self.file.as_deref()),
             cluster_size,
             backing,
+            snapshots: self.snapshots(),
+        }
+    }
+
+    /// Its internal snapshots, in the order of their table.
+    pub fn snapshots(&self) -> Vec<SnapshotInfo> {
+        match &self.driver {
+            Driver::Raw(_) | Driver::Null(_) | Driver::Nbd(_) => Vec::new(),
+            Driver::Qcow2(driver) => driver.snapshots().into_iter().map(SnapshotInfo::from).collect(),
         }
     }
 

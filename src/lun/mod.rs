@@ -51,7 +51,7 @@ use std::{
 
 use tracing::{error, info, warn};
 
-pub use crate::image::ImageInfo;
+pub use crate::image::{ImageInfo, qcow2::SnapshotInfo};
 use crate::{
     image::{
         open::OpenError,

@@ -77,6 +77,7 @@ fn image_info(layers: &Layers) -> Option<Value> {
         "backing-filename": backing.map(|(name, _)| name),
         "full-backing-filename": backing.and(beneath.first()).map(|b| b.path.display().to_string()),
         "backing-filename-format": backing.and_then(|(_, format)| format.as_ref()),
+        "snapshots": (!top.snapshots.is_empty()).then_some(&top.snapshots),
         "backing-image": image_info(beneath),
     }))
 }

@@ -1,5 +1,7 @@
 //! Snapshots of one LUN, in QEMU's words.
 
+use serde_json::json;
+
 use super::{
     super::{
         schema::{Member, Type, has, may},
@@ -8,8 +10,11 @@ use super::{
     Arguments, Command, NOTHING, done, find, told,
 };
 use crate::{
-    control::qmp::Error,
-    lun::jobs::{JobOrder, SnapshotOrder},
+    control::{qmp::Error, types::SNAPSHOT_INFO},
+    lun::{
+        SnapshotInfo,
+        jobs::{InternalOrder, JobOrder, SnapshotOrder},
+    },
 };
 
 /// Those of QEMU's BlockdevSnapshotSync, but for the new node's name: there are no nodes without a LUN.
@@ -33,6 +38,54 @@ pub(super) const TAKE: Command = Command {
         let (device, order) = asked(args)?;
         told(find(luns, device)?.job(JobOrder::Snapshot(order)))?;
         done()
+    },
+    after: None,
+};
+
+/// Those of QEMU's BlockdevSnapshotInternal.
+pub(super) const INTERNAL: &[Member] = &[has("device", Type::Str), has("name", Type::Str)];
+
+/// `blockdev-snapshot-internal-sync`.
+pub(super) const TAKE_WITHIN: Command = Command {
+    name: "blockdev-snapshot-internal-sync",
+    args: INTERNAL,
+    returns: NOTHING,
+    help: "as in QEMU: the LUN's qcow2 image keeps within itself, by that `name`, what the disk is at that moment; guests go on. It is durable \
+           when this answers. `device` is the LUN's name",
+    run: |luns, args| {
+        let order = InternalOrder::Take(args.text("name")?.to_owned());
+        told(find(luns, args.text("device")?)?.job(JobOrder::Internal(order)))?;
+        done()
+    },
+    after: None,
+};
+
+/// `blockdev-snapshot-delete-internal-sync`.
+pub(super) const DELETE_WITHIN: Command = Command {
+    name: "blockdev-snapshot-delete-internal-sync",
+    args: &[has("device", Type::Str), may("id", Type::Str), may("name", Type::Str)],
+    returns: Type::Object(&SNAPSHOT_INFO),
+    help: "as in QEMU: deletes the internal snapshot of that `id` and `name`, one of them at least, and tells of it; guests go on. `device` \
+           is the LUN's name. Where a name occurs twice nothing is done, and the `id` says which",
+    run: |luns, args| {
+        let lun = find(luns, args.text("device")?)?;
+        let (id, name) = (args.maybe_text("id"), args.maybe_text("name"));
+        let which = match (id, name) {
+            (Some(id), _) => format!("snapshot.id={id}"),
+            (None, Some(name)) => format!("snapshot.name={name}"),
+            (None, None) => return Err(Error::generic("Name or id must be provided")),
+        };
+        let layers = told(lun.describe())?;
+        let fits =
+            |s: &&SnapshotInfo| id.is_none_or(|id| s.id == id) && name.is_none_or(|name| s.name == name);
+        let found = layers.first().and_then(|top| top.snapshots.iter().find(fits)).cloned();
+        if let (None, Some(id), Some(name)) = (&found, id, name) {
+            return Err(Error::generic(format!(
+                "there is no snapshot with the ID '{id}' and the name '{name}'"
+            )));
+        }
+        told(lun.job(JobOrder::Internal(InternalOrder::Delete(which))))?;
+        Ok(json!(found))
     },
     after: None,
 };

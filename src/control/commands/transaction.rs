@@ -1,4 +1,4 @@
-//! Transactions, in QEMU's words: snapshots, backups and what is done with dirty bitmaps, of several LUNs at one point in time, all or nothing.
+//! Transactions, in QEMU's words: snapshots over images and within them, backups and what is done with dirty bitmaps, of several LUNs at one point in time, all or nothing.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,6 +31,7 @@ static ACTION: Enum = Enum {
         "block-dirty-bitmap-merge",
         "block-dirty-bitmap-remove",
         "blockdev-backup",
+        "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
         "drive-backup",
     ],
@@ -50,6 +51,7 @@ actions! {
     NAMED, NAMED_WRAPPER = "BlockDirtyBitmap", "BlockDirtyBitmapWrapper", bitmap::NAMED;
     MERGE, MERGE_WRAPPER = "BlockDirtyBitmapMerge", "BlockDirtyBitmapMergeWrapper", bitmap::MERGED;
     BLOCKDEV_BACKUP, BLOCKDEV_BACKUP_WRAPPER = "BlockdevBackup", "BlockdevBackupWrapper", backup::TO_A_NODE;
+    INTERNAL, INTERNAL_WRAPPER = "BlockdevSnapshotInternal", "BlockdevSnapshotInternalWrapper", snapshot::INTERNAL;
     SNAPSHOT, SNAPSHOT_WRAPPER = "BlockdevSnapshotSync", "BlockdevSnapshotSyncWrapper", snapshot::ARGUMENTS;
     DRIVE_BACKUP, DRIVE_BACKUP_WRAPPER = "DriveBackup", "DriveBackupWrapper", backup::TO_A_FILE;
 }
@@ -69,6 +71,7 @@ static TRANSACTION_ACTION: Object = Object {
             ("block-dirty-bitmap-merge", &MERGE_WRAPPER),
             ("block-dirty-bitmap-remove", &NAMED_WRAPPER),
             ("blockdev-backup", &BLOCKDEV_BACKUP_WRAPPER),
+            ("blockdev-snapshot-internal-sync", &INTERNAL_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_WRAPPER),
             ("drive-backup", &DRIVE_BACKUP_WRAPPER),
         ],
@@ -91,8 +94,8 @@ pub(super) const TRANSACTION: Command = Command {
     args: ARGUMENTS,
     returns: NOTHING,
     help: "as in QEMU: carries out all `actions` or none, and all at one point in time: commands of all LUNs are held back before the \
-           first is carried out. Of each LUN in the order in which they stand. Snapshots hold across `kill -9` too, all or none. A LUN can \
-           have one snapshot, alone, or one backup and whatever of dirty bitmaps. With `completion-mode` grouped all backups are \
+           first is carried out. Of each LUN in the order in which they stand. Snapshots hold across `kill -9` too, all or none, but for internal \
+           ones. A LUN can have one snapshot over its image, alone, or one backup and whatever of internal snapshots and dirty bitmaps. With `completion-mode` grouped all backups are \
            cancelled if one fails or is cancelled",
     run: transaction,
     after: None,
@@ -111,7 +114,7 @@ impl Part {
     fn job(&self) -> Option<&str> {
         self.acts.iter().find_map(|act| match act {
             Act::Backup(order) => Some(order.id.as_str()),
-            Act::Bitmap(_) => None,
+            Act::Bitmap(_) | Act::Internal(_) => None,
         })
     }
 
@@ -170,7 +173,7 @@ impl Parts {
     }
 }
 
-const NOT_WITH_A_SNAPSHOT: &str = "a snapshot and something else of one LUN cannot be in one transaction, because its dirty bitmaps go \
+const NOT_WITH_A_SNAPSHOT: &str = "a snapshot over its image and something else of one LUN cannot be in one transaction, because its dirty bitmaps go \
                                    with the old image: make two of it";
 
 fn transaction(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
@@ -197,6 +200,9 @@ fn asked(luns: &Registry, kind: &str, data: Map<String, Value>) -> Result<(Strin
         "blockdev-snapshot-sync" => {
             let (name, order) = snapshot::asked(&args)?;
             of(name, Action::Snapshot(order))
+        }
+        "blockdev-snapshot-internal-sync" => {
+            of(args.text("device")?, Action::Act(Act::Internal(args.text("name")?.to_owned())))
         }
         "drive-backup" | "blockdev-backup" => {
             let device = args.text("device")?;

@@ -63,7 +63,7 @@ pub use kept_bitmaps::StoredBitmap;
 pub use measure::{full_size, looks_preallocated};
 pub use read::{Backing, Boxed, ReadBacking};
 pub use repair::{Repair, repair_on};
-pub use snapshot::{Snapshot, SnapshotError};
+pub use snapshot::{Snapshot, SnapshotError, SnapshotInfo};
 pub use storage::{FileStorage, Storage};
 
 use crate::{

@@ -16,6 +16,7 @@ mod commit;
 pub mod exposed;
 mod group;
 mod handover;
+mod internal;
 mod record;
 mod resume;
 mod snapshot;
@@ -36,8 +37,8 @@ pub use exposed::Expose;
 pub use group::Group;
 pub use record::FOLDER;
 pub use types::{
-    Act, BackupOrder, BitmapOrder, BlockJob, CommitOrder, HandoverOrder, JobError, JobInfo, JobOrder,
-    MirrorOrder, PartOrder, SnapshotOrder, StreamOrder, copy_mode, names_an_image, sync_mode,
+    Act, BackupOrder, BitmapOrder, BlockJob, CommitOrder, HandoverOrder, InternalOrder, JobError, JobInfo,
+    JobOrder, MirrorOrder, PartOrder, SnapshotOrder, StreamOrder, copy_mode, names_an_image, sync_mode,
 };
 
 pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
@@ -285,6 +286,7 @@ impl Jobs {
             JobOrder::Commit(order) => self.commit(front, block_size, *order).await?,
             JobOrder::Stream(order) => self.stream(front, block_size, *order).await?,
             JobOrder::Snapshot(order) => self.snapshot(front, block_size, order, &moved).await?,
+            JobOrder::Internal(order) => self.internal(front, order).await?,
             JobOrder::Mirror(order) => self.mirror(front, block_size, *order).await?,
             JobOrder::Backup(order) => self.backup(front, block_size, *order).await?,
             JobOrder::Handover(order) => self.handover(front, block_size, order).await?,

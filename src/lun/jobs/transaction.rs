@@ -1,9 +1,9 @@
-//! A LUN's part in a transaction (QEMU's `transaction`): what is done with its dirty bitmaps, and a backup that begins, at one moment, which
-//! is that of all LUNs that take part.
+//! A LUN's part in a transaction (QEMU's `transaction`): what is done with its dirty bitmaps, internal snapshots, and a backup that begins, at
+//! one moment, which is that of all LUNs that take part.
 //!
 //! The order: the backup's target is made and opened while commands run. Commands are held back, those of all LUNs. Then all is done with the
 //! bitmaps, in the order in which it was asked for, and is taken back: that has shown whether it can be done, and what would be
-//! there then. When all LUNs have come so far it is decided, and what would be there is there. Nobody writes meanwhile, so no bitmap has
+//! there then. Internal snapshots are taken, and deleted again if it comes to nothing. When all LUNs have come so far it is decided, and what would be there is there. Nobody writes meanwhile, so no bitmap has
 //! anything to catch up with; the backup is attached before the first command goes on. If it comes to nothing, what was made for the
 //! backup is removed, and the bitmaps are what they were.
 
@@ -41,7 +41,7 @@ impl Jobs {
         let at = acts.iter().position(|act| matches!(act, Act::Backup(_)));
         let backup = at.and_then(|at| match &acts[at] {
             Act::Backup(order) => Some((at, (**order).clone())),
-            Act::Bitmap(_) => None,
+            Act::Bitmap(_) | Act::Internal(_) => None,
         });
         let (mut launch, mut member, mut _starting) = (None, None, None);
         if let Some((at, order)) = backup {
@@ -53,6 +53,8 @@ impl Jobs {
                 front.bitmaps().check(name)?;
             }
             launch = Some(self.prepare_backup(front, block_size, order).await?);
+        } else if acts.iter().any(|act| matches!(act, Act::Internal(_))) {
+            _starting = Some(self.starting("snapshot")?);
         }
         let begun = match seat.reach(&self.io, Step::Prepared).await {
             Err(reason) => Err((JobError::Transaction(reason), launch)),
@@ -89,12 +91,20 @@ impl Jobs {
         let tried = acts.iter().try_for_each(|act| match (act, launch) {
             (Act::Bitmap(order), _) => self.bitmap(front, order.clone()),
             (Act::Backup(_), Some(launch)) => launch.mark(front),
-            (Act::Backup(_), None) => Ok(()),
+            (Act::Backup(_), None) | (Act::Internal(_), _) => Ok(()),
         });
         let after = former();
         bitmaps.restore(before);
         tried?;
-        seat.ready(&self.io).await.map_err(JobError::Transaction)?;
+        let internals = acts.iter().filter_map(|act| match act {
+            Act::Internal(name) => Some(name.as_str()),
+            Act::Bitmap(_) | Act::Backup(_) => None,
+        });
+        let taken = self.internals(front, internals).await?;
+        if let Err(reason) = seat.ready(&self.io).await {
+            taken.undo(front).await;
+            return Err(JobError::Transaction(reason));
+        }
         bitmaps.restore(after);
         Ok(())
     }

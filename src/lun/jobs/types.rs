@@ -137,6 +137,16 @@ pub struct SnapshotOrder {
     pub ballot: Option<Arc<Ballot>>,
 }
 
+/// What is done with the internal snapshots of a LUN's qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InternalOrder {
+    /// Take one of that name (`blockdev-snapshot-internal-sync`).
+    Take(String),
+    /// Delete the one that this means: an ID or a name, or just one of the two after `snapshot.id=` or `snapshot.name=`
+    /// (`blockdev-snapshot-delete-internal-sync`).
+    Delete(String),
+}
+
 /// One thing of several that are done at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Act {
@@ -144,6 +154,8 @@ pub enum Act {
     Bitmap(BitmapOrder),
     /// A backup begins; one of a LUN at most.
     Backup(Box<BackupOrder>),
+    /// An internal snapshot of that name is taken.
+    Internal(String),
 }
 
 impl Act {
@@ -151,6 +163,7 @@ impl Act {
     pub(super) fn changes(&self) -> Option<&str> {
         match self {
             Act::Backup(order) => order.bitmap.as_ref().map(|(name, _)| name.as_str()),
+            Act::Internal(_) => None,
             Act::Bitmap(
                 BitmapOrder::Add { name, .. }
                 | BitmapOrder::Remove(name)
@@ -196,6 +209,8 @@ pub enum JobOrder {
     Stream(Box<StreamOrder>),
     /// Go over to an overlay.
     Snapshot(SnapshotOrder),
+    /// Take or delete a snapshot within the image.
+    Internal(InternalOrder),
     /// Nothing: only tell.
     Query,
     /// End it: the LUN goes over to the target.

@@ -5,6 +5,7 @@
 //! logs stay: `console.log` (the serial console), `transcript.log` (every script, what it said and how it ended).
 
 use super::artefacts::Artefacts;
+use super::programs;
 use super::protocol::{Exit, Frame, Request, Tag};
 use super::qemu::{self, Accel, Cable};
 use anyhow::{Context, Result, bail};
@@ -172,7 +173,7 @@ impl RunDir {
         let share = path.join("share");
         fs::create_dir_all(&share).with_context(|| format!("cannot make {}", share.display()))?;
         let dir = Self(path);
-        dir.archive(&lab.programs)?;
+        programs::archive(&lab.programs, &dir.0.join(qemu::PROGRAMS))?;
         fs::write(dir.0.join("share/init.sh"), include_str!("guest/init.sh"))?;
         if let Some(package) = &lab.package {
             fs::copy(package, dir.0.join("share/tcmu-dif.deb"))
@@ -192,41 +193,6 @@ impl RunDir {
                 .arg(dir.0.join("scratch.ext4")),
         )?;
         Ok(dir)
-    }
-
-    /// The programs for the guest's `/usr/local/bin`, this one among them, without what debuggers want, as an archive that is a disk of the guest's:
-    /// the share takes an emulated kernel an eighth of a second for each MiB.
-    fn archive(&self, programs: &[PathBuf]) -> Result<()> {
-        let bin = self.0.join("bin");
-        fs::create_dir(&bin)?;
-        // By this name it is there even when cargo has built another in its place meanwhile.
-        let own = (PathBuf::from("/proc/self/exe"), "xtask".as_ref());
-        for (program, name) in
-            programs.iter().map(|path| (path.clone(), path.file_name().unwrap_or_default())).chain([own])
-        {
-            let copy = bin.join(name);
-            fs::copy(&program, &copy)
-                .with_context(|| format!("cannot give {} to the guest", program.display()))?;
-            // A script is none of its business.
-            let _ = crate::sh::quiet(Command::new("strip").arg(&copy));
-        }
-        let archive = self.programs();
-        crate::sh::quiet(
-            Command::new("tar")
-                .arg("--create")
-                .arg("--file")
-                .arg(&archive)
-                .arg("--directory")
-                .arg(&bin)
-                .arg("."),
-        )?;
-        fs::remove_dir_all(&bin)?;
-        Ok(())
-    }
-
-    /// The archive of programs.
-    fn programs(&self) -> PathBuf {
-        self.0.join("programs.tar")
     }
 
     /// Its path.

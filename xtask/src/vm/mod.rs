@@ -8,6 +8,7 @@ mod bench;
 mod cache;
 mod guest;
 mod module;
+mod programs;
 mod protocol;
 mod qemu;
 mod suite;

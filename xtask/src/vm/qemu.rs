@@ -20,6 +20,9 @@ const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=rel
 /// chosen anew for each process, every program would be translated anew whenever it is run, and that takes four times as long as running it.
 const TCG_WORDS: &str = "norandmaps";
 
+/// The disk with the programs, in a run's folder.
+pub const PROGRAMS: &str = "programs.tar";
+
 /// The word with which systemd is the guest's process 1; such a guest can be rebooted.
 pub const SYSTEMD: &str = "systemd systemd.unit=multi-user.target";
 
@@ -128,7 +131,7 @@ pub fn machine(accel: Accel, artefacts: &Artefacts, dir: &Path, words: &str, mem
         .args(["-device", "virtio-blk-pci,drive=root"])
         .args(["-drive", &drive("scratch", &dir.join("scratch.ext4"), "discard=unmap")])
         .args(["-device", "virtio-blk-pci,drive=scratch"])
-        .args(["-drive", &drive("programs", &dir.join("programs.tar"), "readonly=on")])
+        .args(["-drive", &drive("programs", &dir.join(PROGRAMS), "readonly=on")])
         .args(["-device", "virtio-blk-pci,drive=programs"])
         .args(["-virtfs", &format!("local,path={share},mount_tag=host,security_model=none")])
         .args(["-device", "virtio-rng-pci"])

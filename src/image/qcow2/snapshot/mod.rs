@@ -19,10 +19,12 @@
 mod apply;
 mod delete;
 mod find;
+mod info;
 pub(super) mod table;
 mod take;
 
 pub use find::SnapshotError;
+pub use info::SnapshotInfo;
 
 /// An internal snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]

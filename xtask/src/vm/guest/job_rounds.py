@@ -308,7 +308,10 @@ def compare(path, kind, moment):
     run("tcmu-dif", "pi", "verify", path, "--json")
     if kind == "qcow2":
         run("qemu-img", "convert", "-f", kind, "-O", "raw", path, CHECKED)
-    raw = CHECKED if kind == "qcow2" else path
+    compare_bytes(CHECKED if kind == "qcow2" else path, moment, path)
+
+
+def compare_bytes(raw, moment, path):
     with open(raw, "rb") as f:
         f.seek(WITNESS)
         data = f.read(MIB)
@@ -718,6 +721,76 @@ class Snapshot(Kind):
             did.append("again")
 
 
+class Internal(Kind):
+    """Snapshots within the LUN's own image, taken and deleted while the guests go on; what QEMU reads in each is compared with its moment."""
+    themes = ["kill", "plain", "kill a delete", "delete"]
+
+    def internals(self):
+        while True:
+            try:
+                images = [d["inserted"]["image"] for d in qmp.do("query-block") if d["device"] == NAME and "inserted" in d]
+                return [s["name"] for s in images[0].get("snapshots", [])]
+            except Gone:
+                start_again()
+
+    def order(self, killed, execute, tag):
+        """Has it done, perhaps with a kill at some moment of it; gives whether there was an answer."""
+        thread = killer(rng.uniform(0, 0.5)) if killed else None
+        answer = asking(execute, device=NAME, name=tag)
+        if thread:
+            thread.join()
+            # It may have come after the answer.
+            try:
+                time.sleep(0.05)
+                qmp.do("query-luns")
+            except Gone:
+                start_again()
+        if isinstance(answer, str):
+            raise Exception(f"{execute} of {tag} is refused: {answer}")
+        count("runs")
+        return answer is not None
+
+    def round(self, theme):
+        cold()
+        self.tags = getattr(self, "tags", [])
+        did, killed = [], theme == "kill"
+        tag = f"s{counts.get('rounds', 0)}"
+        while True:
+            self.moment = Moment(self.guests)
+            answered = self.order(killed, "blockdev-snapshot-internal-sync", tag)
+            self.moment.over()
+            did += ["kill"] if killed else []
+            killed = False
+            if self.internals() == self.tags + [tag]:
+                break
+            if answered or self.internals() != self.tags:
+                raise Exception(f"the image has {self.internals()}, and had {self.tags}")
+            did.append("again")
+        self.tags.append(tag)
+        self.check(tag)
+        killed = theme == "kill a delete"
+        while len(self.tags) > (1 if "delete" in theme else 4):
+            tag = rng.choice(self.tags)
+            answered = self.order(killed, "blockdev-snapshot-delete-internal-sync", tag)
+            did.append("killed delete" if killed else "delete")
+            killed = False
+            if answered or tag not in self.internals():
+                self.tags.remove(tag)
+            if self.internals() != self.tags:
+                raise Exception(f"the image has {self.internals()}, and should have {self.tags}")
+            count("deleted")
+        return did
+
+    def check(self, tag):
+        """What QEMU reads in it, beside the LUN that has the image."""
+        self.guests.rest(True)
+        try:
+            run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", "-l", f"snapshot.name={tag}", chain()[0], CHECKED)
+            compare_bytes(CHECKED, self.moment, tag)
+        finally:
+            self.guests.rest(False)
+
+
 class Stream(Kind):
     def prepare(self, theme):
         """An overlay, in /small if that is to run full: with all that the guests write in it already, so that only the stream wants more room."""
@@ -828,6 +901,7 @@ KINDS = {
     "backup-full": Backup,
     "backup-incremental": Increment,
     "snapshot": Snapshot,
+    "internal-snapshot": Internal,
     "stream": Stream,
     "commit-active": Commit,
     "commit-intermediate": Intermediate,

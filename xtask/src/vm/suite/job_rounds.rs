@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     of("jobs.rounds-backup-full", |run| rounds(run, "backup-full")),
     of("jobs.rounds-backup-incremental", |run| rounds(run, "backup-incremental")),
     of("jobs.rounds-snapshot", |run| rounds(run, "snapshot")),
+    of("jobs.rounds-internal-snapshot", |run| rounds(run, "internal-snapshot")),
     of("jobs.rounds-stream", |run| rounds(run, "stream")),
     of("jobs.rounds-commit-active", |run| rounds(run, "commit-active")),
     of("jobs.rounds-commit-intermediate", |run| rounds(run, "commit-intermediate")),
