@@ -20,6 +20,7 @@ mod jobs;
 mod lifecycle;
 mod limits;
 pub(super) mod lun;
+mod nbd;
 mod panic;
 mod pi;
 mod pi_guest;
@@ -126,6 +127,7 @@ pub fn all() -> Vec<&'static Test> {
         job_rounds::TESTS,
         handover::TESTS,
         two_kernels::TESTS,
+        nbd::TESTS,
         qmp::TESTS,
         conformance::TESTS,
         copy::TESTS,
