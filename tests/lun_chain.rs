@@ -334,10 +334,7 @@ fn a_transaction_takes_all_snapshots_or_none() {
     for (more, reason) in [
         (transaction(&[("vm1", &a), ("vm1", &b)]), "once"),
         (transaction(&[("vm1", &a), ("vm9", &b)]), "not served"),
-        (
-            json!({ "actions": [{ "type": "blockdev-snapshot-internal-sync", "data": {} }] }),
-            "does not accept value",
-        ),
+        (json!({ "actions": [{ "type": "blockdev-snapshot", "data": {} }] }), "does not accept value"),
         (json!({ "actions": [{ "type": "blockdev-snapshot-sync", "data": {} }] }), "snapshot-file"),
         (json!({ "actions": [{ "type": "blockdev-snapshot-sync" }] }), "'data' is missing"),
     ] {
