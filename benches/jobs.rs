@@ -22,7 +22,7 @@ use tcmu_dif::{
     },
     job::{
         JobStatus, OnError,
-        mirror::{CopyMode, Settings, SyncMode, Task},
+        mirror::{CopyMode, Settings, Share, SyncMode, Task},
     },
     lun::{
         self, LunHandle, LunParams,
@@ -45,6 +45,8 @@ const SIZE: u64 = 256 << 20;
 const ID: &str = "job";
 /// The bytes a second of the rows with a limit.
 const SPEED: u64 = 100 << 20;
+/// The percent of the row with a share.
+const SHARE: u64 = 25;
 /// How long the guest sends before the job is looked at.
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -56,6 +58,8 @@ enum Kind {
     Mirror(CopyMode),
     /// The mirror has caught up, and keeps up.
     Ready(CopyMode),
+    /// A mirror in the background that leaves guests a part of the time.
+    Shared,
     Commit,
     Stream,
 }
@@ -76,6 +80,7 @@ impl Row {
             Kind::SlowBackup => format!("backup, {} MiB/s", SPEED >> 20),
             Kind::Mirror(m) => format!("mirror, {}", mode(m)),
             Kind::Ready(m) => format!("mirror, {}, ready", mode(m)),
+            Kind::Shared => format!("mirror, background, share {SHARE} %"),
             Kind::Commit => "commit".to_owned(),
             Kind::Stream => "stream".to_owned(),
         };
@@ -92,9 +97,13 @@ impl Row {
         let settings = Settings {
             task: Task::Mirror,
             sync: SyncMode::Full,
-            copy_mode: CopyMode::Background,
+            copy_mode: match self.kind {
+                Kind::Mirror(mode) | Kind::Ready(mode) => mode,
+                _ => CopyMode::Background,
+            },
             unmap: true,
             speed: if self.kind == Kind::SlowBackup { SPEED } else { 0 },
+            share: Share::try_from(if self.kind == Kind::Shared { SHARE } else { 100 }).unwrap(),
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
             auto_finalize: true,
@@ -115,8 +124,8 @@ impl Row {
                 existing,
                 sidecar,
             })),
-            Kind::Mirror(copy_mode) | Kind::Ready(copy_mode) => JobOrder::Mirror(Box::new(MirrorOrder {
-                settings: Settings { copy_mode, ..settings },
+            Kind::Mirror(_) | Kind::Ready(_) | Kind::Shared => JobOrder::Mirror(Box::new(MirrorOrder {
+                settings,
                 granularity: None,
                 id,
                 target,
@@ -309,7 +318,7 @@ fn main() {
     let mut kinds = vec![Kind::Nothing, Kind::Backup, Kind::SlowBackup];
     kinds.extend(modes.map(Kind::Mirror));
     kinds.extend(modes.map(Kind::Ready));
-    kinds.extend([Kind::Commit, Kind::Stream]);
+    kinds.extend([Kind::Shared, Kind::Commit, Kind::Stream]);
     let mut text = String::from(
         "4 KiB, one at a time                             a second     p50 µs     p99 µs   p99.9 µs     max µs   job MiB/s\n",
     );

@@ -44,6 +44,7 @@ fn the_help_of_every_command_is_as_it_was() {
         &["job", "cancel"],
         &["job", "pause"],
         &["job", "resume"],
+        &["job", "share"],
         &["job", "speed"],
         &["handover"],
         &["receive"],

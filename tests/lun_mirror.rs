@@ -376,3 +376,55 @@ fn thirty_two_commands_at_a_time_pass_through_pivots_there_and_back() {
         assert!(good, "{said}");
     }
 }
+
+/// How many commands a guest that always has one under way is answered while 8 MiB are copied.
+fn answered_beside_a_copy(share: u64) -> u64 {
+    let rig = Rig::new(Registry::default());
+    let (_, mut known) = new_lun(&rig, Format::Raw, false);
+    for lba in (0..BLOCKS as u32).step_by(2048) {
+        assert_eq!(known.guest.write(lba, &vec![0x5a; MIB as usize]), 0);
+    }
+    let mut talk = rig.talk();
+    // No faster than that, so that a moment in which the guest is not let run does not have all of it copied.
+    let more = json!({ "format": "raw", "speed": 64 * MIB, "share": share });
+    talk.get("drive-mirror", mirror(&rig.dir.path().join("new"), more));
+    let told = &talk.get("query-block-jobs", json!({}))[0]["share"].clone();
+    assert_eq!(told, &json!(share));
+    let ready = std::thread::spawn(move || talk.event("BLOCK_JOB_READY"));
+    let mut answered = 0;
+    while !ready.is_finished() {
+        assert_eq!(known.guest.read(0, 8), 0);
+        answered += 1;
+    }
+    ready.join().unwrap();
+    known.guest.lun.stop().unwrap();
+    answered
+}
+
+#[test]
+fn a_share_leaves_guests_a_part_of_the_time_and_can_be_changed() {
+    let (whole, small) = (answered_beside_a_copy(100), answered_beside_a_copy(1));
+    assert!(small > 2 * whole, "{small} commands beside a copy that rests, {whole} beside one that does not");
+
+    let rig = Rig::new(Registry::default());
+    let (_, known) = new_lun(&rig, Format::Raw, false);
+    let mut talk = rig.talk();
+    let target = rig.dir.path().join("new");
+    for share in [0, 101] {
+        let said =
+            refused(&talk.ask("drive-mirror", mirror(&target, json!({ "format": "raw", "share": share }))));
+        assert!(said.contains("give 1 to 100"), "{said}");
+    }
+    assert!(!target.exists());
+    talk.get("drive-mirror", mirror(&target, json!({ "format": "raw" })));
+    talk.event("BLOCK_JOB_READY");
+    let said = refused(&talk.ask("job-set-share", json!({ "id": "vm1", "share": 0 })));
+    assert!(said.contains("give 1 to 100"), "{said}");
+    refused(&talk.ask("job-set-share", json!({ "id": "vm7", "share": 50 })));
+    let (ok, said) = tcmu_dif(&["job", "share", "vm1", "25%"], Some(rig.dir.path()));
+    assert!(ok && said.contains("25 %"), "{said}");
+    assert_eq!(talk.get("query-block-jobs", json!({}))[0]["share"], 25);
+    let (ok, said) = tcmu_dif(&["job", "share", "vm1", "200"], Some(rig.dir.path()));
+    assert!(!ok && said.contains("give 1 to 100"), "{said}");
+    known.guest.lun.stop().unwrap();
+}

@@ -79,6 +79,7 @@ fn order_of(args: &Backup, (name, id, target): (&str, &str, &str), waits: bool) 
         sidecar: args.sidecar.as_deref(),
         sync: word(&args.sync).into(),
         speed: args.speed,
+        share: args.share,
         on_source_error: args.on_source_error,
         on_target_error: args.on_target_error,
         // Kept until this command has told what came of it.

@@ -89,6 +89,7 @@ struct Order<'a> {
     top: Option<&'a Path>,
     base: Option<&'a Path>,
     speed: u64,
+    share: u64,
     on_error: OnError,
     background: bool,
     copy_mode: Option<CopyMode>,
@@ -100,6 +101,7 @@ impl Order<'_> {
             ("device".to_owned(), self.name.into()),
             ("job-id".to_owned(), self.id.into()),
             ("speed".to_owned(), self.speed.into()),
+            ("share".to_owned(), self.share.into()),
             ("on-error".to_owned(), word(&self.on_error).into()),
             // Kept until this command has told what came of it.
             ("auto-dismiss".to_owned(), self.background.into()),
@@ -131,6 +133,7 @@ pub fn stream(cli: &Cli, args: &Stream) -> Done {
         top: None,
         base: args.base.as_deref(),
         speed: args.speed,
+        share: args.share,
         on_error: args.on_error,
         background: args.background,
         copy_mode: None,
@@ -156,6 +159,7 @@ pub fn commit(cli: &Cli, args: &Commit) -> Done {
         top: args.top.as_deref(),
         base: args.base.as_deref(),
         speed: args.speed,
+        share: args.share,
         on_error: args.on_error,
         background: args.background,
         // Whoever waits for its end wants it to come, also while the guest writes all the time.

@@ -137,6 +137,7 @@ pub(super) struct Copying<'a> {
     pub(super) sidecar: Option<&'a Path>,
     pub(super) sync: Value,
     pub(super) speed: u64,
+    pub(super) share: u64,
     pub(super) on_source_error: OnError,
     pub(super) on_target_error: OnError,
     pub(super) auto_dismiss: bool,
@@ -152,6 +153,7 @@ impl Copying<'_> {
             ("mode".to_owned(), mode.into()),
             ("sync".to_owned(), self.sync.clone()),
             ("speed".to_owned(), self.speed.into()),
+            ("share".to_owned(), self.share.into()),
             ("on-source-error".to_owned(), word(&self.on_source_error).into()),
             ("on-target-error".to_owned(), word(&self.on_target_error).into()),
             ("auto-dismiss".to_owned(), self.auto_dismiss.into()),
@@ -181,6 +183,7 @@ pub fn mirror(cli: &Cli, args: &Mirror) -> Done {
         sidecar: args.sidecar.as_deref(),
         sync: word(&args.sync).into(),
         speed: args.speed,
+        share: args.share,
         on_source_error: args.on_source_error,
         on_target_error: args.on_target_error,
         // Kept until this command has told what came of it.
@@ -241,6 +244,9 @@ pub fn job(cli: &Cli, job: &Job) -> Done {
         Job::Resume(one) => {
             order(cli, one, "resume", false, &mut |asked, id| asked.ask("job-resume", json!({ "id": id })))
         }
+        Job::Share { one, share } => order(cli, one, "share", false, &mut |asked, id| {
+            asked.ask("job-set-share", json!({ "id": id, "share": share }))
+        }),
         Job::Speed { one, speed } => order(cli, one, "speed", false, &mut |asked, id| {
             asked.ask("block-job-set-speed", json!({ "device": id, "speed": speed }))
         }),
@@ -277,6 +283,9 @@ pub(super) fn one(job: &Value) -> String {
         ("copied", progress(number("offset"), number("len"))),
         ("speed", speed(number("speed"))),
     ];
+    if job["share"].as_u64().is_some_and(|share| share < 100) {
+        pairs.push(("share", format!("{} %", number("share"))));
+    }
     if job["copy-mode"].is_string() {
         pairs.push(("copy mode", text("copy-mode")));
     }

@@ -9,7 +9,10 @@ use crate::{
     admin::order,
     image::Format,
     kernel::names::Name,
-    lun::scrub::{MIN_SPEED, ScrubError},
+    lun::{
+        jobs::Share,
+        scrub::{MIN_SPEED, ScrubError},
+    },
 };
 
 /// What is copied.
@@ -111,6 +114,9 @@ pub struct Mirror {
     /// Bytes a second at most (or with K, M, G), 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
     pub speed: u64,
+    /// How much of its time it copies while guests are at work
+    #[arg(long, value_name = "PERCENT", default_value = "100", value_parser = share)]
+    pub share: u64,
     /// Bytes that are copied again when one of them is written: a power of two [default: 64K, more for more than 8T]
     #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
     pub granularity: Option<u64>,
@@ -193,6 +199,9 @@ pub struct Backup {
     /// Bytes a second at most (or with K, M, G), 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
     pub speed: u64,
+    /// How much of its time it copies while guests are at work
+    #[arg(long, value_name = "PERCENT", default_value = "100", value_parser = share)]
+    pub share: u64,
     /// What is done about an error of the LUN's image, a block that fails protection among them
     #[arg(long, value_enum, default_value_t = OnError::Report)]
     pub on_source_error: OnError,
@@ -311,6 +320,9 @@ pub struct Stream {
     /// Bytes a second at most (or with K, M, G), 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
     pub speed: u64,
+    /// How much of its time it copies while guests are at work
+    #[arg(long, value_name = "PERCENT", default_value = "100", value_parser = share)]
+    pub share: u64,
     /// What is done about an error, a block that fails protection among them
     #[arg(long, value_enum, default_value_t = OnError::Report)]
     pub on_error: OnError,
@@ -345,6 +357,9 @@ pub struct Commit {
     /// Bytes a second at most (or with K, M, G), 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = speed)]
     pub speed: u64,
+    /// How much of its time it copies while guests are at work
+    #[arg(long, value_name = "PERCENT", default_value = "100", value_parser = share)]
+    pub share: u64,
     /// What is done about an error, a block that fails protection among them
     #[arg(long, value_enum, default_value_t = OnError::Report)]
     pub on_error: OnError,
@@ -388,6 +403,15 @@ pub enum Job {
         #[arg(value_name = "SIZE", value_parser = speed)]
         speed: u64,
     },
+    /// Set how much of its time a job copies while guests are at work
+    Share {
+        /// The job
+        #[command(flatten)]
+        one: One,
+        /// 1 to 100
+        #[arg(value_name = "PERCENT", value_parser = share)]
+        share: u64,
+    },
 }
 
 /// One job.
@@ -402,6 +426,11 @@ pub struct One {
 
 fn speed(text: &str) -> Result<u64, String> {
     if text == "0" { Ok(0) } else { super::size::parse(text) }
+}
+
+fn share(text: &str) -> Result<u64, String> {
+    let number = text.trim_end_matches('%').trim_end().parse::<u64>();
+    Share::try_from(number.map_err(|_| "give 1 to 100".to_owned())?).map(u64::from)
 }
 
 fn scrub_speed(text: &str) -> Result<u64, String> {

@@ -185,6 +185,15 @@ static COMMANDS: &[Command] = &[
         after: None,
     },
     Command {
+        name: "job-set-share",
+        args: &[has("id", Type::Str), has("share", Type::Int)],
+        returns: NOTHING,
+        help: "ours: while guests are at work, the block job of that `id` copies for `share` percent of the time, 1 to 100, and rests for the \
+               others; 100 is no rest. One that has been told to come to its end does not rest",
+        run: mirror::set_share,
+        after: None,
+    },
+    Command {
         name: "lun-add",
         args: &[
             has("device", Type::Str),

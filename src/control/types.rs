@@ -54,7 +54,7 @@ pub(super) static NEW_IMAGE_MODE: Enum =
 pub(super) static ON_ERROR: Enum =
     Enum { name: "BlockdevOnError", values: &["report", "ignore", "enospc", "stop"] };
 
-/// BlockJobInfo; `lun`, `target`, `repaired`, of a mirror or a backup `sync`, and of a mirror `copy-mode`, are ours.
+/// BlockJobInfo; `share`, `lun`, `target`, `repaired`, of a mirror or a backup `sync`, and of a mirror `copy-mode`, are ours.
 pub(super) static BLOCK_JOB_INFO: Object = object(
     "BlockJobInfo",
     &[
@@ -65,6 +65,7 @@ pub(super) static BLOCK_JOB_INFO: Object = object(
         has("busy", Type::Bool),
         has("paused", Type::Bool),
         has("speed", Type::Int),
+        has("share", Type::Int),
         has("io-status", Type::Enum(&IO_STATUS)),
         has("ready", Type::Bool),
         has("status", Type::Enum(&JOB_STATUS)),

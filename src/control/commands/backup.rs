@@ -27,6 +27,7 @@ pub(super) const TO_A_FILE: &[Member] = &[
     may("bitmap", Type::Str),
     may("bitmap-mode", Type::Enum(&BITMAP_SYNC_MODE)),
     may("speed", Type::Int),
+    may("share", Type::Int),
     may("on-source-error", Type::Enum(&ON_ERROR)),
     may("on-target-error", Type::Enum(&ON_ERROR)),
     may("auto-finalize", Type::Bool),
@@ -44,6 +45,7 @@ pub(super) const TO_A_NODE: &[Member] = &[
     may("bitmap", Type::Str),
     may("bitmap-mode", Type::Enum(&BITMAP_SYNC_MODE)),
     may("speed", Type::Int),
+    may("share", Type::Int),
     may("on-source-error", Type::Enum(&ON_ERROR)),
     may("on-target-error", Type::Enum(&ON_ERROR)),
     may("auto-finalize", Type::Bool),
@@ -114,7 +116,7 @@ pub(super) fn to_a_file(luns: &Registry, args: &Arguments) -> Result<BackupOrder
         "incremental" | "bitmap" => SyncMode::Bitmap,
         _ => sync(args)?,
     };
-    let settings = Settings { task: Task::Backup, sync, ..settings(args) };
+    let settings = Settings { task: Task::Backup, sync, ..settings(args)? };
     Ok(BackupOrder {
         id: new_id(luns, args, args.text("device")?)?.to_owned(),
         target: args.text("target")?.into(),

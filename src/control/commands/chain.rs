@@ -21,7 +21,7 @@ fn begun(luns: &Registry, args: &Arguments) -> Result<(Remote, String, Settings)
     let lun = find(luns, device)?;
     let on_error = mirror::on_error(args, "on-error");
     let settings =
-        Settings { on_source_error: on_error, on_target_error: on_error, ..mirror::settings(args) };
+        Settings { on_source_error: on_error, on_target_error: on_error, ..mirror::settings(args)? };
     Ok((lun, mirror::new_id(luns, args, device)?.to_owned(), settings))
 }
 
@@ -34,6 +34,7 @@ pub(super) const COMMIT: Command = Command {
         may("base", Type::Str),
         may("top", Type::Str),
         may("speed", Type::Int),
+        may("share", Type::Int),
         may("on-error", Type::Enum(&ON_ERROR)),
         may("copy-mode", Type::Enum(&COPY_MODE)),
         may("auto-finalize", Type::Bool),
@@ -62,6 +63,7 @@ pub(super) const STREAM: Command = Command {
         has("device", Type::Str),
         may("base", Type::Str),
         may("speed", Type::Int),
+        may("share", Type::Int),
         may("on-error", Type::Enum(&ON_ERROR)),
         may("auto-finalize", Type::Bool),
         may("auto-dismiss", Type::Bool),

@@ -22,7 +22,8 @@ use crate::{
     lun::{
         Remote,
         jobs::{
-            CopyMode, JobInfo, JobOrder, MirrorOrder, OnError, Settings, SyncMode, Task, copy_mode, sync_mode,
+            CopyMode, JobInfo, JobOrder, MirrorOrder, OnError, Settings, Share, SyncMode, Task, copy_mode,
+            sync_mode,
         },
     },
 };
@@ -36,6 +37,7 @@ pub(super) const TO_A_FILE: &[Member] = &[
     has("sync", Type::Enum(&SYNC_MODE)),
     may("mode", Type::Enum(&NEW_IMAGE_MODE)),
     may("speed", Type::Int),
+    may("share", Type::Int),
     may("granularity", Type::Int),
     may("on-source-error", Type::Enum(&ON_ERROR)),
     may("on-target-error", Type::Enum(&ON_ERROR)),
@@ -65,17 +67,23 @@ pub(super) fn on_error(args: &Arguments, name: &str) -> OnError {
 }
 
 /// What every job is told: how it copies, how fast, what it does about errors, and how it ends.
-pub(super) fn settings(args: &Arguments) -> Settings {
-    Settings {
+pub(super) fn settings(args: &Arguments) -> Result<Settings, Error> {
+    Ok(Settings {
         copy_mode: how(args),
         unmap: args.flag_or("unmap", true),
         speed: args.maybe_number("speed").unwrap_or(0),
+        share: share(args)?.unwrap_or_default(),
         on_source_error: on_error(args, "on-source-error"),
         on_target_error: on_error(args, "on-target-error"),
         auto_finalize: args.flag_or("auto-finalize", true),
         auto_dismiss: args.flag_or("auto-dismiss", true),
         ..Settings::default()
-    }
+    })
+}
+
+/// How much of its time it may copy while guests are at work.
+fn share(args: &Arguments) -> Result<Option<Share>, Error> {
+    args.maybe_number("share").map(|percent| Share::try_from(percent).map_err(Error::generic)).transpose()
 }
 
 /// The format of a target.
@@ -116,6 +124,7 @@ pub(super) const TO_A_NODE: &[Member] = &[
     has("target", Type::Str),
     has("sync", Type::Enum(&SYNC_MODE)),
     may("speed", Type::Int),
+    may("share", Type::Int),
     may("granularity", Type::Int),
     may("on-source-error", Type::Enum(&ON_ERROR)),
     may("on-target-error", Type::Enum(&ON_ERROR)),
@@ -155,7 +164,7 @@ fn begin(luns: &Registry, args: &Arguments, existing: bool) -> Result<Value, Err
     let device = args.text("device")?;
     let lun = find(luns, device)?;
     let id = new_id(luns, args, device)?;
-    let settings = Settings { task: Task::Mirror, sync: sync(args)?, ..settings(args) };
+    let settings = Settings { task: Task::Mirror, sync: sync(args)?, ..settings(args)? };
     let order = MirrorOrder {
         id: id.to_owned(),
         target: args.text("target")?.into(),
@@ -213,6 +222,13 @@ pub(super) fn block_cancel(luns: &Registry, args: &Arguments) -> Result<Value, E
     done()
 }
 
+/// Sets how much of its time a job may copy while guests are at work.
+pub(super) fn set_share(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let (id, share) = (args.text("id")?, share(args)?.unwrap_or_default());
+    order(luns, id, JobOrder::SetShare(id.to_owned(), share))?;
+    done()
+}
+
 /// Makes final what waits for it.
 pub(super) fn finalize(luns: &Registry, args: &Arguments) -> Result<Value, Error> {
     order(luns, args.text("id")?, JobOrder::Finalize(args.text("id")?.to_owned()))?;
@@ -235,7 +251,7 @@ fn described(lun: &str, job: &JobInfo) -> Value {
     let copies = mirror || job.settings.task == Task::Backup;
     without_nulls(json!({
         "type": job.settings.task.word(), "device": job.id, "len": job.len, "offset": job.offset, "busy": job.busy,
-        "paused": job.paused, "speed": job.speed, "io-status": job.io_status, "ready": job.ready,
+        "paused": job.paused, "speed": job.speed, "share": u64::from(job.settings.share), "io-status": job.io_status, "ready": job.ready,
         "status": job.status, "auto-finalize": job.settings.auto_finalize,
         "auto-dismiss": job.settings.auto_dismiss, "error": job.error,
         "actively-synced": job.ready && job.settings.copy_mode == CopyMode::WriteBlocking,

@@ -1,7 +1,8 @@
 //! The copying: a few lanes, each of which takes a dirty run, reads it and writes it.
 //!
 //! How much of the disk's time a job may take is bounded here. While guests are at work one lane copies, in small pieces, so that a
-//! command never stands behind more than one of them; while they are not, all lanes do. `speed` bounds it further.
+//! command never stands behind more than one of them, and after each the job rests as its `share` says; while they are not, all lanes do.
+//! `speed` bounds it further.
 
 use std::{
     cell::Cell,
@@ -128,15 +129,19 @@ impl<S: Side> Mirror<S> {
             }
             match next {
                 Next::Copy(copying) => {
+                    let began = Instant::now();
                     if let Some(ErrorAction::Ignore) = self.copy(copying, &buffer).await {
                         (self.hooks.sleep)(RETRY).await;
                     }
+                    self.rest_after(began);
                     self.was_that_the_last();
                 }
                 Next::CopyThere(range) => {
+                    let began = Instant::now();
                     if let Some(ErrorAction::Ignore) = self.copy_there(range, &buffer).await {
                         (self.hooks.sleep)(RETRY).await;
                     }
+                    self.rest_after(began);
                     self.was_that_the_last();
                 }
                 Next::Wait(time) => (self.hooks.sleep)(time.min(SLICE)).await,
@@ -154,6 +159,15 @@ impl<S: Side> Mirror<S> {
     fn was_that_the_last(&self) {
         if !self.map.has_work() {
             self.changed.notify_all();
+        }
+    }
+
+    /// Leaves guests their part of the time, after work since then.
+    fn rest_after(&self, began: Instant) {
+        if self.guests_are_at_work() {
+            let now = Instant::now();
+            let rest = self.settings.get().share.rest(now - began);
+            self.rest_until.set(Some(now + rest));
         }
     }
 
@@ -199,8 +213,16 @@ impl<S: Side> Mirror<S> {
         if small && number > 0 {
             return Next::Wait(AT_WORK);
         }
+        let left = |until: Option<Instant>| until.and_then(|t| t.checked_duration_since(Instant::now()));
+        // Who has told it to come to its end waits for that.
+        if small
+            && !asked
+            && let Some(rest) = left(self.rest_until.get()).filter(|rest| !rest.is_zero())
+        {
+            return Next::Wait(rest);
+        }
         if speed > 0
-            && let Some(rest) = self.not_before.get().and_then(|t| t.checked_duration_since(Instant::now()))
+            && let Some(rest) = left(self.not_before.get())
         {
             return Next::Wait(rest);
         }

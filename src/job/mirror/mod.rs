@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use settings::{CopyMode, Settings, SyncMode, Task};
+pub use settings::{CopyMode, Settings, Share, SyncMode, Task};
 
 use super::{ErrorAction, IoStatus, JobStatus, OnError, Side, dirty::DirtyMap, front::Ending};
 use crate::{
@@ -133,6 +133,8 @@ pub struct Mirror<S> {
     repaired: Cell<u64>,
     /// No data before that.
     not_before: Cell<Option<Instant>>,
+    /// No data before that while guests are at work.
+    rest_until: Cell<Option<Instant>>,
     /// Commands of guests under way, and when the last one came.
     guests: Cell<usize>,
     guest_came: Cell<Option<Instant>>,
@@ -168,6 +170,7 @@ impl<S: Side> Mirror<S> {
             copied: Cell::new(copied),
             repaired: Cell::new(0),
             not_before: Cell::new(None),
+            rest_until: Cell::new(None),
             guests: Cell::new(0),
             guest_came: Cell::new(None),
             pieces: Cell::new(0),
@@ -338,6 +341,13 @@ impl<S: Side> Mirror<S> {
     pub fn set_speed(&self, speed: u64) {
         self.settings.set(Settings { speed, ..self.settings.get() });
         self.not_before.set(None);
+        self.change(|_| ());
+    }
+
+    /// That much of its time from now on, while guests are at work.
+    pub fn set_share(&self, share: Share) {
+        self.settings.set(Settings { share, ..self.settings.get() });
+        self.rest_until.set(None);
         self.change(|_| ());
     }
 

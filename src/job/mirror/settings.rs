@@ -1,5 +1,7 @@
 //! What a job is told at its beginning: what it is for, what it copies, and what it does about errors.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -108,6 +110,47 @@ pub enum CopyMode {
     WriteBlocking,
 }
 
+/// How much of its time a job may copy while guests are at work, in percent: after each piece it rests for the others' part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct Share(u8);
+
+impl Share {
+    /// All of it: no rest.
+    pub const WHOLE: Share = Share(100);
+    /// The longest rest: whoever waits for a job with a small share sees it move.
+    const LONGEST_REST: Duration = Duration::from_secs(1);
+
+    /// The rest that is owed after so much work.
+    pub(super) fn rest(self, worked: Duration) -> Duration {
+        let others = u32::from(100 - self.0);
+        (worked * others / u32::from(self.0)).min(Share::LONGEST_REST)
+    }
+}
+
+impl TryFrom<u64> for Share {
+    type Error = String;
+
+    fn try_from(percent: u64) -> Result<Share, String> {
+        match u8::try_from(percent) {
+            Ok(n @ 1..=100) => Ok(Share(n)),
+            _ => Err(format!("a share of {percent} %: give 1 to 100")),
+        }
+    }
+}
+
+impl From<Share> for u64 {
+    fn from(share: Share) -> u64 {
+        share.0.into()
+    }
+}
+
+impl Default for Share {
+    fn default() -> Share {
+        Share::WHOLE
+    }
+}
+
 /// What a mirror is told at its beginning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
@@ -122,6 +165,9 @@ pub struct Settings {
     pub unmap: bool,
     /// Bytes a second; 0 for no limit.
     pub speed: u64,
+    /// Of its time, while guests are at work.
+    #[serde(default)]
+    pub share: Share,
     /// About errors of the source.
     pub on_source_error: OnError,
     /// About errors of the target.
@@ -157,11 +203,41 @@ impl Default for Settings {
             copy_mode: CopyMode::Background,
             unmap: true,
             speed: 0,
+            share: Share::WHOLE,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
             auto_finalize: true,
             auto_dismiss: true,
             paused: false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_a_part_of_the_time_and_its_rests_are_bounded() {
+        let share = |percent: u64| Share::try_from(percent).unwrap();
+        let ms = Duration::from_millis;
+        for (percent, worked, rest) in
+            [(100, 7, 0), (50, 7, 7), (25, 10, 30), (20, 1, 4), (1, 1, 99), (1, 100, 1000)]
+        {
+            assert_eq!(share(percent).rest(ms(worked)), ms(rest), "{percent} %");
+        }
+        for none in [0, 101, 1 << 40] {
+            assert!(Share::try_from(none).is_err_and(|e| e.contains("1 to 100")), "{none}");
+        }
+    }
+
+    #[test]
+    fn settings_that_were_written_before_there_were_shares_have_all_of_it() {
+        let mut kept = serde_json::to_value(Settings::default()).unwrap();
+        assert_eq!(kept["share"], 100);
+        kept.as_object_mut().unwrap().remove("share");
+        assert_eq!(serde_json::from_value::<Settings>(kept.clone()).unwrap(), Settings::default());
+        kept["share"] = 0.into();
+        assert!(serde_json::from_value::<Settings>(kept).is_err());
     }
 }

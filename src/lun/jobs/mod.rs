@@ -45,7 +45,7 @@ pub use super::bitmaps::GRANULARITY as BITMAP_GRANULARITY;
 pub use crate::job::{
     JobStatus, OnError,
     bitmaps::{BitmapError, BitmapInfo, BitmapMode},
-    mirror::{CopyMode, Settings, SyncMode, Task},
+    mirror::{CopyMode, Settings, Share, SyncMode, Task},
 };
 
 use self::record::Record;
@@ -302,6 +302,7 @@ impl Jobs {
             JobOrder::Pause(id) => self.lead(&id, |mirror| mirror.pause(true))?,
             JobOrder::Resume(id) => self.lead(&id, |mirror| mirror.pause(false))?,
             JobOrder::SetSpeed(id, speed) => self.lead(&id, |mirror| mirror.set_speed(speed))?,
+            JobOrder::SetShare(id, share) => self.lead(&id, |mirror| mirror.set_share(share))?,
             JobOrder::Finalize(id) => self.find(&id)?.mirror.finalize()?,
             JobOrder::Dismiss(id) => {
                 let found = self.ended.borrow().iter().position(|info| info.id == id);

@@ -14,7 +14,7 @@ use crate::{
         IoStatus, JobStatus,
         bitmaps::{BitmapError, BitmapMode},
         dirty::{MAX_GRANULARITY, MIN_GRANULARITY},
-        mirror::{CopyMode, Settings, SyncMode, VerbError},
+        mirror::{CopyMode, Settings, Share, SyncMode, VerbError},
     },
     lun::away::Far,
 };
@@ -228,6 +228,8 @@ pub enum JobOrder {
     Resume(String),
     /// So many bytes a second; 0 for no limit.
     SetSpeed(String, u64),
+    /// That much of its time while guests are at work.
+    SetShare(String, Share),
     /// Make final what waits for it.
     Finalize(String),
     /// Forget one that has ended.
