@@ -287,6 +287,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 /// If it takes too long; and the file system's.
 pub fn wait_until_closed(places: &Places, name: &str, hba: Option<u32>) -> io::Result<()> {
     let end = Instant::now() + CLOSE_PATIENCE;
+    let mut pause = Duration::from_millis(5);
     while places.run.read(name)?.is_some_and(|s| hba.is_none_or(|hba| s.hba == hba)) {
         if places.run.daemon()?.is_none() {
             return Ok(());
@@ -294,7 +295,9 @@ pub fn wait_until_closed(places: &Places, name: &str, hba: Option<u32>) -> io::R
         if Instant::now() >= end {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the daemon still closes the image"));
         }
-        std::thread::sleep(Duration::from_millis(5));
+        // Where many wait for one daemon, those who look all the time keep it from its work.
+        std::thread::sleep(pause);
+        pause = (pause * 3 / 2).min(Duration::from_millis(300));
     }
     Ok(())
 }

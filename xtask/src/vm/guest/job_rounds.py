@@ -138,6 +138,23 @@ def asking(execute, **arguments):
         return None
 
 
+def asking_killed(killed, moment, execute, **arguments):
+    """`asking`, which ends that moment, and if `killed` the daemon is killed at some moment of it or right after; the next one serves when this returns."""
+    thread = killer(rng.uniform(0, 0.5)) if killed else None
+    answer = asking(execute, **arguments)
+    if moment:
+        moment.over()
+    if thread:
+        thread.join()
+        # It may have come after the answer.
+        try:
+            time.sleep(0.05)
+            qmp.do("query-luns")
+        except Gone:
+            start_again()
+    return answer
+
+
 def chain():
     """The files of the LUN's chain, from the top down."""
     while True:
@@ -697,18 +714,9 @@ class Snapshot(Kind):
         while True:
             to = self.path("/scratch")
             self.moment = Moment(self.guests)
-            thread = killer(rng.uniform(0, 0.5)) if theme == "kill" and not did else None
-            answer = asking("blockdev-snapshot-sync", device=NAME, snapshot_file=to)
-            self.moment.over()
-            if thread:
-                did.append("kill")
-                thread.join()
-                # It may have come after the answer.
-                try:
-                    time.sleep(0.05)
-                    qmp.do("query-luns")
-                except Gone:
-                    start_again()
+            killed = theme == "kill" and not did
+            did += ["kill"] if killed else []
+            answer = asking_killed(killed, self.moment, "blockdev-snapshot-sync", device=NAME, snapshot_file=to)
             if isinstance(answer, str):
                 raise Exception(f"the snapshot is refused: {answer}")
             count("runs")
@@ -733,18 +741,9 @@ class Internal(Kind):
             except Gone:
                 start_again()
 
-    def order(self, killed, execute, tag):
+    def order(self, killed, moment, execute, tag):
         """Has it done, perhaps with a kill at some moment of it; gives whether there was an answer."""
-        thread = killer(rng.uniform(0, 0.5)) if killed else None
-        answer = asking(execute, device=NAME, name=tag)
-        if thread:
-            thread.join()
-            # It may have come after the answer.
-            try:
-                time.sleep(0.05)
-                qmp.do("query-luns")
-            except Gone:
-                start_again()
+        answer = asking_killed(killed, moment, execute, device=NAME, name=tag)
         if isinstance(answer, str):
             raise Exception(f"{execute} of {tag} is refused: {answer}")
         count("runs")
@@ -757,8 +756,7 @@ class Internal(Kind):
         tag = f"s{counts.get('rounds', 0)}"
         while True:
             self.moment = Moment(self.guests)
-            answered = self.order(killed, "blockdev-snapshot-internal-sync", tag)
-            self.moment.over()
+            answered = self.order(killed, self.moment, "blockdev-snapshot-internal-sync", tag)
             did += ["kill"] if killed else []
             killed = False
             if self.internals() == self.tags + [tag]:
@@ -771,7 +769,7 @@ class Internal(Kind):
         killed = theme == "kill a delete"
         while len(self.tags) > (1 if "delete" in theme else 4):
             tag = rng.choice(self.tags)
-            answered = self.order(killed, "blockdev-snapshot-delete-internal-sync", tag)
+            answered = self.order(killed, None, "blockdev-snapshot-delete-internal-sync", tag)
             did.append("killed delete" if killed else "delete")
             killed = False
             if answered or tag not in self.internals():
