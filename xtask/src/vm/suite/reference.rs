@@ -108,6 +108,8 @@ pub const START_TCMU_RUNNER: &str = r#"
 modprobe -a target_core_user tcm_loop
 mkdir -p /run/dbus /etc/tcmu /var/log
 [ -S /run/dbus/system_bus_socket ] || dbus-daemon --system --fork
+# With addresses that it does not have elsewhere, and which are ours alone here, it has been seen to end.
+echo 2 > /proc/sys/kernel/randomize_va_space
 setsid tcmu-runner > /scratch/tcmu-runner.out 2>&1 < /dev/null &
 echo $! > /run/tcmu-runner.pid
 for _ in $(seq 100); do
