@@ -435,8 +435,7 @@ pub(super) fn world_wide_names(order: &Order) -> Vec<Wwn> {
 fn wait_until_up(places: &Places, order: &Order, there: &Backstore) -> Result<LunState, Refusal> {
     let name = &order.name;
     let began = Instant::now();
-    // Many that wait at the same time must not keep the daemon from its work.
-    let mut pause = Duration::from_millis(5);
+    let mut pauses = luns::Pauses::new();
     loop {
         let state = places.run.read(name.as_str()).map_err(|e| Refusal::from("create", name, &e))?;
         match state.filter(|s| s.hba == there.hba) {
@@ -457,8 +456,7 @@ fn wait_until_up(places: &Places, order: &Order, there: &Backstore) -> Result<Lu
             return Err(deleted_meanwhile(name));
         }
         places.daemon()?;
-        std::thread::sleep(pause);
-        pause = (pause * 3 / 2).min(Duration::from_millis(300));
+        pauses.wait();
     }
 }
 

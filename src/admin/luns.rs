@@ -277,6 +277,20 @@ impl LunView {
 /// Lets the disk driver wait longer than the target does: what the kernel's own time limit is, and half as much again.
 pub const DISK_TIMEOUT: u32 = COMMAND_TIMEOUT + COMMAND_TIMEOUT / 2;
 
+/// The pauses of one who looks again and again for what the daemon does: longer each time, for many that look all the time keep it from its work.
+pub(super) struct Pauses(Duration);
+
+impl Pauses {
+    pub(super) fn new() -> Pauses {
+        Pauses(Duration::from_millis(5))
+    }
+
+    pub(super) fn wait(&mut self) {
+        std::thread::sleep(self.0);
+        self.0 = (self.0 * 3 / 2).min(Duration::from_millis(300));
+    }
+}
+
 /// How long the daemon may take to close an image.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -287,7 +301,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 /// If it takes too long; and the file system's.
 pub fn wait_until_closed(places: &Places, name: &str, hba: Option<u32>) -> io::Result<()> {
     let end = Instant::now() + CLOSE_PATIENCE;
-    let mut pause = Duration::from_millis(5);
+    let mut pauses = Pauses::new();
     while places.run.read(name)?.is_some_and(|s| hba.is_none_or(|hba| s.hba == hba)) {
         if places.run.daemon()?.is_none() {
             return Ok(());
@@ -295,9 +309,7 @@ pub fn wait_until_closed(places: &Places, name: &str, hba: Option<u32>) -> io::R
         if Instant::now() >= end {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the daemon still closes the image"));
         }
-        // Where many wait for one daemon, those who look all the time keep it from its work.
-        std::thread::sleep(pause);
-        pause = (pause * 3 / 2).min(Duration::from_millis(300));
+        pauses.wait();
     }
     Ok(())
 }

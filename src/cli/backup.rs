@@ -25,16 +25,9 @@ pub fn backup(cli: &Cli, args: &Backup) -> Done {
     let waits = !args.background && args.sync != BackupSync::None;
     let ids: Vec<&str> = pairs.iter().map(|(name, _)| args.job_id.as_deref().unwrap_or(name)).collect();
     let orders = pairs.iter().zip(&ids).map(|((name, target), id)| order_of(args, (name, id, target), waits));
-    let mut orders: Vec<Value> = orders.collect();
+    let orders: Vec<Value> = orders.collect();
     let mut asked = Asked::new(cli, "backup", &about)?;
-    match &mut orders[..] {
-        [one] => asked.ask("drive-backup", one.take())?,
-        all => {
-            let action = |data: &Value| json!({ "type": "drive-backup", "data": data });
-            let actions: Vec<Value> = all.iter().map(action).collect();
-            asked.ask("transaction", json!({ "actions": actions }))?
-        }
-    };
+    asked.ask_of_all("drive-backup", orders)?;
     let (mut told, mut lines, mut failed) = (Vec::new(), String::new(), None);
     for ((name, target), id) in pairs.iter().zip(&ids) {
         // What it says of an error names this one.

@@ -23,14 +23,7 @@ pub fn snapshot(cli: &Cli, args: &Snapshot) -> Done {
     let mode = if args.existing { "existing" } else { "absolute-paths" };
     let taken =
         |(name, file): &(String, String)| json!({ "device": name, "snapshot-file": file, "mode": mode });
-    match &pairs[..] {
-        [one] => asked.ask("blockdev-snapshot-sync", taken(one))?,
-        all => {
-            let action = |pair| json!({ "type": "blockdev-snapshot-sync", "data": taken(pair) });
-            let actions: Vec<Value> = all.iter().map(action).collect();
-            asked.ask("transaction", json!({ "actions": actions }))?
-        }
-    };
+    asked.ask_of_all("blockdev-snapshot-sync", pairs.iter().map(taken).collect())?;
     let images: Value = pairs.iter().map(|(name, file)| json!({ "lun": name, "image": file })).collect();
     said(args.json.json, images, || {
         let rows = pairs.iter().map(|(name, file)| vec![name.clone(), file.clone()]);
@@ -48,12 +41,8 @@ fn within(cli: &Cli, args: &Snapshot) -> Done {
         for pair in &pairs {
             asked.ask("blockdev-snapshot-delete-internal-sync", data(pair))?;
         }
-    } else if let [one] = &pairs[..] {
-        asked.ask("blockdev-snapshot-internal-sync", data(one))?;
     } else {
-        let action = |pair| json!({ "type": "blockdev-snapshot-internal-sync", "data": data(pair) });
-        let actions: Vec<Value> = pairs.iter().map(action).collect();
-        asked.ask("transaction", json!({ "actions": actions }))?;
+        asked.ask_of_all("blockdev-snapshot-internal-sync", pairs.iter().map(data).collect())?;
     }
     let (word, heading) = if args.delete { ("deleted", "DELETED") } else { ("taken", "TAKEN") };
     let told: Value = pairs.iter().map(|(lun, name)| json!({ "lun": lun, word: name })).collect();

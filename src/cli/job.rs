@@ -48,6 +48,16 @@ impl Asked {
         self.client.execute(verb, arguments).map_err(|e| failed(self.command, &self.about, &e))
     }
 
+    /// Asks it of one LUN, or of several in a transaction.
+    pub(super) fn ask_of_all(&mut self, verb: &str, mut orders: Vec<Value>) -> Result<Value, CliError> {
+        if let [one] = &mut orders[..] {
+            return self.ask(verb, one.take());
+        }
+        let actions: Vec<Value> =
+            orders.into_iter().map(|data| json!({ "type": verb, "data": data })).collect();
+        self.ask("transaction", json!({ "actions": actions }))
+    }
+
     /// The block job of that name.
     pub(super) fn job(&mut self, id: &str) -> Result<Option<Value>, CliError> {
         let jobs = self.ask("query-block-jobs", json!({}))?;

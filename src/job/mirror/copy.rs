@@ -127,31 +127,27 @@ impl<S: Side> Mirror<S> {
             if self.verdict().is_some() {
                 return;
             }
-            match next {
-                Next::Copy(copying) => {
-                    let began = Instant::now();
-                    if let Some(ErrorAction::Ignore) = self.copy(copying, &buffer).await {
-                        (self.hooks.sleep)(RETRY).await;
-                    }
-                    self.rest_after(began);
-                    self.was_that_the_last();
+            let began = Instant::now();
+            let failed = match next {
+                Next::Copy(copying) => self.copy(copying, &buffer).await,
+                Next::CopyThere(range) => self.copy_there(range, &buffer).await,
+                Next::Wait(time) => {
+                    (self.hooks.sleep)(time.min(SLICE)).await;
+                    continue;
                 }
-                Next::CopyThere(range) => {
-                    let began = Instant::now();
-                    if let Some(ErrorAction::Ignore) = self.copy_there(range, &buffer).await {
-                        (self.hooks.sleep)(RETRY).await;
-                    }
-                    self.rest_after(began);
-                    self.was_that_the_last();
-                }
-                Next::Wait(time) => (self.hooks.sleep)(time.min(SLICE)).await,
                 Next::Nothing => {
                     change.await;
                     if self.keeps_up_at_leisure() {
                         (self.hooks.sleep)(GATHER).await;
                     }
+                    continue;
                 }
+            };
+            if let Some(ErrorAction::Ignore) = failed {
+                (self.hooks.sleep)(RETRY).await;
             }
+            self.rest_after(began);
+            self.was_that_the_last();
         }
     }
 

@@ -153,6 +153,15 @@ fn mirror_under_fio(run: &mut Run<'_>) -> Result<()> {
     Ok(())
 }
 
+/// By this log of its kernel's the guest has met no error, and was told of no power on.
+pub(super) fn unnoticed(log: &str) -> Result<()> {
+    let bad: Vec<&str> =
+        log.lines().filter(|line| line.contains("check failed") || line.contains("I/O error, dev")).collect();
+    ensure!(bad.is_empty(), "errors at the guest: {bad:#?}");
+    ensure!(!log.contains("Power-on or device reset"), "the guest was told of a power on");
+    Ok(())
+}
+
 /// Looks at a LUN whose image has changed under load, since `mark` in the kernel's log: the guest has met no error, the kernel knows the image, and what the guest reads is in it. Takes
 /// the LUN down.
 pub(super) fn went_over_unnoticed(
@@ -162,11 +171,7 @@ pub(super) fn went_over_unnoticed(
     mark: &Mark,
     kills: u32,
 ) -> Result<()> {
-    let log = guest.kernel_log_since(mark)?;
-    let bad: Vec<&str> =
-        log.lines().filter(|line| line.contains("check failed") || line.contains("I/O error, dev")).collect();
-    ensure!(bad.is_empty(), "errors at the guest: {bad:#?}");
-    ensure!(!log.contains("Power-on or device reset"), "the guest was told of a power on");
+    unnoticed(&guest.kernel_log_since(mark)?)?;
 
     // The kernel's own idea of the image is the LUN's, a moment later.
     let image = guest.sh(&format!(

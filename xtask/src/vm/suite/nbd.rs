@@ -3,8 +3,8 @@
 
 use super::super::guest::Guest;
 use super::lun::{create_on_loopback, daemon, delete};
-use super::{Run, Test, witness};
-use anyhow::{Context, Result, ensure};
+use super::{Run, Test, jobs::unnoticed, witness};
+use anyhow::{Context, Result};
 use std::time::Duration;
 
 pub const TESTS: &[Test] = &[
@@ -58,18 +58,6 @@ ended
 
 const SERVE: &str = "serve() { qemu-nbd --persistent --shared=8 --format=raw --socket=/scratch/far.sock --pid-file=/tmp/nbd.pid --fork /scratch/far.raw; }\n";
 
-/// A LUN's disk and its kernel's log.
-fn no_errors(log: &str) -> Result<()> {
-    let bad: Vec<&str> = log
-        .lines()
-        .filter(|line| {
-            ["check failed", "I/O error, dev", "Power-on or device reset"].iter().any(|w| line.contains(w))
-        })
-        .collect();
-    ensure!(bad.is_empty(), "the guest has noticed: {bad:#?}");
-    Ok(())
-}
-
 fn script(guest: &Guest, name: &str, parts: &[&str]) -> Result<String> {
     std::fs::write(guest.share().join(name), parts.concat())?;
     Ok(format!("bash -euo pipefail /host/{name}"))
@@ -89,7 +77,7 @@ fn server_killed(run: &mut Run<'_>) -> Result<()> {
     guest.sh_within(Duration::from_secs(300), &format!("{killed} {} {rounds}", lun.device))?;
     witness::end(guest)?;
     guest.note(format!("{rounds} kills, each third of the daemon"));
-    no_errors(&guest.kernel_log_since(&mark)?)?;
+    unnoticed(&guest.kernel_log_since(&mark)?)?;
     guest.sh(&format!("dd if={} iflag=direct bs=1M of=/scratch/far.copy status=none", lun.device))?;
     delete(guest, "far")?;
     guest
@@ -157,7 +145,7 @@ fn point_in_time(run: &mut Run<'_>) -> Result<()> {
     let past = script(guest, "past.sh", &["device=$1\n", &begin, PAST])?;
     let said = guest.sh_within(Duration::from_secs(300), &format!("{past} {}", lun.device))?;
     guest.note(said.trim().to_owned());
-    no_errors(&guest.kernel_log_since(&mark)?)?;
+    unnoticed(&guest.kernel_log_since(&mark)?)?;
     delete(guest, "past")?;
     super::lun::assert_image_clean(guest, "/scratch/past.qcow2", "qcow2", true)
 }
