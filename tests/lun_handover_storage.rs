@@ -6,18 +6,14 @@ use std::{
     net::TcpListener,
     os::unix::{fs::FileExt, net::UnixStream},
     path::Path,
-    process::{Command, Stdio},
-    sync::{Arc, Mutex},
+    process::Command,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
-
-use serde_json::{Map, Value, json};
 
 use tcmu_dif::{
     admin::way::{Address, Certificates},
-    control::{Host, Registry, To, qmp::Error},
-    handover::{self, Step},
+    handover::Step,
     image::{
         Format,
         owner::{self, take_over},
@@ -37,20 +33,11 @@ mod goes;
 #[path = "common/numbered.rs"]
 #[allow(dead_code)] // Others use more of it.
 mod numbered;
-#[path = "common/qmp_rig.rs"]
-#[allow(dead_code)] // Others use more of it.
-mod rig;
-#[path = "common/qmp_schema.rs"]
-#[allow(dead_code)] // Others use more of it.
-mod schema;
 
 use goes::{
-    Cut, Fault, Giving, Taking, claim, config, exposed, hand_over, hand_over_beside, hand_over_by, is_left,
-    names, pair,
+    Cut, Fault, claim, config, exposed, hand_over, hand_over_beside, hand_over_by, is_left, names, pair,
 };
 use numbered::{Guest, Numbers};
-use rig::Rig;
-use schema::Schema;
 
 fn tool(program: &str, words: &[&str]) -> String {
     let out = Command::new(program).args(words).output().unwrap();
@@ -439,110 +426,6 @@ fn over_tls_it_goes_with_its_storage() {
         hand_over_by(&a, &b, Fault::None, (connected, accepting.join().unwrap()), &mut numbers);
     taken.unwrap();
     given.unwrap();
-    b.compare(&numbers);
-    b.host().stop().unwrap();
-}
-
-/// A daemon that hands one LUN over, to one who takes it in the same process.
-struct Daemon {
-    from: Arc<Mutex<goes::Host>>,
-    to: Arc<Mutex<goes::Host>>,
-    image: String,
-}
-
-impl Host for Daemon {
-    fn resize(&self, _: &str, _: u64) -> Result<(), Error> {
-        unreachable!("nobody asks for that")
-    }
-
-    fn add(&self, _: &str, _: Map<String, Value>) -> Result<Value, Error> {
-        unreachable!("nobody asks for that")
-    }
-
-    fn del(&self, _: &str, _: bool) -> Result<Value, Error> {
-        unreachable!("nobody asks for that")
-    }
-
-    fn hand_over(&self, _: &Registry, device: &str, to: &To<'_>, goes: &dyn Fn()) -> Result<Value, Error> {
-        assert!(to.blk);
-        let (mut here, mut there) = UnixStream::pair().unwrap();
-        let host = self.to.clone();
-        let taking =
-            thread::spawn(move || handover::take(&mut there, &mut Taking::of(host, Fault::None)).map(drop));
-        goes();
-        let given = handover::give_with_storage(&mut here, &mut Giving::of(self.from.clone(), Fault::None));
-        drop(here);
-        let taken = taking.join().unwrap();
-        assert_eq!(given.is_ok(), taken.is_ok());
-        given.map_err(|e| Error::generic(e.to_string()))?;
-        Ok(json!({ "device": device, "uri": to.uri, "answered": true, "image": self.image }))
-    }
-
-    fn quit(&self) {
-        unreachable!("nobody asks for that")
-    }
-}
-
-#[test]
-fn the_command_line_and_qmp_hand_over_with_storage_tell_how_far_it_is_and_call_it_off() {
-    let dir = tempfile::tempdir().unwrap();
-    let (here, there) = folders(dir.path());
-    let (a, b, numbers) =
-        pair(dir.path(), config(&here, Format::Raw, true), config(&there, Format::Qcow2, true));
-    let image = a.host().config.image.display().to_string();
-    let daemon = Daemon { from: a.host.clone(), to: b.host.clone(), image: image.clone() };
-    let luns = Registry::with_host(daemon);
-    luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
-    let rig = Rig::new(luns);
-    let mut talk = rig.talk();
-    let schema = Schema(talk.get("query-qmp-schema", json!({})));
-    let run = |a: &goes::Side, b: &goes::Side| {
-        a.offer_device();
-        b.new_device();
-        Command::new(env!("CARGO_BIN_EXE_tcmu-dif"))
-            .args(["handover", "vm1", "--to", "unix:/there", "--copy-storage-all", "--run-dir"])
-            .arg(rig.dir.path())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-    };
-    goes::slowly(&a, 4 << 20);
-    let going = run(&a, &b);
-    let end = Instant::now() + Duration::from_secs(30);
-    let told = loop {
-        let told = talk.get("query-migrate", json!({ "device": "vm1" }));
-        if told["disk"]["transferred"].as_u64().is_some_and(|n| n > 0) {
-            break told;
-        }
-        assert!(Instant::now() < end, "{told}");
-        thread::sleep(Duration::from_millis(5));
-    };
-    schema.check_answer("query-migrate", &told);
-    let of = |key: &str| told["disk"][key].as_u64().unwrap();
-    assert_eq!((&told["status"], of("transferred") + of("remaining")), (&json!("active"), of("total")));
-    let jobs = talk.get("query-block-jobs", json!({}));
-    schema.check_answer("query-block-jobs", &jobs);
-    let job = &jobs[0];
-    assert_eq!((&job["device"], &job["lun"]), (&json!("handover@vm1"), &json!("vm1")));
-    assert_eq!((&job["type"], &job["target"]), (&json!("mirror"), &json!("unix:/there")));
-    talk.get("migrate_cancel", json!({}));
-    let out = going.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert!(!out.status.success() && said.contains("the LUN serves here as before"), "{said}");
-    assert!(said.contains("canceled"), "{said}");
-    assert_eq!(talk.get("query-migrate", json!({}))["status"], "failed");
-    assert!(names(&there).is_empty());
-    a.compare(&numbers);
-
-    let out = run(&a, &b).wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let expected =
-        format!("vm1 serves there now, and is gone here; {image} stays here, marked as that host's\n");
-    assert_eq!(said, expected);
-    let told = talk.get("query-migrate", json!({}));
-    assert_eq!((&told["status"], told.get("disk")), (&json!("completed"), None));
     b.compare(&numbers);
     b.host().stop().unwrap();
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::{Map, Value, json};
-use tcmu_dif::control::{Comes, Host, Incoming, Registry, To, qmp::Error};
+use tcmu_dif::control::{Comes, Host, Incoming, Progress, Registry, To, qmp::Error};
 
 #[path = "common/qmp_rig.rs"]
 #[allow(dead_code)] // Others use more of it.
@@ -40,14 +40,20 @@ impl Host for Asked {
         unreachable!("nobody asks for that")
     }
 
-    fn hand_over(&self, _: &Registry, device: &str, to: &To<'_>, goes: &dyn Fn()) -> Result<Value, Error> {
-        let To { uri: to, certificates, hostname, blk } = *to;
+    fn hand_over(
+        &self,
+        _: &Registry,
+        device: &str,
+        to: &To<'_>,
+        progress: &dyn Progress,
+    ) -> Result<Value, Error> {
+        let To { uri: to, certificates, hostname, blk, .. } = *to;
         let tls = certificates.map(|dir| format!(" {dir} {}", hostname.unwrap_or("-"))).unwrap_or_default();
         let blk = if blk { " with its storage" } else { "" };
         self.0.lock().unwrap().push(format!("hand over {device} {to}{tls}{blk}"));
         match to {
             "unix:/there" => {
-                goes();
+                progress.goes();
                 Ok(json!({ "device": device, "uri": to, "answered": true, "left": null }))
             }
             _ => Err(Error::generic("nobody is there")),

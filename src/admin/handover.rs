@@ -14,7 +14,7 @@ use super::{
     way::{Address, Certificates},
 };
 use crate::{
-    control::Registry,
+    control::{Progress, Registry},
     daemon::held::Held,
     handover::{self, Failure, Given, Identity, Source, State, Thawed, state::Modes},
     image::{
@@ -58,7 +58,7 @@ struct Going<'a> {
     admin: &'a Admin,
     luns: &'a Registry,
     name: Name,
-    goes: &'a dyn Fn(),
+    progress: &'a dyn Progress,
     known: Option<Known>,
     /// Its ports, if they are held.
     held: Option<Held>,
@@ -232,7 +232,7 @@ impl Source for Going<'_> {
 
     fn freeze(&mut self) -> Result<(), Failure> {
         let Some(storage) = &mut self.storage else {
-            (self.goes)();
+            self.progress.goes();
             return self.pausing()?.pause().map_err(Failure::new);
         };
         let far = storage.last_call()?;
@@ -304,8 +304,8 @@ impl Source for Going<'_> {
 }
 
 impl Admin {
-    /// Hands a LUN of the daemon's over to whoever receives there, with its storage if that is said; with TLS, if the certificate shows that it is that host. `goes` is called when both
-    /// have looked at it, and it stops, or begins to be copied.
+    /// Hands a LUN of the daemon's over to whoever receives there, with its storage if that is said; with TLS, if the certificate shows that it is that host. `progress` hears how far
+    /// it is, and may have a LUN whose storage is copied serve on until it is to be stopped.
     ///
     /// # Errors
     /// Which step failed; the LUN serves here then, or the words say why it does not.
@@ -315,7 +315,7 @@ impl Admin {
         name: &Name,
         to: &Address,
         (with, storage): (Option<&Certificates>, bool),
-        goes: &dyn Fn(),
+        progress: &dyn Progress,
     ) -> Result<Given, Refusal> {
         let mut connection = to.connect(with).map_err(|e| match TlsError::of(&e) {
             Some(tls) => Refusal::new("handover", to, tls.why.clone()).then(tls.next.clone()),
@@ -331,7 +331,7 @@ impl Admin {
             admin: self,
             luns,
             name: name.clone(),
-            goes,
+            progress,
             known: None,
             held: None,
             sent: None,

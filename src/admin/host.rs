@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     control::{
-        Comes, Host, Incoming, Registry, To,
+        Comes, Host, Incoming, Progress, Registry, To,
         qmp::{Class, Error},
     },
     daemon::resize::{ResizeError, resize},
@@ -60,11 +60,17 @@ impl Host for Admin {
         serde_json::to_value(&gone).map_err(|e| Error::generic(e.to_string()))
     }
 
-    fn hand_over(&self, luns: &Registry, device: &str, to: &To<'_>, goes: &dyn Fn()) -> Result<Value, Error> {
+    fn hand_over(
+        &self,
+        luns: &Registry,
+        device: &str,
+        to: &To<'_>,
+        progress: &dyn Progress,
+    ) -> Result<Value, Error> {
         let storage = to.blk;
         let (to, with) = way(to)?;
         let image = luns.find(device).filter(|_| storage).map(|lun| lun.made().config.image.clone());
-        let given = Admin::hand_over(self, luns, &name_of(device)?, &to, (with.as_ref(), storage), goes);
+        let given = Admin::hand_over(self, luns, &name_of(device)?, &to, (with.as_ref(), storage), progress);
         let given = given.map_err(|e| told(&e))?;
         Ok(json!({
             "device": device, "uri": to.to_string(), "answered": given.made.is_some(),

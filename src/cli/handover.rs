@@ -35,6 +35,9 @@ const LONG: Duration = Duration::from_secs(30 * 86400);
 /// How often it is asked how far the copy is.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// What a LUN is that has been copied, and waits.
+const PRE_SWITCHOVER: &str = "pre-switchover";
+
 /// The certificates that go with an address.
 fn certificates(
     address: &Address,
@@ -54,18 +57,22 @@ fn certificates(
 pub fn give(cli: &Cli, args: &Handover) -> Done {
     let name = args.name.as_str();
     let failed = |e| error::from_client("handover", name, &e);
-    let with = certificates(&args.to, args.tls_certificates.as_ref(), args.tls_hostname.as_ref())?;
+    let Some(to) = &args.to else { return go_on(cli, name, args.json.json) };
+    let with = certificates(to, args.tls_certificates.as_ref(), args.tls_hostname.as_ref())?;
     let mut client = Client::connect(&cli.run_dir.join(SOCKET)).map_err(failed)?;
     // A copy takes as long as it takes; the daemon looks after it.
     client.wait_for(if args.copy_storage_all { LONG } else { PATIENCE }).map_err(failed)?;
     let mut arguments =
-        Map::from_iter([("device".to_owned(), name.into()), ("uri".to_owned(), args.to.to_string().into())]);
+        Map::from_iter([("device".to_owned(), name.into()), ("uri".to_owned(), to.to_string().into())]);
     if let Some(Certificates { dir, hostname }) = with {
         arguments.insert("tls-certificates".to_owned(), dir.to_string_lossy().into());
         hostname.into_iter().for_each(|name| drop(arguments.insert("tls-hostname".to_owned(), name.into())));
     }
     if args.copy_storage_all {
         arguments.insert("blk".to_owned(), true.into());
+    }
+    if args.pause_before_switchover {
+        arguments.insert("pause-before-switchover".to_owned(), true.into());
     }
     let given = match args.copy_storage_all {
         false => client.execute("migrate", arguments),
@@ -88,7 +95,20 @@ pub fn give(cli: &Cli, args: &Handover) -> Done {
     output::print(&text)
 }
 
-/// Shows how far the copy is while that runs.
+/// Has one that waits before its switchover go on.
+fn go_on(cli: &Cli, name: &str, json: bool) -> Done {
+    let failed = |e| error::from_client("handover", name, &e);
+    let mut client = Client::connect(&cli.run_dir.join(SOCKET)).map_err(failed)?;
+    let of =
+        Map::from_iter([("device".to_owned(), name.into()), ("state".to_owned(), PRE_SWITCHOVER.into())]);
+    let answer = client.execute("migrate-continue", of).map_err(failed)?;
+    match json {
+        true => output::json(&answer),
+        false => output::print(&format!("{name} goes over now")),
+    }
+}
+
+/// Shows how far the copy is while that runs, and that it is done, if it waits then.
 fn copying<T>(cli: &Cli, name: &str, run: impl FnOnce() -> T) -> T {
     let over = AtomicBool::new(false);
     std::thread::scope(|threads| {
@@ -97,6 +117,7 @@ fn copying<T>(cli: &Cli, name: &str, run: impl FnOnce() -> T) -> T {
             let Ok(mut client) = Client::connect(&cli.run_dir.join(SOCKET)) else { return };
             let bar = bar("copying");
             let mut step = advance(&bar);
+            let mut told = false;
             while !over.load(Ordering::Acquire) {
                 let of = Map::from_iter([("device".to_owned(), name.into())]);
                 let Ok(found) = client.execute("query-migrate", of) else { break };
@@ -104,6 +125,14 @@ fn copying<T>(cli: &Cli, name: &str, run: impl FnOnce() -> T) -> T {
                     (found["disk"]["transferred"].as_u64(), found["disk"]["total"].as_u64())
                 {
                     step(done, all);
+                }
+                if !told && found["status"] == PRE_SWITCHOVER {
+                    told = true;
+                    bar.suspend(|| {
+                        eprintln!(
+                            "{name} has been copied, and serves here until: tcmu-dif handover {name} --continue"
+                        );
+                    });
                 }
                 std::thread::sleep(LOOK);
             }

@@ -14,8 +14,8 @@ pub struct Handover {
     #[arg(value_parser = Name::new)]
     pub name: Name,
     /// Where the other host's tcmu-dif receive listens: tls://HOST:PORT; or unix:/PATH, which a tunnel leads there (ssh -L)
-    #[arg(long, value_name = "ADDRESS")]
-    pub to: Address,
+    #[arg(long, value_name = "ADDRESS", required_unless_present = "go_on")]
+    pub to: Option<Address>,
     /// With tls://: the directory of ca-cert.pem, client-cert.pem and client-key.pem
     #[arg(long, value_name = "DIR")]
     pub tls_certificates: Option<PathBuf>,
@@ -25,6 +25,12 @@ pub struct Handover {
     /// Copy its image there first, while it is in use: for hosts without storage in common. The other host says where (receive --image)
     #[arg(long)]
     pub copy_storage_all: bool,
+    /// When all is copied, serve on until another `handover NAME --continue`, each write going to both sides: for a guest that goes along and is to be stopped there
+    #[arg(long, requires = "copy_storage_all")]
+    pub pause_before_switchover: bool,
+    /// Have a handover that pauses before the switchover go on; the other `handover` says what came of it
+    #[arg(long = "continue", conflicts_with_all = ["to", "tls_certificates", "tls_hostname", "copy_storage_all", "pause_before_switchover"])]
+    pub go_on: bool,
     /// As always.
     #[command(flatten)]
     pub json: Json,

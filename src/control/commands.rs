@@ -231,6 +231,7 @@ static COMMANDS: &[Command] = &[
     },
     migrate::MIGRATE,
     migrate::INCOMING,
+    migrate::CONTINUE,
     migrate::CANCEL,
     export::SERVER_ADD,
     export::SERVER_REMOVE,

@@ -12,13 +12,13 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Comes, Host, Registry, To, qmp::Error};
+use super::{Comes, Host, Progress, Registry, To, qmp::Error};
 use crate::lun::{
     events::JobStatus,
     jobs::{JobInfo, JobOrder, Task},
 };
 
-/// How many are remembered.
+/// How many that have ended are remembered, at the most.
 const KEPT: usize = 64;
 /// How long whoever waits for a source may take to notice that it is to end.
 const END_PATIENCE: Duration = Duration::from_secs(1);
@@ -33,6 +33,8 @@ pub(super) enum Status {
     Setup,
     /// Both have looked at it, and it goes.
     Active,
+    /// Its copy has all that it has, and it serves until somebody has it go on.
+    PreSwitchover,
     /// It serves there.
     Completed,
     /// It does not.
@@ -42,10 +44,16 @@ pub(super) enum Status {
 }
 
 impl Status {
-    fn word(self) -> &'static str {
+    /// Both sides have looked, and neither has it for good.
+    fn is_under_way(self) -> bool {
+        matches!(self, Status::Active | Status::PreSwitchover)
+    }
+
+    pub(super) fn word(self) -> &'static str {
         match self {
             Status::Setup => "setup",
             Status::Active => "active",
+            Status::PreSwitchover => "pre-switchover",
             Status::Completed => "completed",
             Status::Failed => "failed",
             Status::Cancelled => "cancelled",
@@ -63,6 +71,8 @@ struct Migration {
     error: Option<String>,
     began: Instant,
     total: Option<Duration>,
+    /// Nobody has to say that it may be stopped, or somebody has.
+    may_switch_over: bool,
 }
 
 #[derive(Debug, Default)]
@@ -109,10 +119,10 @@ impl<'a> UnderWay<'a> {
             let mut inner = luns.migrations().inner();
             let id = inner.next;
             inner.next += 1;
-            if inner.all.len() == KEPT {
-                // One that has ended, if there is one.
-                let gone = inner.all.iter().position(|m| m.total.is_some()).unwrap_or(0);
-                inner.all.remove(gone);
+            // What is under way is not forgotten.
+            let ended = inner.all.iter().position(|m| m.total.is_some());
+            if let Some(ended) = ended.filter(|_| inner.all.len() >= KEPT) {
+                inner.all.remove(ended);
             }
             inner.all.push_back(Migration {
                 id,
@@ -123,6 +133,7 @@ impl<'a> UnderWay<'a> {
                 error: None,
                 began: Instant::now(),
                 total: None,
+                may_switch_over: false,
             });
             id
         };
@@ -144,7 +155,7 @@ impl<'a> UnderWay<'a> {
             if let Some(device) = device {
                 found.device = Some(device.to_owned());
             }
-            if status != Status::Active {
+            if !status.is_under_way() {
                 found.total = Some(found.began.elapsed());
             }
             found.error = error.map(|e| e.desc.clone());
@@ -154,8 +165,13 @@ impl<'a> UnderWay<'a> {
     }
 
     /// Both sides have looked, and it goes: that LUN.
-    pub(super) fn is_active(&self, device: &str) {
+    fn is_active(&self, device: &str) {
         self.set(Status::Active, Some(device), None);
+    }
+
+    /// Whoever hands it over tells so how far it is; `pauses` if it may not be stopped before [`switch_over`].
+    pub(super) fn watched(&self, pauses: bool) -> Watched<'_> {
+        Watched { going: self, pauses }
     }
 
     /// It has come to its end.
@@ -164,6 +180,53 @@ impl<'a> UnderWay<'a> {
             Ok(()) => self.set(Status::Completed, None, None),
             Err(e) => self.set(Status::Failed, None, Some(e)),
         }
+    }
+}
+
+/// See [`UnderWay::watched`].
+pub(super) struct Watched<'a> {
+    going: &'a UnderWay<'a>,
+    pauses: bool,
+}
+
+impl Progress for Watched<'_> {
+    fn goes(&self) {
+        self.going.set(Status::Active, None, None);
+    }
+
+    fn may_switch_over(&self) -> bool {
+        if !self.pauses {
+            return true;
+        }
+        let (status, may) = {
+            let inner = self.going.luns.migrations().inner();
+            let Some(found) = inner.all.iter().find(|m| m.id == self.going.id) else { return false };
+            (found.status, found.may_switch_over)
+        };
+        match (status, may) {
+            (Status::PreSwitchover, true) => self.going.set(Status::Active, None, None),
+            (Status::PreSwitchover, false) => {}
+            _ => self.going.set(Status::PreSwitchover, None, None),
+        }
+        may
+    }
+}
+
+/// Has a LUN that waits for it go on to the other host.
+///
+/// # Errors
+/// That it does not wait.
+pub(super) fn switch_over(luns: &Registry, device: &str) -> Result<(), Error> {
+    let mut inner = luns.migrations().inner();
+    let waits = |m: &&mut Migration| m.device.as_deref() == Some(device) && m.status == Status::PreSwitchover;
+    match inner.all.iter_mut().rev().find(waits) {
+        Some(found) => {
+            found.may_switch_over = true;
+            Ok(())
+        }
+        None => Err(Error::generic(format!(
+            "LUN '{device}' does not wait for its switchover; see how far it is: query-migrate"
+        ))),
     }
 }
 
@@ -235,7 +298,7 @@ pub(super) fn copy_of(luns: &Registry, device: &str) -> Option<JobInfo> {
 pub(super) fn cancel_copies(luns: &Registry) -> Result<bool, Error> {
     let going: Vec<String> = {
         let inner = luns.migrations().inner();
-        let goes = inner.all.iter().filter(|m| !m.incoming && m.status == Status::Active);
+        let goes = inner.all.iter().filter(|m| !m.incoming && m.status.is_under_way());
         goes.filter_map(|m| m.device.clone()).collect()
     };
     let mut any = false;

@@ -65,7 +65,7 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Why it is there still.
     fn del(&self, device: &str, force: bool) -> Result<Value, qmp::Error>;
-    /// Hands a LUN over to another host's daemon, and tells what came of it; `goes` is called when both have looked at it, and it stops.
+    /// Hands a LUN over to another host's daemon, and tells what came of it.
     ///
     /// # Errors
     /// Why it is here still.
@@ -74,9 +74,9 @@ pub trait Host: Send + Sync {
         luns: &Registry,
         device: &str,
         to: &To<'_>,
-        goes: &dyn Fn(),
+        progress: &dyn Progress,
     ) -> Result<Value, qmp::Error> {
-        let _ = (luns, to, goes);
+        let _ = (luns, to, progress);
         Err(qmp::Error::generic(format!("there is no daemon here that could hand LUN '{device}' over")))
     }
     /// Listens for a source, whose LUN comes so.
@@ -92,6 +92,17 @@ pub trait Host: Send + Sync {
     }
     /// Begins to end the daemon, as SIGTERM does.
     fn quit(&self);
+}
+
+/// Who hears how far a LUN is that is handed over, and says when it may be stopped.
+pub trait Progress: Sync {
+    /// Both sides have looked at it, and it goes: it stops, or begins to be copied.
+    fn goes(&self);
+    /// Whether the LUN may be stopped, now that its copy has caught up. Asked again and again until it is true; the LUN serves meanwhile, and its copy has all
+    /// that it has.
+    fn may_switch_over(&self) -> bool {
+        true
+    }
 }
 
 /// One who listens for a source, until it is dropped.
@@ -115,6 +126,8 @@ pub struct To<'a> {
     pub hostname: Option<&'a str>,
     /// Its storage goes along.
     pub blk: bool,
+    /// It is not stopped before somebody says so.
+    pub pause_before_switchover: bool,
 }
 
 /// How a LUN comes, as a client says it.

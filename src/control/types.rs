@@ -344,8 +344,10 @@ pub(super) static LUN_DELETED: Object = object(
 );
 
 /// How far a handover is.
-pub(super) static MIGRATION_STATUS: Enum =
-    Enum { name: "MigrationStatus", values: &["setup", "active", "completed", "failed", "cancelled"] };
+pub(super) static MIGRATION_STATUS: Enum = Enum {
+    name: "MigrationStatus",
+    values: &["setup", "active", "pre-switchover", "completed", "failed", "cancelled"],
+};
 
 /// MigrationInfo, of one LUN.
 pub(super) static MIGRATION_INFO: Object = object(

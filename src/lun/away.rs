@@ -108,16 +108,21 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// What may be left when the LUN is stopped: initiators wait for it.
 const LITTLE: u64 = 4 << 20;
 
-/// Copies a LUN that serves, until so little is left that it can be stopped for that.
+/// Copies a LUN that serves, until so little is left that it can be stopped for that, and `may_stop` says that it may: asked again and again, while the copy keeps up.
 ///
 /// # Errors
 /// Why not. There is no copy under way then.
-pub fn copy(lun: &Remote, id: &str, far: Arc<Far>) -> std::result::Result<(), Failure> {
+pub fn copy(
+    lun: &Remote,
+    id: &str,
+    far: Arc<Far>,
+    may_stop: &dyn Fn() -> bool,
+) -> std::result::Result<(), Failure> {
     let told = |e: LunError| Failure::new(chain(&e));
     // One that ended when nobody waited for it any more.
     let _ = lun.job(JobOrder::Dismiss(id.to_owned()));
     lun.job(JobOrder::Handover(HandoverOrder { id: id.to_owned(), far })).map_err(told)?;
-    let copied = follow(lun, id);
+    let copied = follow(lun, id, may_stop);
     if copied.is_err() {
         // It has ended already, or the LUN has.
         let _ = lun.job(JobOrder::Cancel { id: id.to_owned(), force: true });
@@ -134,7 +139,7 @@ pub fn copy(lun: &Remote, id: &str, far: Arc<Far>) -> std::result::Result<(), Fa
     copied
 }
 
-fn follow(lun: &Remote, id: &str) -> std::result::Result<(), Failure> {
+fn follow(lun: &Remote, id: &str, may_stop: &dyn Fn() -> bool) -> std::result::Result<(), Failure> {
     let told = |e: LunError| Failure::new(chain(&e));
     let (mut least, mut since, mut converges) = (u64::MAX, Instant::now(), false);
     loop {
@@ -155,7 +160,7 @@ fn follow(lun: &Remote, id: &str) -> std::result::Result<(), Failure> {
             converges = true;
             continue;
         }
-        if converges && job.ready && !job.paused && left <= LITTLE {
+        if converges && job.ready && !job.paused && left <= LITTLE && may_stop() {
             return Ok(());
         }
         std::thread::sleep(LOOK);

@@ -195,9 +195,11 @@ pub enum Fault {
     Answer,
 }
 
-pub struct Giving {
+pub struct Giving<'a> {
     host: Arc<Mutex<Host>>,
     fault: Fault,
+    /// Whether a LUN whose copy has caught up may be stopped.
+    may_stop: &'a (dyn Fn() -> bool + Sync),
     far: Option<Arc<Far>>,
     left: Option<Left>,
     offered: Option<Identity>,
@@ -208,13 +210,18 @@ pub fn claim() -> Claim {
     Claim { lease: Duration::from_millis(100), ..Claim::of_this_host().unwrap() }
 }
 
-impl Giving {
-    pub fn new(side: &Side, fault: Fault) -> Giving {
+impl Giving<'_> {
+    pub fn new(side: &Side, fault: Fault) -> Giving<'static> {
         Giving::of(side.host.clone(), fault)
     }
 
-    pub fn of(host: Arc<Mutex<Host>>, fault: Fault) -> Giving {
-        Giving { host, fault, far: None, left: None, offered: None }
+    pub fn of(host: Arc<Mutex<Host>>, fault: Fault) -> Giving<'static> {
+        Giving { host, fault, may_stop: &|| true, far: None, left: None, offered: None }
+    }
+
+    /// One who asks that, once the copy has caught up.
+    pub fn asking<'a>(self, may_stop: &'a (dyn Fn() -> bool + Sync)) -> Giving<'a> {
+        Giving { may_stop, ..self }
     }
 
     fn failed(e: impl std::error::Error + 'static) -> Failure {
@@ -222,7 +229,7 @@ impl Giving {
     }
 }
 
-impl Source for Giving {
+impl Source for Giving<'_> {
     fn identity(&mut self) -> Result<Identity, Failure> {
         let host = self.host.lock().unwrap();
         let stats = host.lun.as_ref().unwrap().stats().unwrap();
@@ -279,7 +286,7 @@ impl Source for Giving {
     }
 }
 
-impl WithStorage for Giving {
+impl WithStorage for Giving<'_> {
     fn image(&self) -> String {
         self.host.lock().unwrap().config.image.display().to_string()
     }
@@ -297,7 +304,7 @@ impl WithStorage for Giving {
             let jobs = remote.job(JobOrder::Query).map_err(told)?;
             assert!(jobs.iter().all(|job| job.len - job.offset > SIZE / 4), "it is nearly done: {jobs:?}");
         } else {
-            away::copy(&remote, "handover@vm1", far.clone())?;
+            away::copy(&remote, "handover@vm1", far.clone(), self.may_stop)?;
         }
         self.far = Some(far);
         Ok(())

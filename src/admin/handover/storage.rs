@@ -64,8 +64,8 @@ impl WithStorage for Going<'_> {
         let id = job_of(&self.name);
         let Some(storage) = &mut self.storage else { return Err(Failure::new("its storage stays")) };
         let far = Far::new(to, storage.address.clone());
-        (self.goes)();
-        away::copy(&remote, &id, far.clone())?;
+        self.progress.goes();
+        away::copy(&remote, &id, far.clone(), &|| self.progress.may_switch_over())?;
         storage.far = Some(far);
         Ok(())
     }

@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use super::{
     super::{
-        Comes, To, migrations,
+        Comes, To,
+        migrations::{self, Status},
         schema::{Type, has, may},
         types, without_nulls,
     },
@@ -19,13 +20,24 @@ pub(super) const MIGRATE: Command = Command {
         may("tls-certificates", Type::Str),
         may("tls-hostname", Type::Str),
         may("blk", Type::Bool),
+        may("pause-before-switchover", Type::Bool),
     ],
     returns: Type::Object(&types::LUN_MIGRATED),
     help: "as QEMU's, of one LUN: hands it over to `tcmu-dif receive` or `migrate-incoming`, which listens at `uri` (`unix:/PATH`, or `tls://HOST:PORT` with the \
            directory `tls-certificates`; `tls-hostname` is the name in the other side's certificate, if it is not HOST), and answers when it \
            serves there and is gone here. With `blk` (QEMU's before 9.1; virsh's `--copy-storage-all`) its image is copied there first, while it is in use, as a job that `query-jobs` \
-           has. If a step fails it serves here as before, and the error says which",
+           has; and with `pause-before-switchover` (QEMU's capability) it is not stopped when all is copied, but serves here with the status `pre-switchover`, each write going to both \
+           sides, until `migrate-continue`: the guest can be stopped there, to go along. If a step fails it serves here as before, and the error says which",
     run: migrate,
+    after: None,
+};
+
+pub(super) const CONTINUE: Command = Command {
+    name: "migrate-continue",
+    args: &[has("device", Type::Str), has("state", Type::Enum(&types::MIGRATION_STATUS))],
+    returns: NOTHING,
+    help: "as in QEMU: a LUN that waits in `state`, which is `pre-switchover`, goes over now. `device` is ours",
+    run: go_on,
     after: None,
 };
 
@@ -71,15 +83,29 @@ fn to<'a>(args: &'a Arguments) -> Result<To<'a>, Error> {
         certificates: args.maybe_text("tls-certificates"),
         hostname: args.maybe_text("tls-hostname"),
         blk: args.flag("blk"),
+        pause_before_switchover: args.flag("pause-before-switchover"),
     })
 }
 
 fn migrate(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
     let (host, device, to) = (luns::host(registry)?, args.text("device")?, to(args)?);
+    if to.pause_before_switchover && !to.blk {
+        return Err(Error::generic(
+            "pause-before-switchover is for a LUN that goes with its storage (blk), which takes its time; without, stop the guest first: the LUN goes at once",
+        ));
+    }
     let going = migrations::UnderWay::begin(registry, false, Some(device), to.uri);
-    let given = host.hand_over(registry, device, &to, &|| going.is_active(device));
+    let given = host.hand_over(registry, device, &to, &going.watched(to.pause_before_switchover));
     going.ends(given.as_ref().map(drop));
     given.map(without_nulls)
+}
+
+fn go_on(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
+    let (device, state) = (args.text("device")?, args.text("state")?);
+    if state != Status::PreSwitchover.word() {
+        return Err(Error::generic(format!("state '{state}': a LUN waits in pre-switchover alone")));
+    }
+    migrations::switch_over(registry, device).map(|()| json!({}))
 }
 
 fn incoming(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
@@ -101,7 +127,7 @@ fn cancel(registry: &Registry, _: &Arguments) -> Result<Value, Error> {
 
 fn query(registry: &Registry, args: &Arguments) -> Result<Value, Error> {
     let mut found = registry.migrations().query(args.maybe_text("device"));
-    if found["status"] == "active"
+    if [Status::Active, Status::PreSwitchover].iter().any(|status| found["status"] == status.word())
         && let Some(job) = found["device"].as_str().and_then(|device| migrations::copy_of(registry, device))
     {
         found["disk"] = json!({
