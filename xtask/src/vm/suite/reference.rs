@@ -107,14 +107,15 @@ fn tcmu_runner(run: &mut Run<'_>) -> Result<()> {
 pub const START_TCMU_RUNNER: &str = r#"
 modprobe -a target_core_user tcm_loop
 mkdir -p /run/dbus /etc/tcmu /var/log
+# Who asks for its name would have the bus start a tcmu-runner too, and the second to come ends at the first one's lock.
+rm -f /usr/share/dbus-1/system-services/org.kernel.TCMUService1.service
 [ -S /run/dbus/system_bus_socket ] || dbus-daemon --system --fork
-# With addresses that it does not have elsewhere, and which are ours alone here, it has been seen to end.
-echo 2 > /proc/sys/kernel/randomize_va_space
 setsid tcmu-runner > /scratch/tcmu-runner.out 2>&1 < /dev/null &
-echo $! > /run/tcmu-runner.pid
+runner=$!
+echo $runner > /run/tcmu-runner.pid
 for _ in $(seq 100); do
     grep -q qcow <(dbus-send --system --print-reply --dest=org.kernel.TCMUService1 /org/kernel/TCMUService1 \
-        org.freedesktop.DBus.Introspectable.Introspect 2>/dev/null) && exit 0
+        org.freedesktop.DBus.Introspectable.Introspect 2>/dev/null) && kill -0 $runner && exit 0
     sleep 0.2
 done
 cat /scratch/tcmu-runner.out /var/log/tcmu-runner.log >&2

@@ -185,7 +185,10 @@ fn targetcli(run: &mut Run<'_>) -> Result<()> {
 fn beside_tcmu_runner(run: &mut Run<'_>) -> Result<()> {
     let guest = &mut *run.guest;
     // tcmu-runner second: the name is ours, it waits, and gets it.
-    guest.sh("mkdir -p /etc/rtslib-fb-target /run/dbus; dbus-daemon --system --fork")?;
+    guest.sh("mkdir -p /etc/rtslib-fb-target /run/dbus
+         # The bus would start it before we do.
+         rm -f /usr/share/dbus-1/system-services/org.kernel.TCMUService1.service
+         dbus-daemon --system --fork")?;
     start_daemon(guest, "auto")?;
     wait_for_service(guest)?;
     guest.sh(START_TCMU_RUNNER)?;
@@ -213,7 +216,7 @@ fn beside_tcmu_runner(run: &mut Run<'_>) -> Result<()> {
     does(guest, "/backstores/user:dif delete a")?;
     does(guest, "/backstores/user:qcow delete b")?;
 
-    // It goes, and the name is ours again. Nobody asks the bus meanwhile: it would start tcmu-runner anew, which has a file there for that.
+    // It goes, and the name is ours again.
     guest.sh("kill $(cat /run/tcmu-runner.pid)
          for _ in $(seq 100); do
              [ $(grep -c 'user:dif (org.kernel.TCMUService1 on D-Bus)' /scratch/daemon.log) = 2 ] && exit 0
