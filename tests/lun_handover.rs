@@ -285,6 +285,7 @@ impl Destination for Taking {
             generation: state.identity.generation,
             modes: state.modes.clone(),
             counters: serde_json::from_value(state.counters.clone().unwrap()).unwrap(),
+            bitmaps: Vec::new(),
         };
         let file = HandedOver::file(&host.state_dir(), SERIAL);
         file.save(&begin, true).unwrap();

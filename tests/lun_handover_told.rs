@@ -227,3 +227,72 @@ fn a_lun_that_pauses_before_the_switchover_serves_on_until_it_is_told_to_go_or_t
     b.compare(&numbers);
     b.host().stop().unwrap();
 }
+
+/// The bitmaps of the LUN, by query-block, by their names.
+fn bitmaps(talk: &mut Talk) -> Vec<Value> {
+    let mut all =
+        talk.get("query-block", json!({}))[0]["inserted"]["dirty-bitmaps"].as_array().unwrap().clone();
+    all.sort_by_key(|bitmap| bitmap["name"].as_str().unwrap().to_owned());
+    all
+}
+
+#[test]
+fn dirty_bitmaps_go_along_and_are_kept_where_the_new_image_can_keep_them() {
+    for (from, to) in
+        [(Format::Qcow2, Format::Qcow2), (Format::Qcow2, Format::Raw), (Format::Raw, Format::Qcow2)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let (here, there) = (dir.path().join("here"), dir.path().join("there"));
+        for folder in [&here, &there] {
+            std::fs::create_dir(folder).unwrap();
+        }
+        let (a, b, mut numbers) = pair(dir.path(), config(&here, from, true), config(&there, to, true));
+        let image = a.host().config.image.display().to_string();
+        let luns = Registry::with_host(Daemon { from: a.host.clone(), to: b.host.clone(), image });
+        luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
+        let rig = Rig::new(luns);
+        let mut talk = rig.talk();
+        let add = |talk: &mut Talk, name: &str, more: Value| {
+            let mut words = json!({ "node": "vm1", "name": name });
+            words.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            talk.get("block-dirty-bitmap-add", words);
+        };
+        let kept = from == Format::Qcow2;
+        add(&mut talk, "daily", json!({ "persistent": kept }));
+        add(&mut talk, "fine", json!({ "granularity": 4096 }));
+        add(&mut talk, "off", json!({ "disabled": true, "persistent": kept }));
+        let mut guest = Guest::of(&a, &mut numbers);
+        guest.turns(20);
+        let before = bitmaps(&mut talk);
+        assert!(before[0]["count"].as_u64().unwrap() > 0 && before[2]["count"] == 0, "{before:?}");
+
+        let out = begin(&rig, (&a, &b), &[]).wait_with_output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let luns = Registry::default();
+        luns.insert("vm1", b.host().lun.as_ref().unwrap().remote().clone());
+        let rig = Rig::new(luns);
+        let mut talk = rig.talk();
+        let mut expected = before;
+        for bitmap in &mut expected {
+            bitmap["persistent"] = json!(bitmap["persistent"] == true && to == Format::Qcow2);
+        }
+        assert_eq!(bitmaps(&mut talk), expected, "{from} to {to}");
+        // What is written there is marked there.
+        let mut guest = Guest::of(&b, &mut numbers);
+        guest.turns(200);
+        let after = bitmaps(&mut talk);
+        assert!(after[0]["count"].as_u64() > expected[0]["count"].as_u64(), "{after:?}");
+        assert_eq!(after[2]["count"], 0);
+        b.compare(&numbers);
+        let image = b.host().config.image.clone();
+        b.host().stop().unwrap();
+        if (from, to) == (Format::Qcow2, Format::Qcow2) {
+            let out = Command::new("qemu-img").args(["info", "--output=json"]).arg(&image).output().unwrap();
+            let info: Value = serde_json::from_slice(&out.stdout).unwrap();
+            let kept = info["format-specific"]["data"]["bitmaps"].as_array().unwrap().clone();
+            let mut names: Vec<&str> = kept.iter().filter_map(|bitmap| bitmap["name"].as_str()).collect();
+            names.sort_unstable();
+            assert_eq!(names, ["daily", "off"], "{info}");
+        }
+    }
+}

@@ -276,6 +276,7 @@ impl Source for Going<'_> {
             limits: saved(throttle::FOLDER)?,
             scrub: saved(scrub::FOLDER)?,
             counters: counters.as_ref().and_then(|c| serde_json::to_value(c).ok()),
+            bitmaps: self.storage.as_ref().map(storage::Storage::bitmaps).unwrap_or_default(),
             ..State::new(Identity { generation, ..identity.clone() })
         })
     }

@@ -278,7 +278,8 @@ impl Destination for Coming<'_> {
         }
         let inherited = Inherited::of(state.reservations.as_ref(), state.alua.as_ref(), &self.exports(of)?)?;
         let counters = state.counters.clone().and_then(|c| serde_json::from_value(c).ok());
-        let begin = HandedOver { generation, modes: state.modes.clone(), counters };
+        let begin =
+            HandedOver { generation, modes: state.modes.clone(), counters, bitmaps: state.bitmaps.clone() };
         let begin = serde_json::to_value(begin).map_err(|e| Failure::new(e.to_string()))?;
         let places = &self.admin.places;
         let io = |e: io::Error| Failure::new(format!("what comes with the LUN cannot be kept: {e}"));

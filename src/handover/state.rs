@@ -18,6 +18,7 @@ const KNOWN: &[(&str, u16)] = &[
     (LIMITS, 1),
     (SCRUB, 1),
     (COUNTERS, 1),
+    (BITMAPS, 1),
 ];
 
 const IDENTITY: &str = "identity";
@@ -28,6 +29,10 @@ const ALUA: &str = "alua";
 const LIMITS: &str = "limits";
 const SCRUB: &str = "scrub";
 const COUNTERS: &str = "counters";
+const BITMAPS: &str = "bitmaps";
+
+/// The most that all bitmaps may take of a state (bytes, as it is sent): it goes as a whole, and is bounded.
+const MOST_OF_BITMAPS: usize = 12 << 20;
 
 /// What the LUN is, for initiators and for the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +71,43 @@ pub struct Modes {
     pub unfinished: Option<String>,
 }
 
+/// A dirty bitmap of a LUN whose storage goes along, and the image that kept it does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyBitmap {
+    /// Its name.
+    pub name: String,
+    /// Bytes of a granule, a power of two.
+    pub granularity: u64,
+    /// Changes are marked in it.
+    pub recording: bool,
+    /// An image is to keep it.
+    pub persistent: bool,
+    /// A bit for each granule, 64 in a word, least significant first; none of one of which nobody knows what it lacks.
+    pub words: Option<Vec<u64>>,
+}
+
+/// The bitmaps, as far as there is room: the largest come last, and without their bits if they are too many.
+fn bounded(bitmaps: &[DirtyBitmap]) -> Vec<DirtyBitmap> {
+    let mut out = bitmaps.to_vec();
+    out.sort_by_key(|bitmap| bitmap.words.as_ref().map_or(0, Vec::len));
+    let mut room = MOST_OF_BITMAPS;
+    for bitmap in &mut out {
+        let digits = |word: &u64| word.checked_ilog10().map_or(1, |n| n as usize + 1);
+        let len = bitmap.words.iter().flatten().map(|word| digits(word) + 1).sum();
+        match room.checked_sub(len) {
+            Some(left) => room = left,
+            None => {
+                tracing::warn!(
+                    bitmap = bitmap.name,
+                    "the dirty bitmap is too large to go along: there it is inconsistent, and can only be removed"
+                );
+                bitmap.words = None;
+            }
+        }
+    }
+    out
+}
+
 /// All of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
@@ -85,6 +127,8 @@ pub struct State {
     pub scrub: Option<Value>,
     /// What protection has counted.
     pub counters: Option<Value>,
+    /// Its dirty bitmaps, if its storage goes along and it has some.
+    pub bitmaps: Vec<DirtyBitmap>,
 }
 
 impl State {
@@ -99,6 +143,7 @@ impl State {
             limits: None,
             scrub: None,
             counters: None,
+            bitmaps: Vec::new(),
         }
     }
 
@@ -128,6 +173,9 @@ impl State {
                 out.add(name, 1, false, value)?;
             }
         }
+        if !self.bitmaps.is_empty() {
+            out.add(BITMAPS, 1, false, &bounded(&self.bitmaps))?;
+        }
         Ok(out.to_bytes())
     }
 
@@ -147,6 +195,7 @@ impl State {
             limits: sections.get(LIMITS, 1)?,
             scrub: sections.get(SCRUB, 1)?,
             counters: sections.get(COUNTERS, 1)?,
+            bitmaps: sections.get(BITMAPS, 1)?.unwrap_or_default(),
         })
     }
 }

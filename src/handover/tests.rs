@@ -339,6 +339,24 @@ fn a_state_goes_from_old_to_new_to_old() {
         let e = of(name, 2).unwrap_err();
         assert_eq!(e, format::FormatError::Unknown { name: name.into(), version: 2 });
     }
+    // Bitmaps came after the first version too, and who does not know them is not kept from the rest.
+    let bitmap = |name: &str, words: usize| state::DirtyBitmap {
+        name: name.into(),
+        granularity: 65536,
+        recording: true,
+        persistent: true,
+        words: Some(vec![u64::MAX; words]),
+    };
+    let with = State { bitmaps: vec![bitmap("daily", 3)], ..full() };
+    let bytes = with.to_bytes().unwrap();
+    assert_eq!(State::from_bytes(&bytes).unwrap(), with);
+    let mut known = format::Sections::parse(&bytes).unwrap();
+    known.0.retain(|s| s.name != "bitmaps");
+    assert_eq!(State::from_bytes(&known.to_bytes()).unwrap(), full());
+    // Those that are too large for a state go without their bits.
+    let many = State { bitmaps: vec![bitmap("large", 1 << 20), bitmap("daily", 3)], ..full() };
+    let came = State::from_bytes(&many.to_bytes().unwrap()).unwrap().bitmaps;
+    assert_eq!(came, [bitmap("daily", 3), state::DirtyBitmap { words: None, ..bitmap("large", 0) }]);
     sections.add("must-know", 1, true, &json!(null)).unwrap();
     assert!(matches!(State::from_bytes(&sections.to_bytes()), Err(format::FormatError::Unknown { .. })));
 }

@@ -417,18 +417,24 @@ impl Bitmaps {
         }
     }
 
-    /// Those that are to be kept in the image.
-    pub fn to_keep(&self) -> Vec<KeptBitmap> {
+    /// All of them, each with whether it is to be kept in the image.
+    pub fn all(&self) -> Vec<(KeptBitmap, bool)> {
         let all = self.all.borrow();
-        let kept = all.iter().filter(|bitmap| bitmap.persistent).map(|bitmap| {
+        let all = all.iter().map(|bitmap| {
             let mut bits = bitmap.bits.clone();
             // A backup that was cut off has copied nothing that counts.
             bitmap.before.iter().for_each(|before| bits.add(before));
             let granularity = bits.granularity();
             let bits = (!bitmap.inconsistent).then_some(bits);
-            KeptBitmap { name: bitmap.name.clone(), enabled: bitmap.enabled, bits, granularity }
+            let kept = KeptBitmap { name: bitmap.name.clone(), enabled: bitmap.enabled, bits, granularity };
+            (kept, bitmap.persistent)
         });
-        kept.collect()
+        all.collect()
+    }
+
+    /// Those that are to be kept in the image.
+    pub fn to_keep(&self) -> Vec<KeptBitmap> {
+        self.all().into_iter().filter_map(|(kept, persistent)| persistent.then_some(kept)).collect()
     }
 
     /// The LUN gets another image: takes out what the old one keeps.
@@ -445,17 +451,23 @@ impl Bitmaps {
 
     /// The LUN has another image: what was kept in the old one goes with it, what the new one keeps is here, and all others stay.
     pub fn replace_kept(&self, capacity: u64, kept: Vec<KeptBitmap>) {
-        let mut all = self.all.borrow_mut();
-        all.retain(|bitmap| !bitmap.persistent);
-        for KeptBitmap { name, enabled, bits, granularity } in kept {
-            // A name can be that of one.
-            all.retain(|bitmap| bitmap.name != name);
-            let inconsistent = bits.is_none();
-            let bits = bits.unwrap_or_else(|| Bits::new(capacity, granularity));
-            let enabled = enabled && !inconsistent;
-            let (number, before, exposed) = (self.number(), None, false);
-            all.push(Bitmap { number, name, enabled, persistent: true, inconsistent, bits, before, exposed });
+        self.all.borrow_mut().retain(|bitmap| !bitmap.persistent);
+        for kept in kept {
+            self.put(capacity, kept, true);
         }
+    }
+
+    /// Takes one over, from an image or another host, in place of one of that name.
+    pub fn put(&self, capacity: u64, kept: KeptBitmap, persistent: bool) {
+        let KeptBitmap { name, enabled, bits, granularity } = kept;
+        let mut all = self.all.borrow_mut();
+        // A name can be that of one.
+        all.retain(|bitmap| bitmap.name != name);
+        let inconsistent = bits.is_none();
+        let bits = bits.unwrap_or_else(|| Bits::new(capacity, granularity));
+        let enabled = enabled && !inconsistent;
+        let (number, before, exposed) = (self.number(), None, false);
+        all.push(Bitmap { number, name, enabled, persistent, inconsistent, bits, before, exposed });
     }
 }
 

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     handover::{
         Failure,
+        state::DirtyBitmap,
         storage::{Back, Kept, MOST, Parcel, Piece},
     },
     image::{
@@ -48,6 +49,7 @@ pub struct Far {
     address: String,
     last: AtomicBool,
     whole: Mutex<Option<std::result::Result<(), String>>>,
+    bitmaps: Mutex<Vec<DirtyBitmap>>,
 }
 
 impl fmt::Debug for Far {
@@ -68,7 +70,13 @@ impl Eq for Far {}
 impl Far {
     /// What is put into `to` is carried to whoever listens at that address.
     pub fn new(to: Sender<Parcel>, address: String) -> Arc<Far> {
-        Arc::new(Far { to, address, last: AtomicBool::new(false), whole: Mutex::new(None) })
+        Arc::new(Far {
+            to,
+            address,
+            last: AtomicBool::new(false),
+            whole: Mutex::new(None),
+            bitmaps: Mutex::default(),
+        })
     }
 
     /// Where that is, for people.
@@ -87,6 +95,15 @@ impl Far {
 
     pub(super) fn set_whole(&self, whole: std::result::Result<(), String>) {
         *self.whole.lock().unwrap_or_else(PoisonError::into_inner) = Some(whole);
+    }
+
+    pub(super) fn set_bitmaps(&self, bitmaps: Vec<DirtyBitmap>) {
+        *self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner) = bitmaps;
+    }
+
+    /// The dirty bitmaps that the LUN had when it stopped.
+    pub fn bitmaps(&self) -> Vec<DirtyBitmap> {
+        self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether the new image had, durably, all that the LUN had when it stopped.

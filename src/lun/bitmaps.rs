@@ -4,13 +4,17 @@ use tracing::{error, warn};
 
 use super::stack::Stack;
 use crate::{
+    handover::state::DirtyBitmap,
     image::qcow2::StoredBitmap,
-    job::bitmaps::{BitmapError, Bits, KeptBitmap},
+    job::bitmaps::{BitmapError, Bitmaps, Bits, KeptBitmap},
     volume::Volume,
 };
 
 /// The granularity of a new bitmap (bytes), where none is asked for: QEMU's for clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
+
+/// The granularities that there are (bytes; qcow2 specification, "Bitmap directory").
+const GRANULARITIES: std::ops::RangeInclusive<u64> = 512..=1 << 31;
 
 /// Takes over what an image keeps; nothing of one that is not written to. While nobody changes it, or what is changed is marked as soon as this returns.
 pub(super) async fn load(stack: &Stack) -> Vec<KeptBitmap> {
@@ -57,6 +61,39 @@ pub(super) async fn store(stack: &Stack, kept: &[KeptBitmap]) -> Result<(), Stri
 pub(super) async fn store_or_tell(stack: &Stack, kept: &[KeptBitmap]) {
     if let Err(error) = store(stack, kept).await {
         error!(image = %stack.image().path().display(), error, "the dirty bitmaps could not be stored: they are inconsistent from now on");
+    }
+}
+
+/// All of them, as another host takes them over.
+pub(super) fn to_hand_over(bitmaps: &Bitmaps) -> Vec<DirtyBitmap> {
+    let all = bitmaps.all().into_iter().map(|(kept, persistent)| DirtyBitmap {
+        name: kept.name,
+        granularity: kept.granularity,
+        recording: kept.enabled,
+        persistent,
+        words: kept.bits.map(|bits| bits.words().to_vec()),
+    });
+    all.collect()
+}
+
+/// Takes over what came from another host, before the LUN serves. Where the image cannot keep one that another kept, it lasts as long as the LUN serves.
+pub(super) fn take_over(stack: &Stack, bitmaps: &Bitmaps, from: Vec<DirtyBitmap>) {
+    let capacity = stack.limits().capacity;
+    for DirtyBitmap { name, granularity, recording, persistent, words } in from {
+        if !GRANULARITIES.contains(&granularity) || !granularity.is_power_of_two() {
+            warn!(
+                bitmap = name,
+                granularity, "the dirty bitmap has granules that are not known here: it stays behind"
+            );
+            continue;
+        }
+        let can = if persistent { check_kept(stack) } else { Ok(()) };
+        if let Err(error) = &can {
+            warn!(bitmap = name, %error, "the dirty bitmap is not persistent any more");
+        }
+        let bits = words.map(|words| Bits::from_words(capacity, granularity, words));
+        let kept = KeptBitmap { name, enabled: recording, bits, granularity };
+        bitmaps.put(capacity, kept, persistent && can.is_ok());
     }
 }
 

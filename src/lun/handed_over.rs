@@ -1,5 +1,5 @@
 //! What a LUN that another host has handed over begins with, in a file of its own until it has begun: the generation in which it may take its image, mode pages
-//! and unit attentions as its initiators know them, and what protection has counted.
+//! and unit attentions as its initiators know them, what protection has counted, and dirty bitmaps.
 //!
 //! Written by whoever makes the LUN here, before it does; read at the LUN's start, and removed once it serves.
 
@@ -8,7 +8,11 @@ use std::{io, path::Path};
 use serde::{Deserialize, Serialize};
 
 use super::{LunParams, continued, serial_of, state_file::StateFile};
-use crate::{handover::state::Modes, pi::Counters, scsi::continued::Continued};
+use crate::{
+    handover::state::{DirtyBitmap, Modes},
+    pi::Counters,
+    scsi::continued::Continued,
+};
 
 /// The folder of these files.
 pub const FOLDER: &str = "handed-over";
@@ -22,6 +26,9 @@ pub struct HandedOver {
     pub modes: Option<Modes>,
     /// What protection has counted there.
     pub counters: Option<Counters>,
+    /// Dirty bitmaps that do not lie in the image.
+    #[serde(default)]
+    pub bitmaps: Vec<DirtyBitmap>,
 }
 
 impl HandedOver {

@@ -479,7 +479,7 @@ fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
 /// Closes the stack; tells what went wrong if something that was promised may be lost.
 fn close(io: &Io, exec: &Executor, lun: Rc<Lun>) -> Option<String> {
     let closed = run_to_end(io, exec, None, async move {
-        lun.jobs().send_the_rest().await;
+        lun.jobs().send_the_rest(lun.front()).await;
         lun.keep_bitmaps().await;
         let closed = lun.front().close().await;
         lun.jobs().close().await;

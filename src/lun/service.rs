@@ -141,6 +141,7 @@ impl Lun {
     ) {
         if let Some((found, file)) = handed_over {
             self.inherited.set(found.counters.unwrap_or_default());
+            bitmaps::take_over(&self.front.volume(), self.front.bitmaps(), found.bitmaps.clone());
             // From here on it is kept as everything is.
             match found.continued().filter(|_| !resumed) {
                 Some(kept) => self.target.goes_on(Some(&kept)),

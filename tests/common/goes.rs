@@ -249,7 +249,7 @@ impl Source for Giving<'_> {
     }
 
     fn freeze(&mut self) -> Result<(), Failure> {
-        let far = self.far.take().unwrap();
+        let far = self.far.as_ref().unwrap();
         far.call_the_last();
         self.host.lock().unwrap().stop().map_err(Giving::failed)?;
         far.whole().map_err(Failure::new)
@@ -265,6 +265,7 @@ impl Source for Giving<'_> {
         Ok(State {
             modes: kept.map(continued::to_modes),
             saved_pages: saved.load::<Value>().unwrap(),
+            bitmaps: self.far.as_ref().unwrap().bitmaps(),
             ..State::new(self.offered.clone().unwrap())
         })
     }
@@ -385,7 +386,12 @@ impl Destination for Taking {
     fn build(&mut self, state: &State) -> Result<Value, Failure> {
         self.landing.as_mut().unwrap().name()?;
         let mut host = self.host.lock().unwrap();
-        let begin = HandedOver { generation: None, modes: state.modes.clone(), counters: None };
+        let begin = HandedOver {
+            generation: None,
+            modes: state.modes.clone(),
+            counters: None,
+            bitmaps: state.bitmaps.clone(),
+        };
         let file = HandedOver::file(&host.state_dir(), SERIAL);
         file.save(&begin, true).unwrap();
         if let Some(saved) = &state.saved_pages {

@@ -8,7 +8,7 @@ use std::{
 use super::Going;
 use crate::{
     admin::way::Address,
-    handover::{Failure, WithStorage, storage::Parcel, wire::Host},
+    handover::{Failure, WithStorage, state::DirtyBitmap, storage::Parcel, wire::Host},
     image::owner::{Claim, HostId, Left, OwnerError},
     kernel::names::Name,
     lun::{
@@ -20,7 +20,7 @@ use crate::{
 /// How far it is with it.
 pub(super) struct Storage {
     address: String,
-    /// The way to the new image, while it is filled.
+    /// The way to the new image.
     far: Option<Arc<Far>>,
     /// The image that stays, once it is marked.
     left: Option<Left>,
@@ -33,9 +33,14 @@ impl Storage {
 
     /// The LUN is about to stop, and sends then what is left to copy.
     pub(super) fn last_call(&mut self) -> Result<Arc<Far>, Failure> {
-        let far = self.far.take().ok_or_else(|| Failure::new("nothing has been copied"))?;
+        let far = self.far.clone().ok_or_else(|| Failure::new("nothing has been copied"))?;
         far.call_the_last();
         Ok(far)
+    }
+
+    /// The dirty bitmaps of the LUN, which has stopped.
+    pub(super) fn bitmaps(&self) -> Vec<DirtyBitmap> {
+        self.far.as_ref().map(|far| far.bitmaps()).unwrap_or_default()
     }
 }
 

@@ -11,7 +11,7 @@ use tracing::warn;
 use super::{HandoverOrder, JobError, Jobs, Settings, Task, record::Record};
 use crate::{
     job::{dirty::granularity_for, front::Front},
-    lun::{away::Away, chain, config::DeviceConfig, stack::Stack},
+    lun::{away::Away, bitmaps, chain, config::DeviceConfig, stack::Stack},
     units::BlockSize,
     volume::Volume,
 };
@@ -39,7 +39,7 @@ impl Jobs {
     }
 
     /// The LUN has stopped, and its image is open still: sends what the copy lacks, if the LUN stopped for that.
-    pub(in crate::lun) async fn send_the_rest(&self) {
+    pub(in crate::lun) async fn send_the_rest(&self, front: &Front<Stack>) {
         let active = self.active.borrow().clone();
         let Some(active) = active else { return };
         let Stack::Away(away) = &**active.mirror.target() else { return };
@@ -53,6 +53,7 @@ impl Jobs {
         if let Err(reason) = &sent {
             warn!(job = active.mirror.id(), "the copy is not whole: {reason}");
         }
+        away.far().set_bitmaps(bitmaps::to_hand_over(front.bitmaps()));
         away.far().set_whole(sent);
     }
 }
