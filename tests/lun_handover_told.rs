@@ -40,6 +40,15 @@ struct Daemon {
     from: Arc<Mutex<goes::Host>>,
     to: Arc<Mutex<goes::Host>>,
     image: String,
+    /// What fails next.
+    fault: Arc<Mutex<Fault>>,
+}
+
+impl Daemon {
+    fn of(from: &goes::Side, to: &goes::Side, image: String, fault: Fault) -> Daemon {
+        let fault = Arc::new(Mutex::new(fault));
+        Daemon { from: from.host.clone(), to: to.host.clone(), image, fault }
+    }
 }
 
 impl Host for Daemon {
@@ -65,8 +74,9 @@ impl Host for Daemon {
         assert!(to.blk);
         let (mut here, mut there) = UnixStream::pair().unwrap();
         let host = self.to.clone();
+        let fault = std::mem::replace(&mut *self.fault.lock().unwrap(), Fault::None);
         let taking =
-            thread::spawn(move || handover::take(&mut there, &mut Taking::of(host, Fault::None)).map(drop));
+            thread::spawn(move || handover::take(&mut there, &mut Taking::of(host, fault)).map(drop));
         progress.goes();
         let may_stop = || progress.may_switch_over();
         let mut giving = Giving::of(self.from.clone(), Fault::None).asking(&may_stop);
@@ -121,7 +131,7 @@ fn the_command_line_and_qmp_hand_over_with_storage_tell_how_far_it_is_and_call_i
     let (a, b, numbers) =
         pair(dir.path(), config(&here, Format::Raw, true), config(&there, Format::Qcow2, true));
     let image = a.host().config.image.display().to_string();
-    let daemon = Daemon { from: a.host.clone(), to: b.host.clone(), image: image.clone() };
+    let daemon = Daemon::of(&a, &b, image.clone(), Fault::None);
     let luns = Registry::with_host(daemon);
     luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
     let rig = Rig::new(luns);
@@ -177,7 +187,7 @@ fn a_lun_that_pauses_before_the_switchover_serves_on_until_it_is_told_to_go_or_t
     let (a, b, mut numbers) =
         pair(dir.path(), config(&here, Format::Raw, true), config(&there, Format::Qcow2, true));
     let image = a.host().config.image.display().to_string();
-    let luns = Registry::with_host(Daemon { from: a.host.clone(), to: b.host.clone(), image });
+    let luns = Registry::with_host(Daemon::of(&a, &b, image, Fault::None));
     luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
     let rig = Rig::new(luns);
     let mut talk = rig.talk();
@@ -248,7 +258,7 @@ fn dirty_bitmaps_go_along_and_are_kept_where_the_new_image_can_keep_them() {
         }
         let (a, b, mut numbers) = pair(dir.path(), config(&here, from, true), config(&there, to, true));
         let image = a.host().config.image.display().to_string();
-        let luns = Registry::with_host(Daemon { from: a.host.clone(), to: b.host.clone(), image });
+        let luns = Registry::with_host(Daemon::of(&a, &b, image, Fault::Settle));
         luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
         let rig = Rig::new(luns);
         let mut talk = rig.talk();
@@ -265,6 +275,12 @@ fn dirty_bitmaps_go_along_and_are_kept_where_the_new_image_can_keep_them() {
         guest.turns(20);
         let before = bitmaps(&mut talk);
         assert!(before[0]["count"].as_u64().unwrap() > 0 && before[2]["count"] == 0, "{before:?}");
+
+        // The destination fails once the LUN has stopped, which has them all as it begins again.
+        let out = begin(&rig, (&a, &b), &[]).wait_with_output().unwrap();
+        assert!(!out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+        rig.luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
+        assert_eq!(bitmaps(&mut talk), before);
 
         let out = begin(&rig, (&a, &b), &[]).wait_with_output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));

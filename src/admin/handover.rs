@@ -32,6 +32,7 @@ use crate::{
         config::DeviceConfig,
         continued::{self, ContinuedFile},
         events::JobStatus,
+        handed_over::HandedOver,
         jobs::JobOrder,
         saved_pages, scrub,
         state_file::StateFile,
@@ -111,6 +112,16 @@ impl Going<'_> {
                 Ok(Thawed::Taken)
             }
             _ => Err(Failure::new(reason).then(format!("see how it is: tcmu-dif show {}", self.name))),
+        }
+    }
+
+    /// A LUN that has stopped begins again with the bitmaps that no image keeps.
+    fn keep_bitmaps(&self) {
+        let (Some(storage), Some(known)) = (&self.storage, &self.known) else { return };
+        let begin = HandedOver::with_bitmaps(storage.bitmaps());
+        let file = HandedOver::file(&self.admin.places.state_dir, &known.identity.serial);
+        if let Some(Err(error)) = begin.map(|begin| file.save(&begin, false)) {
+            tracing::warn!(lun = %self.name, %error, "dirty bitmaps that are not persistent are lost");
         }
     }
 
@@ -282,6 +293,7 @@ impl Source for Going<'_> {
     }
 
     fn thaw(&mut self) -> Result<Thawed, Failure> {
+        self.keep_bitmaps();
         let thawed = self.resume();
         if self.storage.is_some() && matches!(thawed, Ok(Thawed::Serves)) {
             // Where it was not stopped, the copy is there still, and goes nowhere.

@@ -1,7 +1,7 @@
 //! What a LUN that another host has handed over begins with, in a file of its own until it has begun: the generation in which it may take its image, mode pages
 //! and unit attentions as its initiators know them, what protection has counted, and dirty bitmaps.
 //!
-//! Written by whoever makes the LUN here, before it does; read at the LUN's start, and removed once it serves.
+//! Written by whoever makes the LUN here, before it does (and by whoever has one begin again here that did not go over); read at the LUN's start, and removed once it serves.
 
 use std::{io, path::Path};
 
@@ -35,6 +35,13 @@ impl HandedOver {
     /// The file of the LUN with that serial number.
     pub fn file(state_dir: &Path, serial: &str) -> StateFile {
         StateFile::new(state_dir, FOLDER, serial)
+    }
+
+    /// Of a LUN that begins again where it was, with those of its bitmaps that do not lie in the image; nothing if there are none.
+    pub fn with_bitmaps(all: Vec<DirtyBitmap>) -> Option<HandedOver> {
+        let bitmaps: Vec<DirtyBitmap> = all.into_iter().filter(|bitmap| !bitmap.persistent).collect();
+        let begin = HandedOver { generation: None, modes: None, counters: None, bitmaps };
+        (!begin.bitmaps.is_empty()).then_some(begin)
     }
 
     /// What initiators have, as the target takes it up.
