@@ -3,6 +3,7 @@
 
 use std::{
     os::unix::net::UnixStream,
+    path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     thread,
@@ -31,7 +32,7 @@ mod rig;
 mod schema;
 
 use goes::{Fault, Giving, Taking, config, names, pair};
-use numbered::Guest;
+use numbered::{Guest, Numbers};
 use rig::{Rig, Talk};
 use schema::Schema;
 
@@ -93,6 +94,16 @@ impl Host for Daemon {
     }
 }
 
+/// Two hosts with a folder of their own each, `here` and `there`, and a protected LUN on the first.
+fn sides(dir: &Path, from: Format, to: Format) -> (goes::Side, goes::Side, Numbers) {
+    let of = |name: &str, format| {
+        let folder = dir.join(name);
+        std::fs::create_dir(&folder).unwrap();
+        config(&folder, format, true)
+    };
+    pair(dir, of("here", from), of("there", to))
+}
+
 /// Begins it as an administrator does.
 fn begin(rig: &Rig, (a, b): (&goes::Side, &goes::Side), words: &[&str]) -> Child {
     a.offer_device();
@@ -124,12 +135,7 @@ fn waits(talk: &mut Talk) -> Value {
 #[test]
 fn the_command_line_and_qmp_hand_over_with_storage_tell_how_far_it_is_and_call_it_off() {
     let dir = tempfile::tempdir().unwrap();
-    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
-    for folder in [&here, &there] {
-        std::fs::create_dir(folder).unwrap();
-    }
-    let (a, b, numbers) =
-        pair(dir.path(), config(&here, Format::Raw, true), config(&there, Format::Qcow2, true));
+    let (a, b, numbers) = sides(dir.path(), Format::Raw, Format::Qcow2);
     let image = a.host().config.image.display().to_string();
     let daemon = Daemon::of(&a, &b, image.clone(), Fault::None);
     let luns = Registry::with_host(daemon);
@@ -162,7 +168,7 @@ fn the_command_line_and_qmp_hand_over_with_storage_tell_how_far_it_is_and_call_i
     assert!(!out.status.success() && said.contains("the LUN serves here as before"), "{said}");
     assert!(said.contains("canceled"), "{said}");
     assert_eq!(talk.get("query-migrate", json!({}))["status"], "failed");
-    assert!(names(&there).is_empty());
+    assert!(names(&dir.path().join("there")).is_empty());
     a.compare(&numbers);
 
     let out = begin(&rig, (&a, &b), &[]).wait_with_output().unwrap();
@@ -180,12 +186,7 @@ fn the_command_line_and_qmp_hand_over_with_storage_tell_how_far_it_is_and_call_i
 #[test]
 fn a_lun_that_pauses_before_the_switchover_serves_on_until_it_is_told_to_go_or_to_stay() {
     let dir = tempfile::tempdir().unwrap();
-    let (here, there) = (dir.path().join("here"), dir.path().join("there"));
-    for folder in [&here, &there] {
-        std::fs::create_dir(folder).unwrap();
-    }
-    let (a, b, mut numbers) =
-        pair(dir.path(), config(&here, Format::Raw, true), config(&there, Format::Qcow2, true));
+    let (a, b, mut numbers) = sides(dir.path(), Format::Raw, Format::Qcow2);
     let image = a.host().config.image.display().to_string();
     let luns = Registry::with_host(Daemon::of(&a, &b, image, Fault::None));
     luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());
@@ -215,7 +216,7 @@ fn a_lun_that_pauses_before_the_switchover_serves_on_until_it_is_told_to_go_or_t
     assert!(!out.status.success() && said.contains("the LUN serves here as before"), "{said}");
     assert!(said.contains("serves here until: tcmu-dif handover vm1 --continue"), "{said}");
     guest.drain();
-    assert!(names(&there).is_empty());
+    assert!(names(&dir.path().join("there")).is_empty());
     a.compare(&numbers);
 
     // It goes, with all of that, and not before.
@@ -252,11 +253,7 @@ fn dirty_bitmaps_go_along_and_are_kept_where_the_new_image_can_keep_them() {
         [(Format::Qcow2, Format::Qcow2), (Format::Qcow2, Format::Raw), (Format::Raw, Format::Qcow2)]
     {
         let dir = tempfile::tempdir().unwrap();
-        let (here, there) = (dir.path().join("here"), dir.path().join("there"));
-        for folder in [&here, &there] {
-            std::fs::create_dir(folder).unwrap();
-        }
-        let (a, b, mut numbers) = pair(dir.path(), config(&here, from, true), config(&there, to, true));
+        let (a, b, mut numbers) = sides(dir.path(), from, to);
         let image = a.host().config.image.display().to_string();
         let luns = Registry::with_host(Daemon::of(&a, &b, image, Fault::Settle));
         luns.insert("vm1", a.host().lun.as_ref().unwrap().remote().clone());

@@ -165,7 +165,8 @@ impl Model {
         }
     }
 
-    /// Whether a read that began at `began` may see those bytes in a block (or, with `whole` false, a mix of legal words).
+    /// Whether a read that began at `began` may see those bytes in a block; or, with `whole` false, a mix of legal bytes. (Not of words: where the reader's memory is not
+    /// aligned, as that of a server that reads for TLS, the kernel's copy from its page cache meets a write in the middle of one.)
     fn judge(&self, block: u64, bytes: &[u8], by: Settled, began: u64, whole: bool) -> Result<(), String> {
         let ops = self.ops.borrow();
         let blocks = self.blocks.borrow();
@@ -189,10 +190,10 @@ impl Model {
         }
         let fits = match whole {
             true => legal.iter().any(|(_, value)| value[..bytes.len()] == *bytes),
-            false => bytes
-                .chunks(8)
-                .enumerate()
-                .all(|(i, word)| legal.iter().any(|(_, v)| v[i * 8..i * 8 + word.len()] == *word)),
+            false => bytes.chunks(8).enumerate().all(|(i, word)| {
+                let has = |at: usize, part: &[u8]| legal.iter().any(|(_, v)| v[at..at + part.len()] == *part);
+                has(i * 8, word) || word.iter().enumerate().all(|(j, byte)| has(i * 8 + j, &[*byte]))
+            }),
         };
         if fits {
             return Ok(());
