@@ -12,6 +12,7 @@ mod device;
 mod docs;
 mod fabric;
 mod fault;
+mod guest_goes;
 mod handover;
 pub(super) mod initiator;
 mod iscsi;
@@ -126,6 +127,7 @@ pub fn all() -> Vec<&'static Test> {
         jobs::TESTS,
         job_rounds::TESTS,
         handover::TESTS,
+        guest_goes::TESTS,
         two_kernels::TESTS,
         nbd::TESTS,
         qmp::TESTS,
@@ -155,6 +157,7 @@ fn net_of(name: &str) -> Net<'static> {
 /// Tests that take minutes each, or wait out a stop time, or need a build of their own: run at full scale, or when they are named.
 const LONG: &[&str] = &[
     "pi.guest-",
+    guest_goes::NAME,
     "pi.differential-lio",
     "jobs.mirror-under-fio",
     "jobs.chain-under-fio",

@@ -29,8 +29,18 @@ pub const TESTS: &[Test] = &[
 /// allocator, with rubbish for flags), and Linux does without it where it isn't there.
 const INNER_CPU: &str = "qemu64,-cx16";
 
+/// QEMU with an inner guest that has so many MiB and runs `/scratch/inner.sh`, which [`PACK`] has packed: the words to which its disk and its console are added.
+pub(super) fn qemu(mebibytes: u32) -> String {
+    format!(
+        "qemu-system-x86_64 -accel tcg,thread=single -cpu {INNER_CPU} -smp 1 -m {mebibytes} -nographic -nodefaults -no-reboot \
+         -object memory-backend-memfd,id=memory,size={mebibytes}M,share=on -machine memory-backend=memory \
+         -kernel /host/inner-vmlinux -initrd /scratch/inner-initramfs \
+         -append 'console=ttyS0 panic=-1 norandmaps cryptomgr.notests mitigations=off apparmor=0 no5lvl tsc=reliable random.trust_cpu=on'"
+    )
+}
+
 /// How often the inner guest may die before it reaches user space.
-const BOOTS: u32 = 3;
+pub(super) const BOOTS: u32 = 3;
 
 const WWPN: &str = "naa.5001405000000041";
 
@@ -71,7 +81,8 @@ sleep 60
 "#;
 
 /// Packs the programs that the inner guest runs, with what they are linked with, into an initramfs that begins with the prepared one.
-const PACK: &str = r#"
+/// What is to be done there is in `/scratch/inner.sh`.
+pub(super) const PACK: &str = r#"
 rm -rf /scratch/inner; mkdir -p /scratch/inner
 for program in /usr/sbin/mkfs.ext4 /usr/sbin/e2fsck /usr/bin/fio; do
     for file in $program $(ldd $program | grep -o '/[^ ]*'); do
@@ -100,11 +111,8 @@ fn guest(run: &mut Run<'_>, pi: u8) -> Result<()> {
         let script = format!("LIFE={life}\n{INNER}");
         guest.sh(&format!("cat > /scratch/inner.sh <<'END'\n{script}\nEND\n{PACK}"))?;
         let qemu = format!(
-            "timeout {limit} qemu-system-x86_64 -accel tcg,thread=single -cpu {INNER_CPU} -smp 1 -m 512 -nographic -nodefaults -no-reboot \
-             -object memory-backend-memfd,id=memory,size=512M,share=on -machine memory-backend=memory \
-             -kernel /host/inner-vmlinux -initrd /scratch/inner-initramfs \
-             -append 'console=ttyS0 panic=-1 norandmaps cryptomgr.notests mitigations=off apparmor=0 no5lvl tsc=reliable random.trust_cpu=on' \
-             -device vhost-scsi-pci,wwpn={WWPN},t10_pi=on -serial file:/scratch/inner-{life}.log 2> /scratch/inner-qemu.log"
+            "timeout {limit} {} -device vhost-scsi-pci,wwpn={WWPN},t10_pi=on -serial file:/scratch/inner-{life}.log 2> /scratch/inner-qemu.log",
+            qemu(512)
         );
         let mut attempt = 1;
         let (ended, said) = loop {
