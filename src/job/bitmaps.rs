@@ -71,6 +71,21 @@ pub enum BitmapError {
     Image(String),
 }
 
+/// Whether a disk of that size can have a bitmap with granules of so many bytes.
+///
+/// # Errors
+/// It is out of bounds, or no power of two; the bits would take too much memory.
+pub fn check_granularity(capacity: u64, granularity: u64) -> Done {
+    let fits = (MIN_BITMAP_GRANULARITY..=MAX_BITMAP_GRANULARITY).contains(&granularity);
+    if !fits || !granularity.is_power_of_two() {
+        return Err(BitmapError::Granularity(granularity));
+    }
+    if capacity.div_ceil(granularity).div_ceil(8) > MAX_BITS {
+        return Err(BitmapError::TooFine(granularity));
+    }
+    Ok(())
+}
+
 /// A bitmap, as it is told of (BlockDirtyInfo).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BitmapInfo {
@@ -122,6 +137,16 @@ struct Bitmap {
 impl Bitmap {
     fn is_busy(&self) -> bool {
         self.before.is_some() || self.exposed
+    }
+
+    /// As it is kept, by an image or another host.
+    fn to_keep(&self) -> KeptBitmap {
+        let mut bits = self.bits.clone();
+        // A backup that was cut off has copied nothing that counts.
+        self.before.iter().for_each(|before| bits.add(before));
+        let granularity = bits.granularity();
+        let bits = (!self.inconsistent).then_some(bits);
+        KeptBitmap { name: self.name.clone(), enabled: self.enabled, bits, granularity }
     }
 }
 
@@ -226,13 +251,7 @@ impl Bitmaps {
         if name.is_empty() || name.len() > MAX_NAME {
             return Err(BitmapError::Name);
         }
-        let fits = (MIN_BITMAP_GRANULARITY..=MAX_BITMAP_GRANULARITY).contains(&granularity);
-        if !fits || !granularity.is_power_of_two() {
-            return Err(BitmapError::Granularity(granularity));
-        }
-        if capacity.div_ceil(granularity).div_ceil(8) > MAX_BITS {
-            return Err(BitmapError::TooFine(granularity));
-        }
+        check_granularity(capacity, granularity)?;
         let mut all = self.all.borrow_mut();
         if all.iter().any(|bitmap| bitmap.name == name) {
             return Err(BitmapError::Exists(name.to_owned()));
@@ -419,22 +438,12 @@ impl Bitmaps {
 
     /// All of them, each with whether it is to be kept in the image.
     pub fn all(&self) -> Vec<(KeptBitmap, bool)> {
-        let all = self.all.borrow();
-        let all = all.iter().map(|bitmap| {
-            let mut bits = bitmap.bits.clone();
-            // A backup that was cut off has copied nothing that counts.
-            bitmap.before.iter().for_each(|before| bits.add(before));
-            let granularity = bits.granularity();
-            let bits = (!bitmap.inconsistent).then_some(bits);
-            let kept = KeptBitmap { name: bitmap.name.clone(), enabled: bitmap.enabled, bits, granularity };
-            (kept, bitmap.persistent)
-        });
-        all.collect()
+        self.all.borrow().iter().map(|bitmap| (bitmap.to_keep(), bitmap.persistent)).collect()
     }
 
     /// Those that are to be kept in the image.
     pub fn to_keep(&self) -> Vec<KeptBitmap> {
-        self.all().into_iter().filter_map(|(kept, persistent)| persistent.then_some(kept)).collect()
+        self.all.borrow().iter().filter(|bitmap| bitmap.persistent).map(Bitmap::to_keep).collect()
     }
 
     /// The LUN gets another image: takes out what the old one keeps.

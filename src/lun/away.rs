@@ -11,7 +11,7 @@ use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::Sender,
     },
@@ -48,8 +48,13 @@ pub struct Far {
     to: Sender<Parcel>,
     address: String,
     last: AtomicBool,
-    whole: Mutex<Option<std::result::Result<(), String>>>,
-    bitmaps: Mutex<Vec<DirtyBitmap>>,
+    stopped: Mutex<Option<Stopped>>,
+}
+
+/// How the LUN was when it stopped for the last call.
+struct Stopped {
+    whole: std::result::Result<(), String>,
+    bitmaps: Vec<DirtyBitmap>,
 }
 
 impl fmt::Debug for Far {
@@ -70,13 +75,7 @@ impl Eq for Far {}
 impl Far {
     /// What is put into `to` is carried to whoever listens at that address.
     pub fn new(to: Sender<Parcel>, address: String) -> Arc<Far> {
-        Arc::new(Far {
-            to,
-            address,
-            last: AtomicBool::new(false),
-            whole: Mutex::new(None),
-            bitmaps: Mutex::default(),
-        })
+        Arc::new(Far { to, address, last: AtomicBool::new(false), stopped: Mutex::new(None) })
     }
 
     /// Where that is, for people.
@@ -93,17 +92,17 @@ impl Far {
         self.last.load(Ordering::Acquire)
     }
 
-    pub(super) fn set_whole(&self, whole: std::result::Result<(), String>) {
-        *self.whole.lock().unwrap_or_else(PoisonError::into_inner) = Some(whole);
+    fn stopped(&self) -> MutexGuard<'_, Option<Stopped>> {
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set_bitmaps(&self, bitmaps: Vec<DirtyBitmap>) {
-        *self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner) = bitmaps;
+    pub(super) fn has_stopped(&self, whole: std::result::Result<(), String>, bitmaps: Vec<DirtyBitmap>) {
+        *self.stopped() = Some(Stopped { whole, bitmaps });
     }
 
     /// The dirty bitmaps that the LUN had when it stopped.
     pub fn bitmaps(&self) -> Vec<DirtyBitmap> {
-        self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.stopped().as_ref().map(|stopped| stopped.bitmaps.clone()).unwrap_or_default()
     }
 
     /// Whether the new image had, durably, all that the LUN had when it stopped.
@@ -111,7 +110,7 @@ impl Far {
     /// # Errors
     /// Why it has not.
     pub fn whole(&self) -> std::result::Result<(), String> {
-        let whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let whole = self.stopped().as_ref().map(|stopped| stopped.whole.clone());
         whole.unwrap_or_else(|| Err("the copy had ended before the LUN stopped".to_owned()))
     }
 }

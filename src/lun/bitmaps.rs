@@ -6,15 +6,12 @@ use super::stack::Stack;
 use crate::{
     handover::state::DirtyBitmap,
     image::qcow2::StoredBitmap,
-    job::bitmaps::{BitmapError, Bitmaps, Bits, KeptBitmap},
+    job::bitmaps::{BitmapError, Bitmaps, Bits, KeptBitmap, check_granularity},
     volume::Volume,
 };
 
 /// The granularity of a new bitmap (bytes), where none is asked for: QEMU's for clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
-
-/// The granularities that there are (bytes; qcow2 specification, "Bitmap directory").
-const GRANULARITIES: std::ops::RangeInclusive<u64> = 512..=1 << 31;
 
 /// Takes over what an image keeps; nothing of one that is not written to. While nobody changes it, or what is changed is marked as soon as this returns.
 pub(super) async fn load(stack: &Stack) -> Vec<KeptBitmap> {
@@ -80,11 +77,8 @@ pub(super) fn to_hand_over(bitmaps: &Bitmaps) -> Vec<DirtyBitmap> {
 pub(super) fn take_over(stack: &Stack, bitmaps: &Bitmaps, from: Vec<DirtyBitmap>) {
     let capacity = stack.limits().capacity;
     for DirtyBitmap { name, granularity, recording, persistent, words } in from {
-        if !GRANULARITIES.contains(&granularity) || !granularity.is_power_of_two() {
-            warn!(
-                bitmap = name,
-                granularity, "the dirty bitmap has granules that are not known here: it stays behind"
-            );
+        if let Err(error) = check_granularity(capacity, granularity) {
+            warn!(bitmap = name, granularity, %error, "the dirty bitmap stays behind");
             continue;
         }
         let can = if persistent { check_kept(stack) } else { Ok(()) };

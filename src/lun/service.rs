@@ -139,9 +139,13 @@ impl Lun {
         continued: Option<&ContinuedFile>,
         handed_over: Option<(HandedOver, StateFile)>,
     ) {
-        if let Some((found, file)) = handed_over {
+        if let Some((mut found, file)) = handed_over {
             self.inherited.set(found.counters.unwrap_or_default());
-            bitmaps::take_over(&self.front.volume(), self.front.bitmaps(), found.bitmaps.clone());
+            bitmaps::take_over(
+                &self.front.volume(),
+                self.front.bitmaps(),
+                std::mem::take(&mut found.bitmaps),
+            );
             // From here on it is kept as everything is.
             match found.continued().filter(|_| !resumed) {
                 Some(kept) => self.target.goes_on(Some(&kept)),

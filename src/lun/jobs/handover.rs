@@ -53,7 +53,6 @@ impl Jobs {
         if let Err(reason) = &sent {
             warn!(job = active.mirror.id(), "the copy is not whole: {reason}");
         }
-        away.far().set_bitmaps(bitmaps::to_hand_over(front.bitmaps()));
-        away.far().set_whole(sent);
+        away.far().has_stopped(sent, bitmaps::to_hand_over(front.bitmaps()));
     }
 }
