@@ -4,12 +4,13 @@
 //! migration copies its memory: vhost-scsi tells nobody what it writes there before Linux 6.16.
 
 use super::super::guest::{Guest, patience};
+use super::handover::{SOCKET, receive_with, received};
 use super::lun::{assert_image_clean, assert_nothing_left, create, delete, names, start_daemon};
 use super::pi_guest::{BOOTS, PACK, qemu};
-use super::qmp::qmp;
+use super::qmp::{execute, execute_at};
 use super::{Run, Test};
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 pub const NAME: &str = "lifecycle.handover-guest";
@@ -23,7 +24,6 @@ pub const TESTS: &[Test] = &[Test {
 }];
 
 const HERE: &str = "naa.5001405000000051";
-const SOCKET: &str = "/run/receive.sock";
 const OLD: &str = "/scratch/here.raw";
 const NEW: &str = "/scratch/there.qcow2";
 
@@ -66,24 +66,6 @@ if dmesg | grep -iE 'i/o error|sense key|guard|protection error|ref tag'; then f
 say "done"
 echo b > /proc/sysrq-trigger
 sleep 60
-"#;
-
-/// `ask.py SOCKET COMMAND [ARGUMENTS]` asks a QEMU over its monitor, and prints the answer.
-const ASK: &str = r#"
-import json, socket, sys
-s = socket.socket(socket.AF_UNIX)
-s.settimeout(120)
-s.connect(sys.argv[1])
-lines = s.makefile("r")
-assert "QMP" in json.loads(lines.readline())
-def ask(command):
-    s.sendall(json.dumps(command).encode())
-    while "event" in (answer := json.loads(lines.readline())): pass
-    return answer
-assert "return" in ask({"execute": "qmp_capabilities"})
-answer = ask({"execute": sys.argv[2], "arguments": json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}})
-if "error" in answer: sys.exit(answer["error"]["desc"])
-print(json.dumps(answer["return"]))
 "#;
 
 /// Starts a QEMU whose files are called `side`.
@@ -148,66 +130,66 @@ fn until_round(guest: &mut Guest, side: &str, wanted: usize, seconds: u64) -> Re
     Ok(())
 }
 
-fn ask(guest: &mut Guest, side: &str, words: &str) -> Result<String> {
-    guest.sh(&format!("python3 /host/ask.py /scratch/{side}.qmp {words}"))
+/// Asks the QEMU on that side.
+fn ask(guest: &mut Guest, side: &str, command: &str, arguments: Value) -> Result<Value> {
+    execute_at(guest, Some(&format!("/scratch/{side}.qmp")), command, arguments)
+}
+
+/// Asks how a migration is, until it is as wanted.
+fn until_migration(
+    guest: &mut Guest,
+    wanted: &str,
+    query: impl Fn(&mut Guest) -> Result<Value>,
+) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(300) * patience();
+    loop {
+        let told = query(guest)?;
+        match told["status"].as_str() {
+            Some(status) if status == wanted => return Ok(()),
+            Some("failed") | None => bail!("it does not come to {wanted}: {told}"),
+            _ => ensure!(Instant::now() < end, "it does not come to {wanted} in time: {told}"),
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
 }
 
 fn guest_goes(run: &mut Run<'_>) -> Result<()> {
     let guest = &mut *run.guest;
     start_daemon(guest, "auto")?;
     create(guest, "here", &format!("--image {OLD} --size 32M --pi type1 --export vhost:{HERE}"))?;
-    std::fs::write(guest.share().join("ask.py"), ASK)?;
     guest.sh(&format!("cat > /scratch/inner.sh <<'END'\n{INNER}\nEND\n{PACK}"))?;
     boots(guest)?;
     until_round(guest, "here", 1, 600)?;
 
     // The LUN is copied while the guest uses it, and then waits for the guest.
+    receive_with(guest, "there", &format!("--image {NEW} --format qcow2"))?;
     guest.sh(&format!(
-        "setsid tcmu-dif receive --listen unix:{SOCKET} --once --name there --image {NEW} --format qcow2 --json > /tmp/receive.json 2> /tmp/receive.err < /dev/null &
-         for _ in $(seq 100); do [ -S {SOCKET} ] && break; sleep 0.1; done
-         setsid tcmu-dif handover here --to unix:{SOCKET} --copy-storage-all --pause-before-switchover > /tmp/give.out 2>&1 < /dev/null &
+        "setsid tcmu-dif handover here --to unix:{SOCKET} --copy-storage-all --pause-before-switchover > /tmp/give.out 2>&1 < /dev/null &
          echo $! > /tmp/give.pid"
     ))?;
-    let end = Instant::now() + Duration::from_secs(120) * patience();
-    loop {
-        let asked = qmp(guest, &[json!({ "execute": "query-migrate", "arguments": { "device": "here" } })])?;
-        match asked[0]["return"]["status"].as_str() {
-            Some("pre-switchover") => break,
-            Some("failed") | None => {
-                bail!("it is not copied: {}: {}", asked[0], guest.sh("cat /tmp/give.out")?)
-            }
-            _ => ensure!(Instant::now() < end, "it is not copied in time: {}", asked[0]),
-        }
-        std::thread::sleep(Duration::from_millis(300));
-    }
+    until_migration(guest, "pre-switchover", |guest| {
+        execute(guest, "query-migrate", json!({ "device": "here" }))
+    })
+    .context("the LUN is not copied")?;
     let before = rounds(guest, "here")?;
     until_round(guest, "here", before + 2, 300)?;
 
     // The guest stands still, the LUN goes, and the guest after it.
-    ask(guest, "here", "stop")?;
+    ask(guest, "here", "stop", json!({}))?;
     let stopped = Instant::now();
     guest.sh("tcmu-dif handover here --continue")?;
     guest.sh("for _ in $(seq 600); do kill -0 $(cat /tmp/give.pid) 2> /dev/null || break; sleep 0.1; done; grep 'serves there now' /tmp/give.out || { cat /tmp/give.out; exit 1; }")?;
     let gone = stopped.elapsed();
     ensure!(names(guest)? == ["there"], "the source is there still");
-    let made = guest.json("cat /tmp/receive.json")?;
+    let made = received(guest)?;
     let there =
         made["exports"][0]["wwn"].as_str().with_context(|| format!("no target in {made}"))?.to_owned();
     ensure!(there != HERE, "on one kernel its target has another WWN");
     start(guest, "there", &there, "-incoming unix:/scratch/migrate.sock")?;
-    ask(guest, "here", r#"migrate '{"uri": "unix:/scratch/migrate.sock"}'"#)?;
-    guest.sh_within(
-        Duration::from_secs(300),
-        r#"while :; do
-               status=$(python3 /host/ask.py /scratch/here.qmp query-migrate)
-               case $status in
-                   *'"status": "completed"'*) exit 0;;
-                   *'"status": "failed"'*) echo "$status"; cat /scratch/*.qemu; exit 1;;
-               esac
-               sleep 0.5
-           done"#,
-    )?;
-    ask(guest, "there", "cont")?;
+    ask(guest, "here", "migrate", json!({ "uri": "unix:/scratch/migrate.sock" }))?;
+    until_migration(guest, "completed", |guest| ask(guest, "here", "query-migrate", json!({})))
+        .context("the guest does not go")?;
+    ask(guest, "there", "cont", json!({}))?;
     let still = stopped.elapsed();
     until_round(guest, "there", 2, 300)?;
 
@@ -223,7 +205,7 @@ fn guest_goes(run: &mut Run<'_>) -> Result<()> {
         "the guest did not end as it should:\n{}",
         crate::sh::last_lines(&told, 40)
     );
-    ask(guest, "here", "quit")?;
+    ask(guest, "here", "quit", json!({}))?;
     guest.sh("for _ in $(seq 300); do kill -0 $(cat /scratch/there.pid) 2> /dev/null || kill -0 $(cat /scratch/here.pid) 2> /dev/null || exit 0; sleep 0.1; done; exit 1")
         .context("a QEMU does not end")?;
     let rounds = rounds(guest, "there")?;

@@ -41,7 +41,7 @@ pub const TESTS: &[Test] = &[
     },
 ];
 
-const SOCKET: &str = "/run/receive.sock";
+pub(super) const SOCKET: &str = "/run/receive.sock";
 
 /// Has one LUN received under a name, in the background.
 fn receive(guest: &mut Guest, name: &str) -> Result<()> {
@@ -49,7 +49,7 @@ fn receive(guest: &mut Guest, name: &str) -> Result<()> {
 }
 
 /// The same with more words.
-fn receive_with(guest: &mut Guest, name: &str, words: &str) -> Result<()> {
+pub(super) fn receive_with(guest: &mut Guest, name: &str, words: &str) -> Result<()> {
     guest
         .sh(&format!(
             "rm -f /tmp/receive.*; setsid tcmu-dif receive --listen unix:{SOCKET} --once --name {name} {words} --json \
@@ -60,7 +60,7 @@ fn receive_with(guest: &mut Guest, name: &str, words: &str) -> Result<()> {
 }
 
 /// What it made, once it has ended.
-fn received(guest: &mut Guest) -> Result<Value> {
+pub(super) fn received(guest: &mut Guest) -> Result<Value> {
     guest
         .sh(&format!("for _ in $(seq 300); do [ -e {SOCKET} ] || exit 0; sleep 0.1; done; exit 1"))
         .context("receive does not end")?;

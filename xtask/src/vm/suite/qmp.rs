@@ -98,12 +98,12 @@ fn other_client(run: &mut Run<'_>) -> Result<()> {
     assert_image_clean(guest, "/scratch/q.raw", "raw", true)
 }
 
-/// A connection, and `ask`, which sends a command and gives its answer.
+/// A connection, and `ask`, which sends a command and gives its answer. To the daemon, or to whom the environment says.
 pub const CONNECTION: &str = r#"
-import json, socket, sys
+import json, os, socket, sys
 s = socket.socket(socket.AF_UNIX)
 s.settimeout(90)
-s.connect("/run/tcmu-dif/qmp.sock")
+s.connect(os.environ.get("QMP", "/run/tcmu-dif/qmp.sock"))
 # Not for both: what a text file has read ahead, a part of an event perhaps, is dropped when it is written to.
 lines = s.makefile("r")
 assert "QMP" in json.loads(lines.readline())
@@ -126,15 +126,26 @@ else:
 
 /// Sends commands over one connection; gives their answers, `{"return": …}` or `{"error": …}`.
 pub fn qmp(guest: &mut Guest, commands: &[Value]) -> Result<Vec<Value>> {
+    qmp_at(guest, None, commands)
+}
+
+/// The same to whoever listens at that socket, if not to the daemon.
+fn qmp_at(guest: &mut Guest, socket: Option<&str>, commands: &[Value]) -> Result<Vec<Value>> {
     std::fs::write(guest.share().join("qmp.py"), [CONNECTION, CLIENT].concat())?;
     let words: Vec<String> = commands.iter().map(|command| format!("'{command}'")).collect();
-    let answers = guest.json(&format!("python3 /host/qmp.py {}", words.join(" ")))?;
+    let to = socket.map(|socket| format!("QMP={socket} ")).unwrap_or_default();
+    let answers = guest.json(&format!("{to}python3 /host/qmp.py {}", words.join(" ")))?;
     serde_json::from_value(answers).context("the answers are no list")
 }
 
 /// One command, which must succeed.
-fn execute(guest: &mut Guest, name: &str, arguments: Value) -> Result<Value> {
-    let mut answers = qmp(guest, &[json!({ "execute": name, "arguments": arguments })])?;
+pub fn execute(guest: &mut Guest, name: &str, arguments: Value) -> Result<Value> {
+    execute_at(guest, None, name, arguments)
+}
+
+/// The same to whoever listens at that socket, if not to the daemon: a QEMU.
+pub fn execute_at(guest: &mut Guest, socket: Option<&str>, name: &str, arguments: Value) -> Result<Value> {
+    let mut answers = qmp_at(guest, socket, &[json!({ "execute": name, "arguments": arguments })])?;
     ensure!(answers.len() == 1 && answers[0].get("return").is_some(), "{name}: {answers:?}");
     Ok(answers[0]["return"].take())
 }

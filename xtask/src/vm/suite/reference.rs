@@ -107,8 +107,6 @@ fn tcmu_runner(run: &mut Run<'_>) -> Result<()> {
 pub const START_TCMU_RUNNER: &str = r#"
 modprobe -a target_core_user tcm_loop
 mkdir -p /run/dbus /etc/tcmu /var/log
-# Who asks for its name would have the bus start a tcmu-runner too, and the second to come ends at the first one's lock.
-rm -f /usr/share/dbus-1/system-services/org.kernel.TCMUService1.service
 [ -S /run/dbus/system_bus_socket ] || dbus-daemon --system --fork
 setsid tcmu-runner > /scratch/tcmu-runner.out 2>&1 < /dev/null &
 runner=$!

@@ -36,7 +36,7 @@ fn start_bus(guest: &mut Guest) -> Result<()> {
     let policy = include_str!("../../../../dist/dbus/tcmu-dif.conf");
     guest.sh(&format!(
         "mkdir -p /run/dbus /etc/rtslib-fb-target
-         rm -f /etc/dbus-1/system.d/tcmu-runner.conf /usr/share/dbus-1/system-services/org.kernel.TCMUService1.service
+         rm -f /etc/dbus-1/system.d/tcmu-runner.conf
          cat > /usr/share/dbus-1/system.d/tcmu-dif.conf <<'END'\n{policy}\nEND
          dbus-daemon --system --fork"
     ))?;
@@ -185,10 +185,7 @@ fn targetcli(run: &mut Run<'_>) -> Result<()> {
 fn beside_tcmu_runner(run: &mut Run<'_>) -> Result<()> {
     let guest = &mut *run.guest;
     // tcmu-runner second: the name is ours, it waits, and gets it.
-    guest.sh("mkdir -p /etc/rtslib-fb-target /run/dbus
-         # The bus would start it before we do.
-         rm -f /usr/share/dbus-1/system-services/org.kernel.TCMUService1.service
-         dbus-daemon --system --fork")?;
+    guest.sh("mkdir -p /etc/rtslib-fb-target /run/dbus; dbus-daemon --system --fork")?;
     start_daemon(guest, "auto")?;
     wait_for_service(guest)?;
     guest.sh(START_TCMU_RUNNER)?;
