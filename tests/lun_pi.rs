@@ -5,7 +5,11 @@
 use std::path::{Path, PathBuf};
 
 use tcmu_dif::{
-    image::create::create_raw,
+    image::{
+        Format,
+        create::{create_qcow2, create_raw},
+        qcow2::CreateOptions,
+    },
     lun::{LunError, LunHandle, LunParams, config::DeviceConfig, start},
     peer::kernel::{Data, Ended, Kernel, Options},
     pi::{
@@ -24,17 +28,31 @@ const CAP_DIF: u16 = 1 << 4;
 
 struct Rig {
     dir: tempfile::TempDir,
+    format: Format,
     kernel: Kernel,
 }
 
 impl Rig {
     fn new(flags: u16) -> Rig {
+        Rig::of(flags, Format::Raw)
+    }
+
+    /// With a raw image, or qcow2 over an external data file.
+    fn of(flags: u16, format: Format) -> Rig {
         let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("disk.raw");
+        let image = dir.path().join(format!("disk.{format}"));
         sys::run(async move |io| {
-            create_raw(&io, &image, BLOCKS * 512).await.unwrap();
+            match format {
+                Format::Raw => create_raw(&io, &image, BLOCKS * 512).await.unwrap(),
+                Format::Qcow2 => {
+                    let data_file = Some("disk.data".to_owned());
+                    let options = CreateOptions { data_file, ..CreateOptions::new(BLOCKS * 512) };
+                    create_qcow2(&io, &image, &options).await.unwrap();
+                }
+            }
             let stamp = Stamp::of(&image).unwrap();
-            let (kind, format) = (PiType::Type1, ImageFormat::Raw);
+            let kind = PiType::Type1;
+            let format = if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
             let new = NewSidecar {
                 block_size: B,
                 kind,
@@ -46,11 +64,11 @@ impl Rig {
             tools::create(&io, &image, &default_path(&image), new).await.unwrap();
         });
         let kernel = Kernel::new(Options { flags, cut: Some(5), ..Options::default() }).unwrap();
-        Rig { dir, kernel }
+        Rig { dir, format, kernel }
     }
 
     fn image(&self) -> PathBuf {
-        self.dir.path().join("disk.raw")
+        self.dir.path().join(format!("disk.{}", self.format))
     }
 
     fn start(&mut self, exposure: Exposure, transfer: Transfer) -> Result<LunHandle, LunError> {
@@ -119,6 +137,31 @@ fn tuples_in_iovecs_of_their_own_are_checked_kept_across_a_restart_and_given_bac
     // The kernel dropped what the command asks for.
     let lost = rig.run(&rw10(0x28, 1, 70, 50), Data::In(data.len()));
     assert_eq!(lost.key_asc_ascq(), (5, 0x24, 0));
+    lun.stop().unwrap();
+}
+
+#[test]
+fn an_image_with_an_external_data_file_is_protected_across_restarts() {
+    let mut rig = Rig::of(0xf, Format::Qcow2);
+    let (data, _) = data_and_tuples(70, 50);
+    for round in 0..3u32 {
+        let lun = rig.start(Exposure::Target, Transfer::Separate).unwrap();
+        assert_eq!(rig.run(&rw10(0x2a, 0, 70 + round * 50, 50), Data::Out(&data)).status, 0);
+        for before in 0..=round {
+            let got = rig.run(&rw10(0x28, 0, 70 + before * 50, 50), Data::In(data.len()));
+            assert_eq!((got.status, got.data == data), (0, true));
+        }
+        lun.stop().unwrap();
+    }
+    // Its blocks, and nobody has looked after them.
+    let path = rig.dir.path().join("disk.data");
+    let mut there = std::fs::read(&path).unwrap();
+    let at = there.windows(512).position(|w| w == &data[..512]).unwrap();
+    there[at] ^= 1;
+    std::fs::write(&path, &there).unwrap();
+    let lun = rig.start(Exposure::Target, Transfer::Separate).unwrap();
+    let got = rig.run(&rw10(0x28, 0, 70, 50), Data::In(data.len()));
+    assert_eq!(got.key_asc_ascq(), (0xb, 0x10, 1));
     lun.stop().unwrap();
 }
 

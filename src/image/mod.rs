@@ -20,7 +20,7 @@ mod space;
 pub mod tools;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     fmt,
     fs::File,
     io,
@@ -30,7 +30,7 @@ use std::{
     str::FromStr,
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use self::qcow2::SnapshotInfo;
 use crate::{
@@ -81,7 +81,7 @@ impl FromStr for Format {
 pub struct UnknownFormat(pub String);
 
 /// What of a file changes when somebody writes to it and stays when `cp -p` or `rsync -a` copies it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
     /// Bytes.
     pub size: u64,
@@ -143,14 +143,14 @@ pub struct Image {
     files: Vec<PathBuf>,
     /// The files that hold the guest's bytes, by depth: those of `files`, or their external data files.
     places: Vec<PathBuf>,
-    /// This image's external data file.
-    data: Option<Rc<File>>,
     /// What is under this one, from the top down, with the open files.
     beneath: Vec<(ImageInfo, Option<Rc<File>>)>,
     /// Of all qcow2 images of the chain.
     caches: Caches,
     /// What transfers past the page cache have to be multiples of.
     direct_alignment: u32,
+    /// What it was like when it was closed.
+    left_as: Cell<Option<Stamp>>,
     /// On every file of the chain, by its depth. Given up by `close`, or when the image is dropped.
     locks: RefCell<Vec<(usize, ImageLock)>>,
     /// It is held for this host. Given up by `close`.
@@ -167,10 +167,10 @@ impl Image {
             file,
             files,
             places,
-            data: None,
             beneath: Vec::new(),
             caches: Caches::default(),
             direct_alignment: 1,
+            left_as: Cell::default(),
             locks: RefCell::default(),
             owned: RefCell::default(),
         }
@@ -332,22 +332,20 @@ impl Image {
         &self.driver
     }
 
-    /// Size and modification time of the image's own file (not of its backing files), now; with an external data file the sum and the
-    /// later of both.
+    /// Size and modification time of the image's own file, now: not of its backing files, nor of an external data file.
     ///
     /// # Errors
     /// Those of `fstat`.
     pub fn stamp(&self) -> io::Result<Stamp> {
-        let stamp = |file: &File| -> io::Result<Stamp> {
-            let meta = file.metadata()?;
-            Ok(Stamp { size: raw::size_of(file)?, mtime: (meta.mtime(), meta.mtime_nsec() as u32) })
-        };
         // As of a block device: an NBD export has no time of its own.
         let Some(file) = &self.file else { return Ok(Stamp { size: self.limits().capacity, mtime: (0, 0) }) };
-        let own = stamp(file)?;
-        let Some(data) = &self.data else { return Ok(own) };
-        let data = stamp(data)?;
-        Ok(Stamp { size: own.size + data.size, mtime: own.mtime.max(data.mtime) })
+        let meta = file.metadata()?;
+        Ok(Stamp { size: raw::size_of(file)?, mtime: (meta.mtime(), meta.mtime_nsec() as u32) })
+    }
+
+    /// The stamp that it had when it was closed in good order, taken before anybody else could have it.
+    pub fn left_as(&self) -> Option<Stamp> {
+        self.left_as.get()
     }
 }
 
@@ -453,6 +451,7 @@ impl Volume for Image {
 
     async fn close(&self) -> Result<()> {
         let closed = driver!(self, v => v.close());
+        self.left_as.set(self.stamp().ok().filter(|_| closed.is_ok()));
         if let Some(owned) = self.owned.take()
             && let Err(e) = owned.end()
         {

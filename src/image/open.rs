@@ -142,7 +142,6 @@ async fn build(io: &Io, path: &Path, options: &OpenOptions, layers: Vec<Layer>) 
     let mut alignment = 1;
     let names: Vec<PathBuf> = layers.iter().map(|l| l.path.clone()).collect();
     let places = layers.iter().map(|l| l.data.as_ref().map_or(&l.path, |d| &d.path).clone()).collect();
-    let data = layers.first().and_then(|l| l.data.as_ref()).map(|d| d.file.clone());
     for (i, mut layer) in layers.into_iter().enumerate().rev() {
         locks.extend(layer.lock.take().map(|lock| (i, lock)));
         let below = layer.data.take().map(|mut data| {
@@ -183,7 +182,6 @@ async fn build(io: &Io, path: &Path, options: &OpenOptions, layers: Vec<Layer>) 
     image.locks.replace(locks);
     image.files = names;
     image.places = places;
-    image.data = data;
     image.beneath = beneath;
     image.caches = caches;
     image.direct_alignment = alignment;
