@@ -133,7 +133,7 @@ fn qemu_reads_what_is_marked_here_after_an_orderly_stop() {
         add(&mut talk, "usual", json!({ "persistent": true }));
         add(&mut talk, "fine", json!({ "persistent": true, "granularity": 512 }));
         add(&mut talk, "off", json!({ "persistent": true, "disabled": true }));
-        add(&mut talk, "gone", json!({ "granularity": 512 }));
+        add(&mut talk, "lun", json!({ "granularity": 512 }));
         write(&mut known.guest, 3 * G + 512, 512);
         write(&mut known.guest, 7 * G - 512, 1024);
         write(&mut known.guest, SIZE - 512, 512);
@@ -143,7 +143,7 @@ fn qemu_reads_what_is_marked_here_after_an_orderly_stop() {
             json!({ "name": "usual", "count": 4 * G, "granularity": G, "recording": true, "busy": false, "persistent": true })
         );
         assert_eq!(bitmap(&mut talk, "off")["recording"], false);
-        assert_eq!(bitmap(&mut talk, "gone")["count"], 4 * 512);
+        assert_eq!(bitmap(&mut talk, "lun")["count"], 4 * 512);
         assert!(of_qemu(&image).is_empty(), "they are stored at the end");
         known.guest.lun.stop().unwrap();
         is_whole(&image);
@@ -176,6 +176,11 @@ fn qemu_reads_what_is_marked_here_after_an_orderly_stop() {
         assert!(of_qemu(&image).iter().all(|b| b["flags"].as_array().unwrap().contains(&json!("in-use"))));
         assert_eq!(bitmap(&mut talk, "off")["count"], 4 * G);
         assert_eq!(bitmap(&mut talk, "fine")["count"], 4 * 512);
+        assert_eq!(
+            bitmap(&mut talk, "lun")["inconsistent"],
+            true,
+            "nobody has marked there what QEMU changed"
+        );
         write(&mut known.guest, 20 * G, G);
         known.guest.lun.stop().unwrap();
         is_whole(&image);
@@ -291,6 +296,47 @@ fn after_a_crash_a_persistent_bitmap_is_inconsistent_and_can_only_be_removed() {
     known.guest.lun.stop().unwrap();
     is_whole(&crashed);
     assert_eq!(of_qemu(&crashed)[0]["flags"], json!(["auto"]));
+}
+
+#[test]
+fn a_bitmap_that_no_image_keeps_goes_on_after_an_orderly_stop_and_never_misses_a_change() {
+    for (format, pi) in [(Format::Raw, false), (Format::Raw, true), (Format::Qcow2, true)] {
+        let rig = Rig::new(Registry::default());
+        let (image, mut known) = new_lun(&rig, format, pi);
+        let mut talk = rig.talk();
+        add(&mut talk, "daily", json!({}));
+        add(&mut talk, "off", json!({ "disabled": true, "granularity": 4096 }));
+        write(&mut known.guest, 3 * G, 512);
+        let before = bitmaps(&mut talk);
+        assert_eq!((&before[0]["count"], &before[1]["count"]), (&json!(G), &json!(0)));
+        let kept = || std::fs::read_dir(rig.dir.path().join("state/bitmaps")).unwrap().count();
+        known.guest.lun.stop().unwrap();
+        assert_eq!(kept(), 1);
+
+        let mut known = start(&rig, &image, pi);
+        assert_eq!(bitmaps(&mut talk), before);
+        assert_eq!(kept(), 0, "after a crash it would not know of what is written now");
+        write(&mut known.guest, 9 * G, 512);
+        assert_eq!(bitmap(&mut talk, "daily")["count"], 2 * G);
+        known.guest.lun.stop().unwrap();
+
+        // Another image of that name's LUN has none of them.
+        let other = rig.dir.path().join("other.raw");
+        make(&other, Format::Raw, false);
+        let known = start(&rig, &other, false);
+        assert_eq!(bitmaps(&mut talk), Value::Null);
+        add(&mut talk, "daily", json!({}));
+        known.guest.lun.stop().unwrap();
+        // Somebody else writes to it.
+        let file = std::fs::OpenOptions::new().write(true).open(&other).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 512], 0).unwrap();
+        drop(file);
+        let known = start(&rig, &other, false);
+        assert_eq!(bitmap(&mut talk, "daily")["inconsistent"], true);
+        talk.get("block-dirty-bitmap-remove", json!({ "node": "vm1", "name": "daily" }));
+        known.guest.lun.stop().unwrap();
+        assert_eq!(kept(), 0);
+    }
 }
 
 /// The LUN as a chain of backups has it.

@@ -21,10 +21,11 @@ use tcmu_dif::{
         owner::{self, Claim, HostId, OwnerState},
     },
     lun::{
-        LunError, LunHandle, LunParams,
+        LunError, LunHandle, LunParams, bitmaps,
         config::DeviceConfig,
         continued::{self, ContinuedFile},
         handed_over::HandedOver,
+        jobs::{BitmapOrder, JobOrder},
         saved_pages, start_where,
         state_file::StateFile,
     },
@@ -251,6 +252,7 @@ impl Source for Giving {
                 "verified": 1000, "generated": 0, "guard_errors": 7, "app_errors": 0, "ref_errors": 0, "unprotected": 0,
                 "recomputed": 0, "torn": 0,
             })),
+            bitmaps: bitmaps::left(&StateFile::new(&host.state_dir(), bitmaps::FOLDER, SERIAL)).unwrap(),
             ..State::new(Identity { generation: Some(generation), ..self.offered.clone().unwrap() })
         })
     }
@@ -285,7 +287,7 @@ impl Destination for Taking {
             generation: state.identity.generation,
             modes: state.modes.clone(),
             counters: serde_json::from_value(state.counters.clone().unwrap()).unwrap(),
-            bitmaps: Vec::new(),
+            bitmaps: state.bitmaps.clone(),
         };
         let file = HandedOver::file(&host.state_dir(), SERIAL);
         file.save(&begin, true).unwrap();
@@ -376,6 +378,15 @@ fn data_identity_mode_pages_and_unit_attentions_go_along_there_and_back() {
     let select = a.kernel.execute(&[0x15, 0x10, 0, 0, 16, 0], Data::Out(&list)).unwrap();
     assert_eq!(select.status, 0, "{select:?}");
     let (names, page) = (a.names(), a.control_page());
+    let marks = |name: &str| BitmapOrder::Add {
+        name: name.into(),
+        granularity: bitmaps::GRANULARITY,
+        persistent: false,
+        enabled: true,
+    };
+    let of = |side: &Side| side.host().lun.as_ref().unwrap().stats().unwrap().bitmaps;
+    a.host().lun.as_ref().unwrap().remote().job(JobOrder::Bitmap(marks("daily"))).unwrap();
+    assert_eq!(a.write(200, 0x11), 0);
     // A unit attention that nobody hears of here.
     a.host().lun.as_ref().unwrap().resize(2 * SIZE).unwrap();
     assert!(hand_over(&mut a, &mut b, Fault::None));
@@ -384,7 +395,9 @@ fn data_identity_mode_pages_and_unit_attentions_go_along_there_and_back() {
     assert_eq!(b.names(), names);
     assert_eq!(b.control_page(), page);
     assert_eq!(b.blocks(0), [0x11; 4096]);
+    assert_eq!((of(&b).len(), of(&b)[0].count, of(&b)[0].inconsistent), (1, bitmaps::GRANULARITY, false));
     assert_eq!(b.write(8, 0x22), 0);
+    assert_eq!(of(&b)[0].count, 2 * bitmaps::GRANULARITY, "the dirty bitmap that no image keeps came along");
     let counted = b.host().lun.as_ref().unwrap().stats().unwrap().pi.unwrap();
     assert_eq!(counted.guard_errors, 7, "counted where it was before");
     assert!(counted.verified >= 1000);
@@ -393,6 +406,7 @@ fn data_identity_mode_pages_and_unit_attentions_go_along_there_and_back() {
     assert_eq!(a.status(&[0; 6]), 0);
     assert_eq!((a.blocks(0), a.blocks(8)), (vec![0x11; 4096], vec![0x22; 4096]));
     assert_eq!(a.control_page(), page);
+    assert_eq!((of(&a).len(), of(&a)[0].count), (1, 2 * bitmaps::GRANULARITY));
     let record = owner::read(&a.host().image).unwrap().unwrap();
     assert_eq!(record.generation, 6, "taken three times, given back twice, and one from the beginning");
     a.host().stop().unwrap();

@@ -24,7 +24,7 @@ use crate::{
         names::{Name, Wwn},
     },
     lun::{
-        handed_over, jobs, saved_pages, scrub,
+        bitmaps, handed_over, jobs, saved_pages, scrub,
         state_file::{StateFile, check_version},
         throttle,
     },
@@ -146,7 +146,9 @@ pub(super) fn take_down(places: &Places, name: &Name, half: Option<&Half>) -> Re
 /// A LUN that is made later with the same serial number begins with the defaults. Gives the files that were there.
 pub(super) fn forget_state(places: &Places, serial: &str) -> Vec<String> {
     let mut gone = Vec::new();
-    for folder in [saved_pages::FOLDER, scrub::FOLDER, throttle::FOLDER, handed_over::FOLDER] {
+    let folders =
+        [saved_pages::FOLDER, scrub::FOLDER, throttle::FOLDER, bitmaps::FOLDER, handed_over::FOLDER];
+    for folder in folders {
         let file = StateFile::new(&places.state_dir, folder, serial);
         let was_there = file.path().exists();
         match file.remove() {

@@ -28,11 +28,10 @@ use crate::{
         reservations, usage,
     },
     lun::{
-        Remote, chain,
+        Remote, bitmaps, chain,
         config::DeviceConfig,
         continued::{self, ContinuedFile},
         events::JobStatus,
-        handed_over::HandedOver,
         jobs::JobOrder,
         saved_pages, scrub,
         state_file::StateFile,
@@ -112,16 +111,6 @@ impl Going<'_> {
                 Ok(Thawed::Taken)
             }
             _ => Err(Failure::new(reason).then(format!("see how it is: tcmu-dif show {}", self.name))),
-        }
-    }
-
-    /// A LUN that has stopped begins again with the bitmaps that no image keeps.
-    fn keep_bitmaps(&self) {
-        let (Some(storage), Some(known)) = (&self.storage, &self.known) else { return };
-        let begin = HandedOver::with_bitmaps(storage.bitmaps());
-        let file = HandedOver::file(&self.admin.places.state_dir, &known.identity.serial);
-        if let Some(Err(error)) = begin.map(|begin| file.save(&begin, false)) {
-            tracing::warn!(lun = %self.name, %error, "dirty bitmaps that are not persistent are lost");
         }
     }
 
@@ -279,6 +268,14 @@ impl Source for Going<'_> {
             None => None,
         };
         let modes: Option<Modes> = kept.map(continued::to_modes);
+        let bitmaps = match &self.storage {
+            Some(storage) => storage.bitmaps(),
+            // The image has the others.
+            None => {
+                let file = StateFile::new(&places.state_dir, bitmaps::FOLDER, &identity.serial);
+                bitmaps::left(&file).map_err(io)?
+            }
+        };
         Ok(State {
             modes,
             saved_pages: saved(saved_pages::FOLDER)?,
@@ -287,13 +284,12 @@ impl Source for Going<'_> {
             limits: saved(throttle::FOLDER)?,
             scrub: saved(scrub::FOLDER)?,
             counters: counters.as_ref().and_then(|c| serde_json::to_value(c).ok()),
-            bitmaps: self.storage.as_ref().map(storage::Storage::bitmaps).unwrap_or_default(),
+            bitmaps,
             ..State::new(Identity { generation, ..identity.clone() })
         })
     }
 
     fn thaw(&mut self) -> Result<Thawed, Failure> {
-        self.keep_bitmaps();
         let thawed = self.resume();
         if self.storage.is_some() && matches!(thawed, Ok(Thawed::Serves)) {
             // Where it was not stopped, the copy is there still, and goes nowhere.

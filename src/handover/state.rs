@@ -87,7 +87,7 @@ pub struct DirtyBitmap {
 }
 
 /// The bitmaps, as far as there is room: the largest come last, and without their bits if they are too many.
-fn bounded(bitmaps: &[DirtyBitmap]) -> Vec<DirtyBitmap> {
+pub fn bounded(bitmaps: &[DirtyBitmap]) -> Vec<DirtyBitmap> {
     let mut out = bitmaps.to_vec();
     out.sort_by_key(|bitmap| bitmap.words.as_ref().map_or(0, Vec::len));
     let mut room = MOST_OF_BITMAPS;
@@ -99,7 +99,7 @@ fn bounded(bitmaps: &[DirtyBitmap]) -> Vec<DirtyBitmap> {
             None => {
                 tracing::warn!(
                     bitmap = bitmap.name,
-                    "the dirty bitmap is too large to go along: there it is inconsistent, and can only be removed"
+                    "the dirty bitmap is too large to be taken along: it arrives inconsistent, and can only be removed"
                 );
                 bitmap.words = None;
             }
@@ -127,7 +127,7 @@ pub struct State {
     pub scrub: Option<Value>,
     /// What protection has counted.
     pub counters: Option<Value>,
-    /// Its dirty bitmaps, if its storage goes along and it has some.
+    /// Its dirty bitmaps: those that are not persistent, and all if its storage goes along.
     pub bitmaps: Vec<DirtyBitmap>,
 }
 

@@ -1,14 +1,27 @@
-//! The dirty bitmaps of a LUN, and the image that keeps some of them: read when it is opened, stored when it is closed in good order.
+//! The dirty bitmaps of a LUN, and who keeps them while nobody serves it: the image those that are persistent, a file of the daemon's the others.
+//! Both are read when the LUN starts, and written when it stops in good order; after a crash the former are inconsistent and the latter gone.
+//!
+//! Whoever changes an image marks its bitmaps as in use. Nobody does so with a file that is not the image's: what it has counts only for the
+//! image with the stamp that it had when the LUN stopped.
 
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 
-use super::stack::Stack;
+use super::{stack::Stack, state_file::StateFile};
 use crate::{
-    handover::state::DirtyBitmap,
-    image::qcow2::StoredBitmap,
+    handover::state::{DirtyBitmap, bounded},
+    image::{Stamp, qcow2::StoredBitmap},
     job::bitmaps::{BitmapError, Bitmaps, Bits, KeptBitmap, check_granularity},
     volume::Volume,
 };
+
+/// The folder of the files of those that are not persistent.
+pub const FOLDER: &str = "bitmaps";
 
 /// The granularity of a new bitmap (bytes), where none is asked for: QEMU's for clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
@@ -100,4 +113,68 @@ pub(super) fn check_kept(stack: &Stack) -> Result<(), BitmapError> {
         .image()
         .check_bitmaps_work()
         .map_err(|e| BitmapError::CannotPersist(format!("{}: leave out 'persistent'", super::chain(&e))))
+}
+
+/// Those that are not persistent, from a stop of the LUN to its next start.
+#[derive(Debug, Serialize, Deserialize)]
+struct Left {
+    image: PathBuf,
+    /// The image when the LUN had closed it.
+    stamp: Stamp,
+    bitmaps: Vec<DirtyBitmap>,
+}
+
+/// What the LUN with that file has left of those that are not persistent, for another host that goes on with the image.
+///
+/// # Errors
+/// As [`StateFile::load`].
+pub fn left(file: &StateFile) -> io::Result<Vec<DirtyBitmap>> {
+    Ok(file.load::<Left>()?.map_or_else(Vec::new, |left| left.bitmaps))
+}
+
+/// The path of an image that tells by its stamp whether somebody else has changed it: a regular file that holds all of itself.
+fn stamped(stack: &Stack) -> Option<&Path> {
+    let image = stack.image();
+    let alone = image.places().first().is_some_and(|place| place == image.path());
+    Some(image.path()).filter(|path| alone && path.is_file())
+}
+
+/// Keeps them, of a LUN that has closed its image in good order; nothing if they end with the LUN.
+pub(super) fn leave(file: &StateFile, stack: &Stack, bitmaps: &Bitmaps) {
+    let all: Vec<DirtyBitmap> = to_hand_over(bitmaps).into_iter().filter(|b| !b.persistent).collect();
+    let Some((image, stamp)) = stamped(stack).zip(stack.image().left_as()).filter(|_| !all.is_empty()) else {
+        return;
+    };
+    let left = Left { image: image.to_owned(), stamp, bitmaps: bounded(&all) };
+    if let Err(error) = file.save(left, true) {
+        warn!(path = %file.path().display(), %error, "the dirty bitmaps that are not persistent are lost");
+    }
+}
+
+/// Takes those up that the LUN has left at its last stop, before anybody changes the image. The file is gone then, durably: after a crash it
+/// would not know what has been written since. If somebody else has changed the image, they are inconsistent.
+pub(super) fn found(file: &StateFile, stack: &Stack) -> Vec<DirtyBitmap> {
+    let taken = file.load::<Left>().and_then(|left| match left {
+        Some(left) => file.remove_durably().map(|()| Some(left)),
+        None => Ok(None),
+    });
+    let left = match taken {
+        Ok(Some(left)) => left,
+        Ok(None) => return Vec::new(),
+        Err(error) => {
+            warn!(path = %file.path().display(), %error, "the dirty bitmaps that are not persistent are lost");
+            return Vec::new();
+        }
+    };
+    let Some(image) = stamped(stack).filter(|path| **path == left.image) else {
+        warn!(image = %left.image.display(), "the LUN has another image: the dirty bitmaps that are not persistent are gone");
+        return Vec::new();
+    };
+    let unchanged = stack.image().stamp().is_ok_and(|now| left.stamp == now);
+    let mut bitmaps = left.bitmaps;
+    for bitmap in bitmaps.iter_mut().filter(|_| !unchanged) {
+        warn!(image = %image.display(), bitmap = bitmap.name, "the image has been changed by somebody else: the dirty bitmap is inconsistent, and can only be removed");
+        bitmap.words = None;
+    }
+    bitmaps
 }

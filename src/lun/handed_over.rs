@@ -37,13 +37,6 @@ impl HandedOver {
         StateFile::new(state_dir, FOLDER, serial)
     }
 
-    /// Of a LUN that begins again where it was, with those of its bitmaps that do not lie in the image; nothing if there are none.
-    pub fn with_bitmaps(all: Vec<DirtyBitmap>) -> Option<HandedOver> {
-        let bitmaps: Vec<DirtyBitmap> = all.into_iter().filter(|bitmap| !bitmap.persistent).collect();
-        let begin = HandedOver { generation: None, modes: None, counters: None, bitmaps };
-        (!begin.bitmaps.is_empty()).then_some(begin)
-    }
-
     /// What initiators have, as the target takes it up.
     pub(super) fn continued(&self) -> Option<Continued> {
         self.modes.as_ref().and_then(continued::from_modes)

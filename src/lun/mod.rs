@@ -5,7 +5,7 @@
 //! fails or a panic ends that thread alone: the LUN is [`State::Failed`] with the reason, and the others never notice.
 
 pub mod away;
-mod bitmaps;
+pub mod bitmaps;
 pub mod config;
 pub mod continued;
 pub mod cpus;
@@ -411,6 +411,7 @@ fn live(
         Err(e) => return refuse(up, LunError::Saved(e)),
     };
     let expected = handed_over.as_ref().and_then(|(found, _)| found.generation);
+    let comes = handed_over.is_some();
     // Without an identity of the host an image that has an owner's file is refused.
     let own = Claim::of_this_host().ok().map(|claim| Own { claim, expected, lost });
     let opened = {
@@ -421,10 +422,14 @@ fn live(
         let open = async move {
             let LunParams { config, block_size, capacity, .. } = &*for_task;
             let stack = Stack::open_to_serve(&io, config, *block_size, *capacity, own).await?;
+            let left =
+                service::state_of(&for_task, bitmaps::FOLDER).map(|file| bitmaps::found(&file, &stack));
+            // Those of a LUN that comes from another host came with it.
+            let left = left.filter(|_| !comes);
             let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;
             // Nobody changes the image yet.
             let kept = bitmaps::load(&stack).await;
-            Ok((stack, job, kept))
+            Ok((stack, job, (kept, left.unwrap_or_default())))
         };
         let opened = run_to_end(&exec_io, &exec, None, open);
         opened.map(|opened| (opened, params))
@@ -441,7 +446,7 @@ fn live(
     let ring = match Ring::attach(params.device) {
         Ok(ring) => ring,
         Err(e) => {
-            close(&io, &exec, lun.clone());
+            close(&io, &exec, lun.clone(), true);
             lun.jobs().stop();
             return refuse(up, e.into());
         }
@@ -461,7 +466,7 @@ fn live(
         lun.has_answered();
     }
     lun.scrubber().stop();
-    let closed = close(&io, &exec, lun.clone());
+    let closed = close(&io, &exec, lun.clone(), served.is_ok());
     lun.jobs().stop();
     match (served, closed) {
         (Ok(()), None) => State::Stopped,
@@ -476,12 +481,15 @@ fn refuse(up: SyncSender<Result<(), LunError>>, error: LunError) -> State {
     State::Failed(reason)
 }
 
-/// Closes the stack; tells what went wrong if something that was promised may be lost.
-fn close(io: &Io, exec: &Executor, lun: Rc<Lun>) -> Option<String> {
+/// Closes the stack; tells what went wrong if something that was promised may be lost. Unless it ends `in_order`, it may have lost its image.
+fn close(io: &Io, exec: &Executor, lun: Rc<Lun>, in_order: bool) -> Option<String> {
     let closed = run_to_end(io, exec, None, async move {
         lun.jobs().send_the_rest(lun.front()).await;
         lun.keep_bitmaps().await;
         let closed = lun.front().close().await;
+        if in_order && closed.is_ok() {
+            lun.leave_bitmaps();
+        }
         lun.jobs().close().await;
         closed
     });

@@ -30,6 +30,7 @@ use super::{
     traffic,
 };
 use crate::{
+    handover::state::DirtyBitmap,
     job::{bitmaps::KeptBitmap, front::Front},
     pi::{Counters, Exposure},
     ring::{Command, Completion, Once},
@@ -61,6 +62,8 @@ pub(super) struct Lun {
     throttle: Throttle,
     /// What was set while the LUN was in use.
     limits_file: Option<StateFile>,
+    /// The dirty bitmaps that no image keeps.
+    bitmaps_file: Option<StateFile>,
     events: Rc<Events>,
     calls: Calls,
     /// The LUN has another image.
@@ -73,13 +76,13 @@ impl Lun {
     pub(super) fn new(
         params: &LunParams,
         continued: Option<ContinuedFile>,
-        (stack, job, kept): (Stack, Option<jobs::Resumed>, Vec<KeptBitmap>),
+        (stack, job, (kept, left)): (Stack, Option<jobs::Resumed>, (Vec<KeptBitmap>, Vec<DirtyBitmap>)),
         io: &Io,
         own: Outbox,
         made: SharedMade,
     ) -> Lun {
         let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-        let state = |folder| params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial));
+        let state = |folder| state_of(params, folder);
         let saved_pages = state(saved_pages::FOLDER).map(SavedPagesFile);
         let saved_pages = saved_pages.map(|file| Box::new(file) as Box<dyn scsi::SavedPages>);
         let files = stack.image().places().to_vec();
@@ -89,8 +92,10 @@ impl Lun {
         let capacity = stack.limits().capacity;
         let front = Rc::new(jobs.take_up(stack, job));
         front.bitmaps().replace_kept(capacity, kept);
+        bitmaps::take_over(&front.volume(), front.bitmaps(), left);
         let scrubber = Scrubber::new(state(scrub::FOLDER), files, params.block_size.bytes(), events.clone());
         let limits_file = state(throttle::FOLDER);
+        let bitmaps_file = state(bitmaps::FOLDER);
         let limits = limits_now(limits_file.as_ref(), params.config.limits);
         let told = events.clone();
         let calls = Calls::new(params.neighbourhood.clone(), params.config.copy_group.clone(), own, io);
@@ -118,6 +123,7 @@ impl Lun {
             tracer: Tracer::default(),
             throttle: Throttle::new(limits),
             limits_file,
+            bitmaps_file,
             events,
             calls,
             moved: Notify::new(),
@@ -183,6 +189,13 @@ impl Lun {
     pub(super) async fn keep_bitmaps(&self) {
         let volume = self.front.volume();
         bitmaps::store_or_tell(&volume, &self.front.bitmaps().to_keep()).await;
+    }
+
+    /// Keeps those that it does not, for the next start. It has been closed.
+    pub(super) fn leave_bitmaps(&self) {
+        if let Some(file) = &self.bitmaps_file {
+            bitmaps::leave(file, &self.front.volume(), self.front.bitmaps());
+        }
     }
 
     /// What goes on at the next start.
@@ -298,9 +311,13 @@ impl Lun {
 
 /// Where the job of a LUN is kept.
 pub(super) fn job_place(params: &LunParams) -> jobs::Place {
+    jobs::Place::new(state_of(params, jobs::FOLDER))
+}
+
+/// The file in that folder of what the LUN has to know again.
+pub(super) fn state_of(params: &LunParams, folder: &str) -> Option<StateFile> {
     let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-    let file = params.state_dir.as_deref().map(|dir| StateFile::new(dir, jobs::FOLDER, &serial));
-    jobs::Place::new(file)
+    params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial))
 }
 
 /// What was set while the LUN was in use, or else what it was created with.

@@ -114,6 +114,15 @@ impl StateFile {
         files::remove(&self.path)
     }
 
+    /// The same, so that it does not come back after a power cut.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn remove_durably(&self) -> io::Result<()> {
+        self.remove()?;
+        self.path.parent().map_or(Ok(()), |dir| fs::File::open(dir)?.sync_all())
+    }
+
     /// What was saved last, if anything was.
     ///
     /// # Errors

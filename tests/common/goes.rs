@@ -275,10 +275,6 @@ impl Source for Giving<'_> {
         if host.lun.is_some() {
             return Ok(Thawed::Serves);
         }
-        let bitmaps = self.far.as_ref().map(|far| far.bitmaps()).unwrap_or_default();
-        if let Some(begin) = HandedOver::with_bitmaps(bitmaps) {
-            HandedOver::file(&host.state_dir(), SERIAL).save(&begin, false).unwrap();
-        }
         match host.start() {
             Ok(()) => Ok(Thawed::Serves),
             Err(LunError::Image(e)) if chain(&e).contains("has it (generation") => Ok(Thawed::Taken),

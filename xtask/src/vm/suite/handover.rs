@@ -139,6 +139,18 @@ fn handover(run: &mut Run<'_>) -> Result<()> {
         a.device
     ))?;
 
+    // A dirty bitmap that no image keeps, which a restart does not take away either.
+    let marked = |guest: &mut Guest, lun: &str| -> Result<Value> {
+        let all = guest.json(&format!("tcmu-dif bitmap list {lun} --json"))?;
+        ensure!(all[0]["name"] == "daily" && all[0]["inconsistent"] != true, "{all}");
+        Ok(all[0]["count"].clone())
+    };
+    guest.sh("tcmu-dif bitmap add a daily")?;
+    guest.sh(&format!("dd if=/tmp/data of={} bs=1M count=1 oflag=direct status=none", a.device))?;
+    stop_daemon(guest, "TERM")?;
+    start_daemon(guest, "auto")?;
+    ensure!(marked(guest, "a")? == 1 << 20);
+
     // Nobody there; then a name that is taken: it serves as before.
     let refused = guest.try_sh(&format!("tcmu-dif handover a --to unix:{SOCKET} 2>&1"))?;
     ensure!(refused.status == Some(1) && refused.stdout.contains("tcmu-dif receive"), "{}", refused.stdout);
@@ -161,6 +173,7 @@ fn handover(run: &mut Run<'_>) -> Result<()> {
     ensure!(guest.sh("cat /sys/kernel/config/target/core/user_*/b/wwn/vpd_unit_serial")? == serial);
     let owner = guest.json(&format!("tcmu-dif image owner --json {image}"))?;
     ensure!(owner["state"] == "held", "{owner}");
+    ensure!(marked(guest, "b")? == 1 << 20);
 
     // And back, with what was written meanwhile.
     guest.sh(&format!("dd if=/dev/urandom of=/tmp/data bs=1M count=24 status=none && dd if=/tmp/data of={b} bs=1M oflag=direct status=none"))?;
@@ -169,6 +182,7 @@ fn handover(run: &mut Run<'_>) -> Result<()> {
     let made = received(guest)?;
     let a = made["exports"][0]["device"].as_str().with_context(|| format!("no disk in {made}"))?.to_owned();
     guest.sh(&same(&a))?;
+    ensure!(marked(guest, "a")? == 24 << 20);
     delete(guest, "a")?;
     assert_nothing_left(guest)?;
     assert_image_clean(guest, image, "qcow2", true)
