@@ -24,6 +24,10 @@ pub struct RangeLock(Rc<RefCell<Ranges>>);
 struct Ranges {
     requests: Slab<Request>,
     next: u64,
+    /// Of the requests, those that are exclusive: without any, nobody shared waits.
+    exclusive: usize,
+    /// Those that have found that they have to wait, and do not hold yet: without any, nobody is to be woken.
+    waiting: usize,
 }
 
 struct Request {
@@ -32,7 +36,7 @@ struct Request {
     start: u64,
     end: u64,
     exclusive: bool,
-    held: bool,
+    waiting: bool,
     waker: Option<Waker>,
 }
 
@@ -64,16 +68,18 @@ impl RangeLock {
             let order = r.next;
             r.next += 1;
             let end = start.saturating_add(len);
-            r.requests.insert(Request { order, start, end, exclusive, held: false, waker: None })
+            r.exclusive += usize::from(exclusive);
+            r.requests.insert(Request { order, start, end, exclusive, waiting: false, waker: None })
         };
         let guard = RangeGuard { lock: self.clone(), key };
         poll_fn(|cx| {
             let mut r = self.0.borrow_mut();
-            if r.blocked(key) {
+            let blocked = r.blocked(key);
+            r.waits(key, blocked);
+            if blocked {
                 r.requests[key].waker = Some(cx.waker().clone());
                 return Poll::Pending;
             }
-            r.requests[key].held = true;
             Poll::Ready(())
         })
         .await;
@@ -89,6 +95,9 @@ impl RangeLock {
 impl Ranges {
     fn blocked(&self, key: usize) -> bool {
         let me = &self.requests[key];
+        if self.exclusive == 0 {
+            return false;
+        }
         self.requests.iter().any(|(_, other)| {
             other.order < me.order
                 && other.start < me.end
@@ -96,16 +105,27 @@ impl Ranges {
                 && (other.exclusive || me.exclusive)
         })
     }
+
+    /// Whether the request waits, from now on.
+    fn waits(&mut self, key: usize, waits: bool) {
+        let before = std::mem::replace(&mut self.requests[key].waiting, waits);
+        self.waiting = self.waiting + usize::from(waits) - usize::from(before);
+    }
 }
 
 impl Drop for RangeGuard {
     fn drop(&mut self) {
         let mut r = self.lock.0.borrow_mut();
+        r.waits(self.key, false);
         let gone = r.requests.remove(self.key);
+        r.exclusive -= usize::from(gone.exclusive);
+        if r.waiting == 0 {
+            return;
+        }
         let wake: Vec<Waker> = r
             .requests
             .iter_mut()
-            .filter(|(_, o)| !o.held && o.order > gone.order && o.start < gone.end && gone.start < o.end)
+            .filter(|(_, o)| o.waiting && o.order > gone.order && o.start < gone.end && gone.start < o.end)
             .filter_map(|(_, o)| o.waker.take())
             .collect();
         drop(r);
