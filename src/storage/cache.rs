@@ -44,6 +44,9 @@ impl Hasher for OffsetHasher {
     }
 }
 
+/// Something by offsets, or by numbers of clusters, pages or regions.
+pub type OffsetMap<V> = HashMap<u64, V, BuildHasherDefault<OffsetHasher>>;
+
 /// A set of cluster numbers.
 pub type OffsetSet = HashSet<u64, BuildHasherDefault<OffsetHasher>>;
 
@@ -104,9 +107,9 @@ pub struct Cache {
 
 #[derive(Default)]
 struct Inner {
-    slices: HashMap<u64, Rc<Slice>, BuildHasherDefault<OffsetHasher>>,
+    slices: OffsetMap<Rc<Slice>>,
     /// What is being read, and whether the file has changed there since.
-    loading: HashMap<u64, bool, BuildHasherDefault<OffsetHasher>>,
+    loading: OffsetMap<bool>,
     order: VecDeque<u64>,
 }
 

@@ -10,13 +10,13 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     io,
     ops::Range,
 };
 
 use crate::{
-    storage::Storage,
+    storage::{Storage, cache::OffsetMap},
     sync::AsyncMutex,
     sys::{exec::join_all, mem::Buffer},
 };
@@ -66,7 +66,7 @@ struct State {
     /// Sectors of the map in which `wanted` may differ from the file.
     dirty: BTreeSet<u64>,
     /// Every region whose bit is wanted.
-    regions: HashMap<u64, Region>,
+    regions: OffsetMap<Region>,
 }
 
 /// The map of one sidecar.

@@ -64,7 +64,10 @@ use super::{
     tuple::{PiType, TUPLE_LEN},
 };
 use crate::{
-    storage::{Storage, cache::Cache},
+    storage::{
+        Storage,
+        cache::{Cache, OffsetMap},
+    },
     sync::AsyncMutex,
     sys::{io::Fallocate, mem::Buffer},
     units::{BlockSize, Blocks, Lba},
@@ -145,7 +148,7 @@ pub struct Sidecar<S> {
     /// Tuples that differ from those in the file: what the journal of a sidecar that is only read makes of them.
     overlay: RefCell<HashMap<u64, [u8; TUPLE_LEN]>>,
     /// Pages of tuples that are known to have their space, 64 a word.
-    pages: RefCell<HashMap<u64, u64>>,
+    pages: RefCell<OffsetMap<u64>>,
     gather: Gather,
     /// Pages of tuples in memory.
     recent: Option<Cache>,

@@ -1,12 +1,10 @@
 //! Numbers for the clusters of a file that may be huge and sparse: memory goes by the clusters that have one, in small chunks,
 //! and is bounded.
 
-use std::{collections::HashMap, hash::BuildHasherDefault, io};
+use std::io;
 
 use super::MOST_MEMORY;
-use crate::storage::cache::OffsetHasher;
-
-type Map<V> = HashMap<u64, V, BuildHasherDefault<OffsetHasher>>;
+use crate::storage::cache::OffsetMap;
 
 /// Clusters of a chunk of counts: 1 KiB.
 const COUNTS: u64 = 512;
@@ -22,9 +20,9 @@ fn too_much() -> io::Error {
 /// References to each cluster.
 #[derive(Default)]
 pub struct Counts {
-    chunks: Map<Box<[u16; COUNTS as usize]>>,
+    chunks: OffsetMap<Box<[u16; COUNTS as usize]>>,
     /// Counts that do not fit in 16 bits.
-    large: Map<u64>,
+    large: OffsetMap<u64>,
 }
 
 impl Counts {
@@ -82,7 +80,7 @@ impl Counts {
 
 /// A flag for each cluster.
 #[derive(Default)]
-pub struct Flags(Map<Box<[u64; FLAGS as usize / 64]>>);
+pub struct Flags(OffsetMap<Box<[u64; FLAGS as usize / 64]>>);
 
 impl Flags {
     /// Whether it is set.

@@ -1,8 +1,7 @@
 //! What a check knows of an image, and the walk that counts every reference.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    hash::BuildHasherDefault,
+    collections::{BTreeMap, BTreeSet},
     io,
 };
 
@@ -17,7 +16,7 @@ use crate::{
         layout::{COMPRESSED, COPIED, Entry, Geometry, Place, offset},
         tables::decode,
     },
-    storage::cache::OffsetHasher,
+    storage::cache::OffsetMap,
     sys::{exec::join_all, mem::Buffer},
 };
 
@@ -85,7 +84,7 @@ pub struct Scan {
     pub references: Counts,
     /// Clusters whose refcount, as the image has it, is 1.
     pub ones: Flags,
-    pub owned: HashMap<u64, Owned, BuildHasherDefault<OffsetHasher>>,
+    pub owned: OffsetMap<Owned>,
     /// L2 tables, by their offset.
     pub tables: BTreeMap<u64, Table>,
     /// Refcount blocks, by their index in the table.
@@ -136,7 +135,7 @@ impl Scan {
             refcount_table,
             references: Counts::default(),
             ones: Flags::default(),
-            owned: HashMap::default(),
+            owned: OffsetMap::default(),
             tables: BTreeMap::new(),
             blocks: BTreeMap::new(),
             replace: BTreeSet::new(),
