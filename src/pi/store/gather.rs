@@ -2,7 +2,8 @@
 //! of the file.
 //!
 //! A writer that is alone writes at once. One that finds others at work leaves its bytes here for the length of a turn of its thread, so
-//! that all who came with it have done the same; the first to go on takes its neighbours along.
+//! that all who came with it have done the same; the first to go on takes its neighbours along. Where that has brought nobody together for
+//! a while, as with a random load, it is left out, and tried again now and then: it costs more than the write's own way through user space.
 
 use std::{
     cell::{Cell, RefCell},
@@ -16,6 +17,13 @@ use crate::{
     sync::Notify,
     sys::{exec::yield_now, mem::Buffer},
 };
+
+/// Turns without a neighbour after which nobody waits for one.
+const FRUITLESS: u32 = 32;
+/// Of those, how many are tried again.
+const TRIED: u32 = 8;
+/// Writes from one such try to the next.
+const APART: u32 = 512;
 
 /// Bytes that wait to be written.
 struct Waiting {
@@ -65,6 +73,10 @@ pub(super) struct Gather {
     /// By their offsets.
     waiting: RefCell<BTreeMap<u64, Waiting>>,
     at_work: Cell<usize>,
+    /// Turns since a writer has met a neighbour.
+    fruitless: Cell<u32>,
+    /// Writes until it is tried again.
+    until_tried: Cell<u32>,
 }
 
 struct AtWork<'a>(&'a Gather);
@@ -90,13 +102,14 @@ impl Gather {
         let alone = self.at_work.get() == 0;
         self.at_work.set(self.at_work.get() + 1);
         let _at_work = AtWork(self);
-        if alone || self.waiting.borrow().contains_key(&at) {
+        if alone || !self.is_worth_a_turn() || self.waiting.borrow().contains_key(&at) {
             return storage.write(at, &bytes.sg(), dsync).await;
         }
         let done = Rc::new(Outcome::default());
         self.waiting.borrow_mut().insert(at, Waiting { at, bytes, dsync, done: done.clone() });
         yield_now().await;
         if let Some(run) = self.take_run(at, &done) {
+            self.fruitless.set(if run.0.len() > 1 { 0 } else { self.fruitless.get() + 1 });
             let mut sg = run.0[0].bytes.sg();
             run.0[1..].iter().for_each(|next| sg.append(&next.bytes.sg()));
             let wrote = storage.write(run.0[0].at, &sg, dsync).await;
@@ -109,6 +122,24 @@ impl Gather {
                 return result.map_err(io::Error::from_raw_os_error);
             }
             ended.await;
+        }
+    }
+
+    /// Whether a neighbour may be met.
+    fn is_worth_a_turn(&self) -> bool {
+        if self.fruitless.get() < FRUITLESS {
+            return true;
+        }
+        match self.until_tried.get() {
+            0 => {
+                self.fruitless.set(FRUITLESS - TRIED);
+                self.until_tried.set(APART);
+                true
+            }
+            left => {
+                self.until_tried.set(left - 1);
+                false
+            }
         }
     }
 
@@ -166,6 +197,35 @@ mod tests {
             }
         });
         assert_eq!(log.log().iter().filter(|k| **k == OpKind::Write).count(), 4);
+    }
+
+    #[test]
+    fn writers_without_neighbours_stop_waiting_for_them_and_find_them_again() {
+        let disk = SimDisk::new(7);
+        block_on(async move {
+            let (gather, disk) = (&Gather::default(), &disk);
+            // Far apart, two at a time: the second of each pair looks for a neighbour, as long as that is worth it.
+            let pair = |i: u64| {
+                let places = [i * 64, i * 64 + 32];
+                join_all(places.map(|at| gather.write(disk, at, eight(1), false)))
+            };
+            let mut waited = 0;
+            for i in 0..u64::from(FRUITLESS + APART) {
+                let before = gather.fruitless.get();
+                pair(i).await.into_iter().for_each(|r| r.unwrap());
+                waited += u32::from(gather.fruitless.get() != before);
+            }
+            assert!((FRUITLESS..FRUITLESS + 2 * TRIED).contains(&waited), "{waited}");
+            // Then side by side: they meet after a while, and go on to.
+            let side_by_side =
+                |i: u64| join_all((0..8).map(move |n| gather.write(disk, (i * 8 + n) * 8, eight(2), false)));
+            let mut met = false;
+            for i in 0..u64::from(APART) / 4 {
+                side_by_side(i).await.into_iter().for_each(|r| r.unwrap());
+                met |= gather.fruitless.get() == 0;
+            }
+            assert!(met && gather.fruitless.get() == 0);
+        });
     }
 
     #[test]
