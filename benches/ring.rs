@@ -5,7 +5,8 @@
 //! scheduler has counted for the LUN's thread, spinning included, and beside it without. Rows take turns, and the best round of each counts. The
 //! rows at a fixed rate tell what adaptive polling costs where commands come seldom; the last ones what 256 LUNs cost that nobody uses.
 //! `--rows raw|qcow2` are the same on images in `--dir DIR` (`/dev/shm` if none is named), with and without protection: what
-//! that costs, and what qcow2 costs, are ratios of those rows. `--count N` does N commands of each row and measures nothing: for a profiler.
+//! that costs, and what qcow2 costs, are ratios of those rows. `--count N` does N commands of each row, without polling, and measures nothing: for a
+//! profiler.
 #![allow(clippy::unwrap_used)] // A bench may panic.
 
 #[path = "common/process.rs"]
@@ -260,6 +261,8 @@ fn main() {
     }
     let keep = |row: &Row| wanted.as_ref().is_none_or(|w| w.split('|').any(|w| row.name().contains(w)));
     rows.retain(keep);
+    // Spins would drown what a command costs.
+    rows.iter_mut().filter(|_| count.is_some()).for_each(|row| row.polling = false);
     let dir = tempfile::tempdir_in(dir).expect("a folder for images");
     rows.iter().filter(|row| row.kind != Kind::Null).for_each(|row| row.make(dir.path()));
     if let Some(count) = count {

@@ -24,6 +24,7 @@ use crate::{
     sys::{
         exec::Executor,
         io::{Io, Wait},
+        pool::Pooled,
     },
 };
 
@@ -107,7 +108,7 @@ impl Parting {
 }
 
 /// A command, the way to answer it, and when it was taken.
-type Taken = (Command, Reply, Instant);
+type Taken = (Pooled<Command>, Reply, Instant);
 
 pub(super) struct EventLoop<S> {
     ring: Ring,

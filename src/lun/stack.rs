@@ -170,7 +170,7 @@ impl Volume for Stack {
     async fn read(&self, at: ByteOffset, to: &Sg) -> Result<()> {
         match self {
             Stack::Plain(v) => v.read(at, to).await,
-            Stack::Protected(v) => boxed(v.read(at, to)).await,
+            Stack::Protected(v) => boxed(|| v.read(at, to)).await,
             Stack::Away(v) => v.read(at, to).await,
         }
     }
@@ -178,7 +178,7 @@ impl Volume for Stack {
     async fn write(&self, at: ByteOffset, from: &Sg, flags: WriteFlags) -> Result<()> {
         match self {
             Stack::Plain(v) => v.write(at, from, flags).await,
-            Stack::Protected(v) => boxed(v.write(at, from, flags)).await,
+            Stack::Protected(v) => boxed(|| v.write(at, from, flags)).await,
             Stack::Away(v) => Box::pin(v.write(at, from, flags)).await,
         }
     }

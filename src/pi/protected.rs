@@ -337,7 +337,7 @@ impl<V: Volume, S: Storage> Protected<V, S> {
             Some(tuples) => (self.volume.read(at, to).await, Ok(tuples)),
             None => {
                 let tuples = self.sidecar.tuples_from(from, lba, blocks);
-                boxed(join(self.volume.read(at, to), tuples)).await
+                boxed(|| join(self.volume.read(at, to), tuples)).await
             }
         };
         data?;
@@ -361,16 +361,14 @@ impl<V: Volume, S: Storage> Protected<V, S> {
         let turn = self.begin(op, at, (lba, blocks), New::Blocks(from, &tuples)).await?;
         // What the journal holds needs not be durable twice.
         let dsync = flags.fua && self.sidecar.mode() == PiMode::Bitmap;
-        let data = self.volume.write(at, from, flags);
-        let has_space = self.sidecar.has_space(lba, blocks);
-        let tuples = self.sidecar.write_tuples(lba, tuples, dsync);
-        let done = if has_space {
-            let (data, tuples) = join(data, tuples).await;
+        let done = if self.sidecar.has_space(lba, blocks) {
+            let tuples = self.sidecar.write_tuples(lba, tuples, dsync);
+            let (data, tuples) = join(self.volume.write(at, from, flags), tuples).await;
             data.and(tuples.map_err(|e| self.sidecar_error(op, at, e)))
         } else {
             // The first tuples in a page may find the disk full: before the data are touched, then.
-            match tuples.await {
-                Ok(()) => data.await,
+            match self.sidecar.write_tuples(lba, tuples, dsync).await {
+                Ok(()) => self.volume.write(at, from, flags).await,
                 Err(e) => Err(self.sidecar_error(op, at, e)),
             }
         };

@@ -10,17 +10,19 @@ use zerocopy::{
 };
 
 use super::{RingError, record::Once};
-use crate::sys::mem::{Mapping, Sg};
+use crate::sys::{
+    mem::{Mapping, Sg},
+    pool::Pooled,
+};
 
 /// A command descriptor block as it came.
 pub type Cdb = SmallVec<[u8; 32]>;
 
 /// Something that the kernel put into the ring.
 #[derive(Debug)]
-#[allow(clippy::large_enum_variant)] // Nearly every entry is a command, and each is moved once.
 pub enum Entry {
     /// A SCSI command.
-    Command(Command),
+    Command(Pooled<Command>),
     /// A task management request.
     Tmr(Tmr),
     /// An operation that nobody told us of; it is answered with TCMU_UFLAG_UNKNOWN_OP.
@@ -116,7 +118,12 @@ impl Place {
 }
 
 /// Parses a TCMU_OP_CMD entry; `bytes` is all of it, header included.
-pub(super) fn command(map: &Rc<Mapping>, place: Place, id: u16, bytes: &[u8]) -> Result<Command, RingError> {
+pub(super) fn command(
+    map: &Rc<Mapping>,
+    place: Place,
+    id: u16,
+    bytes: &[u8],
+) -> Result<Pooled<Command>, RingError> {
     let body = bytes.get(size_of::<Header>()..).unwrap_or_default();
     let Ok((request, rest)) = RequestBytes::ref_from_prefix(body) else {
         return Err(place.broken("a command's length is", bytes.len() as u64));
@@ -128,17 +135,22 @@ pub(super) fn command(map: &Rc<Mapping>, place: Place, id: u16, bytes: &[u8]) ->
     }
     let (iovecs, _) = <[IoVecBytes]>::ref_from_prefix_with_elems(rest, total as usize)
         .map_err(|_| place.broken("the number of iovecs is", total))?;
-    let mut lists = counts.map(|n| Sg::with_room(n as usize));
+    let cdb = cdb(place, bytes, request.cdb_off.get())?;
+    let [data, bidi, dif] = counts;
+    let room = |n: u32| Sg::with_room(n as usize);
+    // It has some hundred bytes, and goes from hand to hand.
+    let mut command =
+        Pooled::new(|| Command { id, cdb, data: room(data), bidi: room(bidi), dif: room(dif), once: None });
+    let Command { data, bidi, dif, .. } = &mut *command;
     let mut left = iovecs;
-    for (list, count) in lists.iter_mut().zip(counts) {
+    for (list, count) in [data, bidi, dif].into_iter().zip(counts) {
         let (mine, others) = left.split_at(count as usize);
         left = others;
         for iov in mine {
             list.push(segment(map, place, iov)?);
         }
     }
-    let [data, bidi, dif] = lists;
-    Ok(Command { id, cdb: cdb(place, bytes, request.cdb_off.get())?, data, bidi, dif, once: None })
+    Ok(command)
 }
 
 fn segment(map: &Rc<Mapping>, place: Place, iov: &IoVecBytes) -> Result<crate::sys::mem::Segment, RingError> {

@@ -364,7 +364,7 @@ fn a_mark_outlives_its_process_and_goes_with_the_answer() {
         Ring::attach(device).unwrap()
     };
     let take = |ring: &mut Ring| match ring.take_entry().unwrap() {
-        Some((Entry::Command(command), Some(reply))) => (command.once.unwrap(), reply),
+        Some((Entry::Command(command), Some(reply))) => (command.once.clone().unwrap(), reply),
         other => panic!("{other:?}", other = other.map(|(e, _)| e)),
     };
     let mut ring = attach(&kernel);

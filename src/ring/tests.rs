@@ -1,7 +1,10 @@
 //! The ring against the embedded kernel: what the ABI promises, and what must not be believed.
 
 use super::*;
-use crate::peer::kernel::{Data, Kernel, Options};
+use crate::{
+    peer::kernel::{Data, Kernel, Options},
+    sys::pool::Pooled,
+};
 
 fn pair(options: Options) -> (Kernel, Ring) {
     let kernel = Kernel::new(options).unwrap();
@@ -13,7 +16,7 @@ fn small() -> Options {
     Options { cmdr_size: 1024, data_size: 64 << 10, ..Options::default() }
 }
 
-fn take(ring: &mut Ring) -> (Command, Reply) {
+fn take(ring: &mut Ring) -> (Pooled<Command>, Reply) {
     match ring.take_entry().unwrap() {
         Some((Entry::Command(command), Some(reply))) => (command, reply),
         other => panic!("{:?}", other.map(|(e, _)| e)),

@@ -4,17 +4,14 @@
 //! on another thread than its executor's it does nothing: what crosses threads here goes through an eventfd ([`super::io`]),
 //! never through a waker.
 //!
-//! The memory of a task that has ended is kept for the next of its size, the last one first: a task that ends where it was started costs
-//! no allocation, and its memory is in the cache.
+//! The memory of a task that has ended serves the next of its size ([`super::pool`]): a task that ends where it was started costs no allocation.
 
 use std::{
-    alloc::{self, Layout},
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::Future,
     mem::ManuallyDrop,
     pin::Pin,
-    ptr::NonNull,
     rc::Rc,
     sync::atomic::{AtomicU32, Ordering},
     task::{Context, Poll, RawWaker, RawWakerVTable, Waker},
@@ -22,66 +19,28 @@ use std::{
 
 use slab::Slab;
 
+use super::pool;
+
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
-/// Pieces of memory of one size that a thread keeps at most: as many as there are commands under way in a busy LUN.
-const KEPT: usize = 320;
-
-/// Larger ones are not kept: futures of opening and closing, which are needed once.
-const LARGEST: usize = 8 << 10;
-
-/// Memory of futures that have ended, by its layout. There are few: a LUN has one kind of task for its commands and one for its messages.
-struct Memory(RefCell<Vec<(Layout, Vec<NonNull<u8>>)>>);
-
-thread_local! {
-    static MEMORY: Memory = const { Memory(RefCell::new(Vec::new())) };
-}
-
-fn is_kept(layout: Layout) -> bool {
-    (1..=LARGEST).contains(&layout.size())
-}
-
-/// What `make` gives, in memory that a future before it had, or in new.
+/// What `make` gives, made where it lies.
 fn hold<F: Future>(make: impl FnOnce() -> F) -> Pin<Box<F>> {
-    let layout = Layout::new::<F>();
-    // Without its locals a thread is ending.
-    let kept = |layout| MEMORY.try_with(|m| m.take(layout)).ok();
-    let Some(place) = Some(layout).filter(|l| is_kept(*l)).and_then(kept) else {
-        return Box::pin(make());
-    };
-    let place = place.cast::<F>().as_ptr();
-    // SAFETY: the memory has the layout of F, comes from the global allocator as a box's does, and is nobody else's.
-    let boxed = unsafe {
-        place.write(make());
-        Box::from_raw(place)
-    };
-    Box::into_pin(boxed)
+    Box::into_pin(pool::hold(make))
 }
 
-/// Drops a future and keeps its memory.
 fn release<F: Future + ?Sized>(future: Pin<Box<F>>) {
-    let layout = Layout::for_value(&*future);
-    if !is_kept(layout) {
-        return;
-    }
     // SAFETY: the future is dropped where it is, and never moved.
-    let future = Box::into_raw(unsafe { Pin::into_inner_unchecked(future) });
-    // SAFETY: it comes out of its box, and is not used afterwards.
-    unsafe { std::ptr::drop_in_place(future) };
-    let place = future.cast::<u8>();
-    if MEMORY.try_with(|m| m.keep(layout, place)) != Ok(true) {
-        // SAFETY: the box's memory, whose value has been dropped.
-        unsafe { alloc::dealloc(place, layout) }
-    }
+    pool::release(unsafe { Pin::into_inner_unchecked(future) });
 }
 
 /// A future on the heap, in memory that one of its size had before: what makes the futures that wait for it small, and costs no allocation
 /// where it is needed again and again.
 pub struct Boxed<F: Future>(ManuallyDrop<Pin<Box<F>>>);
 
-/// Puts a future on the heap: [`Box::pin`], for those that commands need one after the other.
-pub fn boxed<F: Future>(future: F) -> Boxed<F> {
-    Boxed(ManuallyDrop::new(hold(|| future)))
+/// Makes a future on the heap: [`Box::pin`], for those that commands need one after the other. It is made where it lies: one with room for
+/// all that it may wait for has kilobytes, and would be copied whole.
+pub fn boxed<F: Future>(make: impl FnOnce() -> F) -> Boxed<F> {
+    Boxed(ManuallyDrop::new(hold(make)))
 }
 
 impl<F: Future> Future for Boxed<F> {
@@ -96,40 +55,6 @@ impl<F: Future> Drop for Boxed<F> {
     fn drop(&mut self) {
         // SAFETY: taken once, here; nobody looks at it afterwards.
         release(unsafe { ManuallyDrop::take(&mut self.0) });
-    }
-}
-
-impl Memory {
-    fn take(&self, layout: Layout) -> NonNull<u8> {
-        let kept = self.0.borrow_mut().iter_mut().find(|(l, _)| *l == layout).and_then(|(_, all)| all.pop());
-        kept.unwrap_or_else(|| {
-            // SAFETY: the caller's layout has a size.
-            NonNull::new(unsafe { alloc::alloc(layout) }).unwrap_or_else(|| alloc::handle_alloc_error(layout))
-        })
-    }
-
-    /// Keeps a piece; false if there are enough.
-    fn keep(&self, layout: Layout, place: *mut u8) -> bool {
-        let mut kept = self.0.borrow_mut();
-        let at = kept.iter().position(|(l, _)| *l == layout).unwrap_or_else(|| {
-            kept.push((layout, Vec::new()));
-            kept.len() - 1
-        });
-        let all = &mut kept[at].1;
-        let few = all.len() < KEPT;
-        all.extend(NonNull::new(place).filter(|_| few));
-        few
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        for (layout, all) in self.0.get_mut() {
-            for place in all {
-                // SAFETY: it came from the global allocator with this layout, and what was in it has been dropped.
-                unsafe { alloc::dealloc(place.as_ptr(), *layout) }
-            }
-        }
     }
 }
 
@@ -284,30 +209,56 @@ fn wake_word(word: u64) {
 }
 
 /// Runs two futures side by side to the end of both.
-pub async fn join<A: Future, B: Future>(a: A, b: B) -> (A::Output, B::Output) {
-    let mut a = std::pin::pin!(a);
-    let mut b = std::pin::pin!(b);
-    let (mut out_a, mut out_b) = (None, None);
-    std::future::poll_fn(move |cx| {
-        if out_a.is_none()
-            && let Poll::Ready(v) = a.as_mut().poll(cx)
-        {
-            out_a = Some(v);
+pub fn join<A: Future, B: Future>(a: A, b: B) -> Join<A, B> {
+    Join { a: Half::Runs(a), b: Half::Runs(b) }
+}
+
+/// What [`join`] gives. No `async fn`, whose state would have room for each of them twice: as they come, and as they are pinned.
+pub struct Join<A: Future, B: Future> {
+    a: Half<A>,
+    b: Half<B>,
+}
+
+enum Half<F: Future> {
+    Runs(F),
+    Ended(F::Output),
+    Taken,
+}
+
+impl<F: Future> Half<F> {
+    /// Whether it has ended; polls it if not.
+    ///
+    /// # Safety
+    /// It is pinned.
+    unsafe fn has_ended(&mut self, cx: &mut Context<'_>) -> bool {
+        let Half::Runs(future) = self else { return true };
+        // SAFETY: it is never moved, but dropped where it is when its output takes its place.
+        let Poll::Ready(output) = unsafe { Pin::new_unchecked(future) }.poll(cx) else { return false };
+        *self = Half::Ended(output);
+        true
+    }
+
+    fn take(&mut self) -> F::Output {
+        match std::mem::replace(self, Half::Taken) {
+            Half::Ended(output) => output,
+            Half::Runs(_) | Half::Taken => unreachable!("taken once, of one that has ended"),
         }
-        if out_b.is_none()
-            && let Poll::Ready(v) = b.as_mut().poll(cx)
-        {
-            out_b = Some(v);
+    }
+}
+
+impl<A: Future, B: Future> Future for Join<A, B> {
+    type Output = (A::Output, B::Output);
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // SAFETY: neither future is moved from here.
+        let me = unsafe { self.get_unchecked_mut() };
+        // SAFETY: both are pinned as the whole is.
+        let ended = unsafe { (me.a.has_ended(cx), me.b.has_ended(cx)) };
+        match ended {
+            (true, true) => Poll::Ready((me.a.take(), me.b.take())),
+            _ => Poll::Pending,
         }
-        match (out_a.take(), out_b.take()) {
-            (Some(x), Some(y)) => Poll::Ready((x, y)),
-            (x, y) => {
-                (out_a, out_b) = (x, y);
-                Poll::Pending
-            }
-        }
-    })
-    .await
+    }
 }
 
 /// Runs any number of futures side by side to the end of all; the results stand in their order.

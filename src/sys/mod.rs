@@ -10,6 +10,7 @@ pub mod fence;
 pub mod io;
 pub mod mem;
 pub mod ofd;
+pub mod pool;
 pub mod sg;
 pub mod signals;
 pub mod socket;

@@ -23,7 +23,7 @@ impl<V: Volume> Target<V> {
         let fua = cdb.bytes().len() > 6 && cdb.flag(3);
         let (at, len) = self.transfer(range)?;
         if asked.kind.is_some() || fua || len == 0 || len != command.data.len() as u64 {
-            return boxed(self.read_any(range, (at, len), fua, command, asked)).await;
+            return boxed(|| self.read_any(range, (at, len), fua, command, asked)).await;
         }
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
         self.volume.read(at, command.data).await.map_err(|e| self.failure(e))?;
@@ -84,7 +84,7 @@ impl<V: Volume> Target<V> {
             return Ok(0);
         }
         if asked.kind.is_some() || len != command.data.len() as u64 {
-            return boxed(self.write_any(range, at, fua, command, asked)).await;
+            return boxed(|| self.write_any(range, at, fua, command, asked)).await;
         }
         let _pass = self.gate.pass(range.lba.0, range.blocks.0).await;
         let flags = self.write_flags(fua);
