@@ -6,6 +6,7 @@ mod debian;
 mod emulate;
 mod licences;
 mod metadata;
+mod passed;
 mod plot;
 mod sbom;
 mod sh;
@@ -41,6 +42,9 @@ enum Chore {
         /// Seconds for all of it: VM tests that are not done by then are named as NOT RUN, and fail nothing
         #[arg(long, value_name = "SECONDS")]
         within: Option<u64>,
+        /// Leave out what has passed in earlier runs with --go-on, at the same scale and on the very same tree
+        #[arg(long, conflicts_with = "filters")]
+        go_on: bool,
         /// Only tests whose names contain one of these words, and none of the other checks
         filters: Vec<String>,
     },
@@ -95,14 +99,19 @@ enum Chore {
 }
 
 fn main() -> ExitCode {
-    let test = |scale, vm, filters, within: Option<u64>| {
-        steps::run(&steps::Plan { scale, vm, filters, within: within.map(Duration::from_secs) })
+    let test = |scale, vm, filters, within: Option<u64>, go_on| {
+        steps::run(&steps::Plan { scale, vm, filters, within: within.map(Duration::from_secs), go_on })
     };
     let done = match Arguments::parse().chore {
-        Chore::Test { quick: true, filters, within, .. } => test(Scale::Quick, false, filters, within),
-        Chore::Test { full: true, no_vm, filters, within, .. } => test(Scale::Full, !no_vm, filters, within),
-        Chore::Test { no_vm, filters, within, .. } => test(Scale::Default, !no_vm, filters, within),
-        Chore::Ci => test(Scale::Default, true, Vec::new(), None),
+        Chore::Test { quick, full, no_vm, filters, within, go_on } => {
+            let scale = match (quick, full) {
+                (true, _) => Scale::Quick,
+                (_, true) => Scale::Full,
+                _ => Scale::Default,
+            };
+            test(scale, !quick && !no_vm, filters, within, go_on)
+        }
+        Chore::Ci => test(Scale::Default, true, Vec::new(), None, false),
         Chore::Vm { action } => vm::main(action),
         Chore::EmulateGuard { model, profile, patience } => {
             emulate::main(&model, &profile, Duration::from_secs(patience))

@@ -3,6 +3,7 @@
 //! A step that fails does not keep the next ones from running. What a step says goes to a file of its own under
 //! `target/test-logs`; of a failing one the end is shown as well. The last line counts: `N passed, N failed`.
 
+use crate::passed::{Earlier, Passed};
 use crate::vm::{self, Scale};
 use crate::{debian, licences, sh};
 use anyhow::{Context, Result, bail};
@@ -21,6 +22,8 @@ pub struct Plan {
     pub filters: Vec<String>,
     /// When it has to be over: VM tests that are not done by then are named as not run, and do not count as failed.
     pub within: Option<Duration>,
+    /// Whether what has passed on this tree in earlier runs is left out.
+    pub go_on: bool,
 }
 
 /// What came of a step.
@@ -32,6 +35,8 @@ struct Done {
     /// Tests that a runner left out (ignored ones), so that the table shows them.
     left_out: usize,
     log: PathBuf,
+    /// Not in this run, or not all of it: how many of the tests have passed in earlier ones.
+    earlier: usize,
 }
 
 /// A step that is another program.
@@ -51,12 +56,23 @@ enum Counts {
     Tests,
 }
 
+impl Done {
+    /// Of a step that is not run again.
+    fn before(name: &str, before: Earlier) -> Done {
+        let Earlier { seconds, tests } = before;
+        let time = Duration::from_secs_f64(seconds);
+        let (passed, failed, left_out, log) = (0, 0, 0, PathBuf::new());
+        Done { name: name.to_owned(), time, passed, failed, left_out, log, earlier: tests }
+    }
+}
+
 /// Runs the plan.
 pub fn run(plan: &Plan) -> Result<ExitCode> {
     let with_vm = plan.vm;
     if let Some(within) = plan.within {
         vm::end_at(Instant::now() + within);
     }
+    let passed = plan.go_on.then(|| Passed::of_this_tree(plan.scale)).transpose()?;
     let mut wanted: Vec<&str> = debian::FOR_TESTS.to_vec();
     if with_vm {
         wanted.extend(debian::FOR_VM);
@@ -71,6 +87,11 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
     }
     let (steps, mut not_run) = steps(plan)?;
     for step in steps {
+        if let Some(before) = passed.as_ref().and_then(|passed| passed.earlier(step.name)) {
+            println!("== {}: has passed in an earlier run", step.name);
+            done.push(Done::before(step.name, before));
+            continue;
+        }
         println!("== {}: {}", step.name, sh::shown(&step.command));
         let one = carry_out(step, &logs)?;
         println!("   {} in {:.0} s", verdict(&one), one.time.as_secs_f64());
@@ -78,10 +99,13 @@ pub fn run(plan: &Plan) -> Result<ExitCode> {
             let said = fs::read_to_string(&one.log).unwrap_or_default();
             println!("{}", sh::last_lines(&said, 60));
         }
+        if let Some(passed) = passed.as_ref().filter(|_| one.failed == 0 && one.left_out == 0) {
+            passed.add(&one.name, Earlier { seconds: one.time.as_secs_f64(), tests: one.passed })?;
+        }
         done.push(one);
     }
     if with_vm && plan.filters.iter().all(|word| vm::knows(word)) {
-        let (suite, cut) = vm_suite(plan, &logs)?;
+        let (suite, cut) = vm_suite(plan, &logs, passed.as_ref())?;
         done.push(suite);
         if !cut.is_empty() {
             not_run.push(("VM suite, in part", format!("the time was over: {}", cut.join(" "))));
@@ -238,7 +262,8 @@ fn licences_and_sources(logs: &Path) -> Result<Done> {
     };
     println!("   {said}");
     fs::write(&log, format!("{said}\n"))?;
-    Ok(Done { name: name.to_owned(), time: started.elapsed(), passed, failed: 1 - passed, left_out: 0, log })
+    let time = started.elapsed();
+    Ok(Done { name: name.to_owned(), time, passed, failed: 1 - passed, left_out: 0, log, earlier: 0 })
 }
 
 fn carry_out(mut step: Step, logs: &Path) -> Result<Done> {
@@ -266,18 +291,20 @@ fn carry_out(mut step: Step, logs: &Path) -> Result<Done> {
     if status.success() && failed > 0 {
         bail!("{} says that it succeeded, and counts {failed} failures: {}", step.name, log.display());
     }
-    Ok(Done { name: step.name.to_owned(), time: started.elapsed(), passed, failed, left_out, log })
+    let time = started.elapsed();
+    Ok(Done { name: step.name.to_owned(), time, passed, failed, left_out, log, earlier: 0 })
 }
 
 /// The VM suite, and the tests that the end of the time left out.
-fn vm_suite(plan: &Plan, logs: &Path) -> Result<(Done, Vec<String>)> {
+fn vm_suite(plan: &Plan, logs: &Path, before: Option<&Passed>) -> Result<(Done, Vec<String>)> {
     println!("== VM suite");
     let started = Instant::now();
     let log = logs.join("VM-suite.log");
     let mut not_run = Vec::new();
-    let (passed, failed, log) = match vm::test(&plan.filters, plan.scale, false, None, "release") {
+    let mut earlier = 0;
+    let (passed, failed, log) = match vm::test(&plan.filters, plan.scale, false, None, "release", before) {
         Ok(tally) => {
-            not_run = tally.not_run;
+            (not_run, earlier) = (tally.not_run, tally.earlier);
             let log = tally.failed.first().map_or(log, |(_, logs)| logs.clone());
             (tally.passed, tally.failed.len(), log)
         }
@@ -288,7 +315,8 @@ fn vm_suite(plan: &Plan, logs: &Path) -> Result<(Done, Vec<String>)> {
         }
     };
     let time = started.elapsed();
-    Ok((Done { name: "VM suite".to_owned(), time, passed, failed, left_out: not_run.len(), log }, not_run))
+    let left_out = not_run.len();
+    Ok((Done { name: "VM suite".to_owned(), time, passed, failed, left_out, log, earlier }, not_run))
 }
 
 /// Passed, failed and left-out tests by the summaries of nextest and of cargo's own runner.
@@ -322,6 +350,9 @@ fn verdict(done: &Done) -> String {
             done.left_out
         );
     }
+    if done.earlier > 0 {
+        text += &format!(", {} passed in earlier runs on this tree", done.earlier);
+    }
     text
 }
 
@@ -342,7 +373,11 @@ fn report(plan: &Plan, done: &[Done], not_run: &[NotRun]) -> Result<ExitCode> {
     let passed: usize = done.iter().map(|one| one.passed).sum();
     let failed: usize = done.iter().map(|one| one.failed).sum();
     println!("\n{passed} passed, {failed} failed");
-    Ok(if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if plan.go_on {
+        println!("and what passed in earlier runs on this tree, as the table says");
+    }
+    let earlier: usize = done.iter().map(|one| one.earlier).sum();
+    Ok(if failed == 0 && passed + earlier > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod protocol;
 mod qemu;
 mod suite;
 
+use crate::passed::Passed;
 use crate::sh;
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
@@ -95,7 +96,7 @@ pub fn main(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Test { names, bless, lanes, profile } => {
-            let tally = test(&names, Scale::from_env()?, bless, lanes, &profile)?;
+            let tally = test(&names, Scale::from_env()?, bless, lanes, &profile, None)?;
             println!("\n{} passed, {} failed", tally.passed, tally.failed.len());
             Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
@@ -124,17 +125,24 @@ pub fn knows(word: &str) -> bool {
     suite::all().iter().any(|test| test.name.contains(word))
 }
 
-/// Runs the tests that `names` select, on tcmu-dif built with `profile`.
+/// Runs the tests that `names` select, on tcmu-dif built with `profile`; not those that have passed already.
 pub fn test(
     names: &[String],
     scale: Scale,
     bless: bool,
     lanes: Option<usize>,
     profile: &str,
+    passed: Option<&Passed>,
 ) -> Result<suite::Tally> {
-    let tests = suite::select(names, scale)?;
+    let mut tests = suite::select(names, scale)?;
     if names.is_empty() && tests.len() < suite::all().len() {
         println!("{} long tests are left out; full scale runs them", suite::all().len() - tests.len());
+    }
+    let all = tests.len();
+    tests.retain(|test| passed.is_none_or(|passed| passed.earlier(test.name).is_none()));
+    let earlier = all - tests.len();
+    if tests.is_empty() && earlier > 0 {
+        return Ok(suite::Tally { earlier, ..suite::Tally::default() });
     }
     // Before the true one, which then takes its place in cargo's folder again.
     let faulty = match tests.iter().any(|test| test.name == suite::NEEDS_FAULT_POINTS) {
@@ -149,7 +157,8 @@ pub fn test(
         lab.package = Some(crate::deb::build(profile)?);
     }
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    suite::run(&lab, &tests, scale, bless, lanes.unwrap_or(processors.min(2)))
+    let lanes = lanes.unwrap_or(processors.min(2));
+    suite::run(&lab, &tests, (scale, bless), lanes, passed).map(|tally| suite::Tally { earlier, ..tally })
 }
 
 /// Everything that a boot needs; with a profile, tcmu-dif is built and given to the guest.

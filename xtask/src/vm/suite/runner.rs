@@ -6,6 +6,7 @@
 
 use super::super::guest::{Guest, Lab, is_time_over, set_more_patience, until_end};
 use super::{Run, Scale, Test};
+use crate::passed::{Earlier, Passed};
 use anyhow::Result;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -23,6 +24,8 @@ pub struct Tally {
     pub failed: Vec<(String, PathBuf)>,
     /// How many ran out of time at first, and were tried once more.
     pub slow: usize,
+    /// How many were not run, as they had passed before.
+    pub earlier: usize,
     /// Names of those that the end of the run's time kept from being run, or from being run to their end.
     pub not_run: Vec<String>,
 }
@@ -40,11 +43,19 @@ struct Suite<'a> {
     patience: u32,
     /// Tests that share a boot, and those that have one to themselves.
     waiting: Mutex<VecDeque<Vec<&'static Test>>>,
+    /// Where it is noted that a test has passed.
+    passed: Option<&'a Passed>,
     tally: Mutex<Tally>,
 }
 
 /// Runs `tests` in so many VMs at a time, printing a line for each; stops at no failure.
-pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool, lanes: usize) -> Result<Tally> {
+pub fn run(
+    lab: &Lab,
+    tests: &[&'static Test],
+    (scale, bless): (Scale, bool),
+    lanes: usize,
+    passed: Option<&Passed>,
+) -> Result<Tally> {
     let lanes = lanes.max(1);
     let suite = Suite {
         lab,
@@ -53,6 +64,7 @@ pub fn run(lab: &Lab, tests: &[&'static Test], scale: Scale, bless: bool, lanes:
         files: crate::sh::workspace_root().join("xtask"),
         patience: if lanes > 1 { 2 } else { 1 },
         waiting: Mutex::new(boots(tests, lanes > 1)),
+        passed,
         tally: Mutex::default(),
     };
     std::thread::scope(|scope| {
@@ -163,6 +175,10 @@ impl Suite<'_> {
                 let notes: String = notes.iter().map(|note| format!("\n          {note}")).collect();
                 println!("  ok      {:<34} {seconds:>7.1} s{again}{notes}", test.name);
                 tally.passed += 1;
+                let noted = self.passed.map_or(Ok(()), |p| p.add(test.name, Earlier { seconds, tests: 1 }));
+                if let Err(error) = noted {
+                    println!("          {error:#}");
+                }
                 Some(guest)
             }
             // Nothing that was seen to be wrong: what it waited for was cut short.
