@@ -33,12 +33,23 @@ def sector(number, at):
     return struct.pack("<QQ", number, at) * (SECTOR // 16)
 
 
+def said(status, sense):
+    """SENSE KEY, ADDITIONAL SENSE CODE and its qualifier of a CHECK CONDITION; zeros of anything else."""
+    if status != 2 or len(sense) < 8:
+        return 0, 0, 0
+    key, asc, ascq = (sense[1], sense[2], sense[3]) if sense[0] & 0x7F >= 0x72 else (sense[2], sense[12], sense[13])
+    return key & 15, asc, ascq
+
+
 def not_now(status, sense):
     """A command that was not carried out and is to be sent again (SAM-6 5.3.1, SPC-6 4.4): BUSY, a unit attention, or a port in transition."""
-    if len(sense) < 8:
-        return status == 8
-    key, asc, ascq = (sense[1], sense[2], sense[3]) if sense[0] & 0x7F >= 0x72 else (sense[2], sense[12], sense[13])
-    return status == 8 or status == 2 and (key & 15 == 6 or (key & 15, asc, ascq) == (2, 4, 0x0A))
+    what = said(status, sense)
+    return status == 8 or what[0] == 6 or what == (2, 4, 0x0A)
+
+
+def is_gone(io, sense):
+    """The disk has gone: a write would have ended with EIO. LOGICAL UNIT COMMUNICATION FAILURE is what the kernel ends commands with that nobody answers any more."""
+    return io.host_status or said(io.status, sense) == (2, 8, 0)
 
 
 class Quarter(threading.Thread):
@@ -130,8 +141,8 @@ class Quarter(threading.Thread):
             if not RECORD or io.host_status or not not_now(io.status, sense.raw[:io.sb_len_wr]):
                 break
             time.sleep(0.05)
-        if RECORD and io.host_status:
-            raise OSError(f"COMPARE AND WRITE: host status {io.host_status:#x}")
+        if RECORD and is_gone(io, sense.raw[:io.sb_len_wr]):
+            raise OSError(f"COMPARE AND WRITE: status {io.status:#x}, host status {io.host_status:#x}")
         if io.status or io.host_status or io.driver_status & ~8:
             raise Exception(f"COMPARE AND WRITE of sector {lba}, {self.numbers[at]} to {self.number + 1}: status {io.status:#x}, host {io.host_status:#x}, "
                             f"driver {io.driver_status:#x}, sense {sense.raw[:io.sb_len_wr].hex()}")
