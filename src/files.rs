@@ -29,10 +29,16 @@ pub fn replace(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
         let _ = fs::remove_file(&beside);
     }
     written?;
-    match path.parent().filter(|_| durable) {
-        Some(dir) => File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
+    if durable { sync_folder_of(path) } else { Ok(()) }
+}
+
+/// Makes durable that a file has its name, or has it no more.
+///
+/// # Errors
+/// The file system's.
+pub fn sync_folder_of(path: &Path) -> io::Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(dir)?.sync_all()
 }
 
 /// Removes a file, if it is there.

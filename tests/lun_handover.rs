@@ -378,14 +378,14 @@ fn data_identity_mode_pages_and_unit_attentions_go_along_there_and_back() {
     let select = a.kernel.execute(&[0x15, 0x10, 0, 0, 16, 0], Data::Out(&list)).unwrap();
     assert_eq!(select.status, 0, "{select:?}");
     let (names, page) = (a.names(), a.control_page());
-    let marks = |name: &str| BitmapOrder::Add {
-        name: name.into(),
+    let daily = BitmapOrder::Add {
+        name: "daily".into(),
         granularity: bitmaps::GRANULARITY,
         persistent: false,
         enabled: true,
     };
     let of = |side: &Side| side.host().lun.as_ref().unwrap().stats().unwrap().bitmaps;
-    a.host().lun.as_ref().unwrap().remote().job(JobOrder::Bitmap(marks("daily"))).unwrap();
+    a.host().lun.as_ref().unwrap().remote().job(JobOrder::Bitmap(daily)).unwrap();
     assert_eq!(a.write(200, 0x11), 0);
     // A unit attention that nobody hears of here.
     a.host().lun.as_ref().unwrap().resize(2 * SIZE).unwrap();

@@ -14,7 +14,7 @@ use tcmu_dif::{
     peer::kernel::{Data, Ended, Kernel, Options},
     pi::{
         Exposure, PiType, Transfer, Tuple,
-        store::{ImageFormat, NewSidecar, Stamp, default_path},
+        store::{NewSidecar, Stamp, default_path},
         tools,
     },
     sys::{self, backend_from_env},
@@ -52,13 +52,12 @@ impl Rig {
             }
             let stamp = Stamp::of(&image).unwrap();
             let kind = PiType::Type1;
-            let format = if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
             let new = NewSidecar {
                 block_size: B,
                 kind,
                 mode: tcmu_dif::pi::PiMode::Bitmap,
                 capacity: Blocks(BLOCKS),
-                format,
+                format: format.into(),
                 stamp,
             };
             tools::create(&io, &image, &default_path(&image), new).await.unwrap();

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     image::{
-        Format, Image,
+        Image,
         open::{OpenError, OpenOptions, open},
     },
     lun::{chain, config::pi_word},
@@ -23,7 +23,7 @@ use crate::{
         PiMode, PiType,
         chain::Beneath,
         error::PiOpenError,
-        store::{ImageFormat, default_path},
+        store::default_path,
         tools::{self, AdoptReport, BadBlock, RebuildOptions, RebuildReport, StatusReport, VerifyReport},
     },
     sys::{self, io::Io},
@@ -238,10 +238,7 @@ fn make(
     let (path, sidecar) = (image.to_owned(), sidecar.to_owned());
     let report = sys::run(async move |io| -> Result<RebuildReport, Failure> {
         let volume = reader(&io, &path).await?;
-        let format = match volume.format() {
-            Format::Raw => ImageFormat::Raw,
-            Format::Qcow2 => ImageFormat::Qcow2,
-        };
+        let format = volume.format().into();
         let options = RebuildOptions { kind, mode, block_size, format };
         Ok(tools::rebuild(&io, &volume, &path, &sidecar, options, step).await?)
     });

@@ -15,7 +15,7 @@ use crate::{
     pi::{
         PiMode, PiType,
         protected::sidecar_path,
-        store::{ImageFormat, NewSidecar, Sidecar, Stamp, create_file},
+        store::{NewSidecar, Sidecar, Stamp, create_file},
     },
     sys::{self, io::Backend},
     units::BlockSize,
@@ -61,10 +61,7 @@ impl Disk {
                 kind: PiType::Type1,
                 mode: PiMode::Bitmap,
                 capacity: BlockSize::B512.blocks_in(capacity),
-                format: match format {
-                    Format::Raw => ImageFormat::Raw,
-                    Format::Qcow2 => ImageFormat::Qcow2,
-                },
+                format: format.into(),
                 stamp: Stamp::of(&path).map_err(file("the image cannot be looked at"))?,
             };
             Sidecar::create(storage, new).await.map(drop).map_err(stack("the sidecar cannot be made"))

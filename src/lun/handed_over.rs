@@ -7,7 +7,7 @@ use std::{io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::{LunParams, continued, serial_of, state_file::StateFile};
+use super::{LunParams, continued, state_file::StateFile};
 use crate::{
     handover::state::{DirtyBitmap, Modes},
     pi::Counters,
@@ -48,8 +48,6 @@ impl HandedOver {
 /// # Errors
 /// The file system's, or that it makes no sense: whose the image is would not be looked at.
 pub(super) fn of(params: &LunParams) -> io::Result<Option<(HandedOver, StateFile)>> {
-    let Some(dir) = &params.state_dir else { return Ok(None) };
-    let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-    let file = HandedOver::file(dir, &serial);
+    let Some(file) = params.state_file(FOLDER) else { return Ok(None) };
     Ok(file.load::<HandedOver>()?.map(|found| (found, file)))
 }

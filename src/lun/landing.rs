@@ -14,6 +14,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::{LunError, chain, config::DeviceConfig, event_loop::run_to_end, stack::Stack};
 use crate::{
+    files,
     handover::{
         Failure,
         storage::{Kept, Piece},
@@ -28,7 +29,7 @@ use crate::{
     job::Side,
     pi::{
         PiMode, PiType,
-        store::{ImageFormat, NewSidecar, Sidecar, Stamp, default_path, open_file},
+        store::{NewSidecar, Sidecar, Stamp, default_path, open_file},
         tools,
     },
     sys::{
@@ -83,11 +84,6 @@ fn beside(image: &Path) -> PathBuf {
     let mut name = image.as_os_str().to_owned();
     name.push(".incoming");
     name.into()
-}
-
-fn sync_directory(of: &Path) -> io::Result<()> {
-    let dir = of.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(dir)?.sync_all()
 }
 
 /// Looks whether an image could be made there, with its sidecar.
@@ -200,7 +196,7 @@ impl Landing {
                 kind,
                 mode: if kept.journal { PiMode::Journal } else { PiMode::Bitmap },
                 capacity: block_size.blocks_in(capacity),
-                format: if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 },
+                format: format.into(),
                 stamp: Stamp::of(&path).map_err(|e| failed(path.display(), &e))?,
             };
             let (io, image, at) = (self.io.clone(), path.clone(), sidecar.clone());
@@ -322,7 +318,7 @@ impl Landing {
             rename_new(&self.made[i], &to).map_err(|e| failed(to.display(), &e))?;
             self.made[i] = to;
         }
-        sync_directory(&image).map_err(|e| failed(image.display(), &e))
+        files::sync_folder_of(&image).map_err(|e| failed(image.display(), &e))
     }
 
     /// The image is the LUN's now, and stays.

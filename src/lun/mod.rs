@@ -81,7 +81,7 @@ use scrub::ScrubError;
 use service::Lun;
 pub use service::serial_of;
 use stack::Stack;
-use state_file::NewerVersion;
+use state_file::{NewerVersion, StateFile};
 pub use stats::{PublicStats, ScrubSummary, Stats, SystemCalls};
 pub use words::chain;
 use words::panic_text;
@@ -124,6 +124,18 @@ pub struct LunParams {
     pub neighbourhood: Neighbourhood,
     /// The ring.
     pub device: Device,
+}
+
+impl LunParams {
+    /// The serial number, as initiators are told.
+    fn serial(&self) -> String {
+        serial_of(self.serial.as_deref(), &self.config, &self.name)
+    }
+
+    /// The file in that folder of what the LUN has to know again.
+    fn state_file(&self, folder: &str) -> Option<StateFile> {
+        self.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &self.serial()))
+    }
 }
 
 /// Why a LUN does not start, or does not do what it is asked.
@@ -422,8 +434,7 @@ fn live(
         let open = async move {
             let LunParams { config, block_size, capacity, .. } = &*for_task;
             let stack = Stack::open_to_serve(&io, config, *block_size, *capacity, own).await?;
-            let left =
-                service::state_of(&for_task, bitmaps::FOLDER).map(|file| bitmaps::found(&file, &stack));
+            let left = for_task.state_file(bitmaps::FOLDER).map(|file| bitmaps::found(&file, &stack));
             // Those of a LUN that comes from another host came with it.
             let left = left.filter(|_| !comes);
             let job = jobs::resume(&io, &for_task, &service::job_place(&for_task), &stack).await;

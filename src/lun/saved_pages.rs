@@ -5,7 +5,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::{LunError, LunParams, serial_of, state_file::StateFile};
+use super::{LunError, LunParams, state_file::StateFile};
 use crate::scsi::SavedPages;
 
 /// The folder of these files.
@@ -17,9 +17,8 @@ pub const FOLDER: &str = "mode-pages";
 /// # Errors
 /// [`LunError::Saved`].
 pub(super) fn check(params: &LunParams) -> Result<(), LunError> {
-    let Some(dir) = &params.state_dir else { return Ok(()) };
-    let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-    StateFile::new(dir, FOLDER, &serial).check().map_err(LunError::Saved)
+    let Some(file) = params.state_file(FOLDER) else { return Ok(()) };
+    file.check().map_err(LunError::Saved)
 }
 
 /// The file of one LUN.

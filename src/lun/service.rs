@@ -81,8 +81,8 @@ impl Lun {
         own: Outbox,
         made: SharedMade,
     ) -> Lun {
-        let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-        let state = |folder| state_of(params, folder);
+        let serial = params.serial();
+        let state = |folder| params.state_file(folder);
         let saved_pages = state(saved_pages::FOLDER).map(SavedPagesFile);
         let saved_pages = saved_pages.map(|file| Box::new(file) as Box<dyn scsi::SavedPages>);
         let files = stack.image().places().to_vec();
@@ -311,13 +311,7 @@ impl Lun {
 
 /// Where the job of a LUN is kept.
 pub(super) fn job_place(params: &LunParams) -> jobs::Place {
-    jobs::Place::new(state_of(params, jobs::FOLDER))
-}
-
-/// The file in that folder of what the LUN has to know again.
-pub(super) fn state_of(params: &LunParams, folder: &str) -> Option<StateFile> {
-    let serial = serial_of(params.serial.as_deref(), &params.config, &params.name);
-    params.state_dir.as_deref().map(|dir| StateFile::new(dir, folder, &serial))
+    jobs::Place::new(params.state_file(jobs::FOLDER))
 }
 
 /// What was set while the LUN was in use, or else what it was created with.

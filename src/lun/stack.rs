@@ -6,14 +6,16 @@ use tracing::info;
 use super::{LunError, LunParams, away::Away, config::DeviceConfig};
 use crate::{
     image::{
-        Image,
+        Format, Image,
         open::{OpenOptions, open},
         owner::Own,
     },
     job::{Side, first_extent},
     pi::{
-        Counters, Exposure, Protected, Protection, Recheck, Transfer, chain::Beneath,
-        protected::sidecar_path, store::Stamp,
+        Counters, Exposure, Protected, Protection, Recheck, Transfer,
+        chain::Beneath,
+        protected::sidecar_path,
+        store::{ImageFormat, Stamp},
     },
     storage::cache::CacheCount,
     sys::{exec::boxed, io::Io, mem::Sg},
@@ -23,6 +25,15 @@ use crate::{
         loan::{Loan, Moved, Place},
     },
 };
+
+impl From<Format> for ImageFormat {
+    fn from(format: Format) -> ImageFormat {
+        match format {
+            Format::Raw => ImageFormat::Raw,
+            Format::Qcow2 => ImageFormat::Qcow2,
+        }
+    }
+}
 
 /// The layers of a LUN below SCSI.
 pub(super) enum Stack {

@@ -120,7 +120,7 @@ impl StateFile {
     /// The file system's.
     pub fn remove_durably(&self) -> io::Result<()> {
         self.remove()?;
-        self.path.parent().map_or(Ok(()), |dir| fs::File::open(dir)?.sync_all())
+        files::sync_folder_of(&self.path)
     }
 
     /// What was saved last, if anything was.

@@ -38,7 +38,7 @@ use tcmu_dif::{
     peer::kernel::{Data, Kernel, Options},
     pi::{
         Exposure, PiMode, PiType, Transfer,
-        store::{ImageFormat, NewSidecar, Stamp, default_path},
+        store::{NewSidecar, Stamp, default_path},
         tools,
     },
     ring::Device,
@@ -124,7 +124,7 @@ pub fn make(config: &DeviceConfig) {
             // One of each.
             mode: if format == Format::Raw { PiMode::Bitmap } else { PiMode::Journal },
             capacity: Blocks(SIZE / 512),
-            format: if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 },
+            format: format.into(),
             stamp: Stamp::of(at).unwrap(),
         };
         tools::create(&io, at, &default_path(at), new).await.unwrap();

@@ -12,7 +12,7 @@ use tcmu_dif::{
     peer::kernel::Data,
     pi::{
         PiMode, PiType,
-        store::{ImageFormat, NewSidecar, Stamp, default_path},
+        store::{NewSidecar, Stamp, default_path},
         tools,
     },
     sys,
@@ -101,13 +101,12 @@ pub fn make(path: &Path, format: Format, pi: bool) {
             Format::Qcow2 => create_qcow2(&io, &at, &CreateOptions::new(SIZE)).await.unwrap(),
         }
         if pi {
-            let format = if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
             let new = NewSidecar {
                 block_size: BlockSize::B512,
                 kind: PiType::Type1,
                 mode: PiMode::Bitmap,
                 capacity: Blocks(BLOCKS),
-                format,
+                format: format.into(),
                 stamp: Stamp::of(&at).unwrap(),
             };
             tools::create(&io, &at, &default_path(&at), new).await.unwrap();

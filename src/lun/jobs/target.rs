@@ -114,8 +114,8 @@ pub(super) async fn prepare(
         made.files.push(order.target.clone());
     }
     let sidecar = sidecar_path(&order.target, order.sidecar.as_deref());
-    let format = if format == Format::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
-    if let Some(sidecar) = protect(io, &config, &sidecar, order.existing, source, block_size, format).await? {
+    let new = protect(io, &config, &sidecar, order.existing, source, block_size, format.into()).await?;
+    if let Some(sidecar) = new {
         made.files.push(sidecar);
     }
     let stack =

@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
 };
 
-use crate::{storage::FileStorage, sys::io::Io};
+use crate::{files, storage::FileStorage, sys::io::Io};
 
 /// The sidecar of an image if none is named: its path with `.pi` appended.
 pub fn default_path(image: &Path) -> PathBuf {
@@ -53,11 +53,7 @@ pub async fn create_file(io: &Io, path: &Path) -> io::Result<FileStorage> {
                 .mode(0o600)
                 .custom_flags(libc::O_CLOEXEC)
                 .open(&owned)?;
-            let dir = match owned.parent() {
-                Some(dir) if !dir.as_os_str().is_empty() => dir,
-                _ => Path::new("."),
-            };
-            File::open(dir)?.sync_all()?;
+            files::sync_folder_of(&owned)?;
             Ok::<_, io::Error>(file)
         })
         .await??;
